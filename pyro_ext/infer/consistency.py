@@ -1,0 +1,83 @@
+"""Whether a vectorised particle is the same as the particle alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.enum import get_importance_trace
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+
+from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.plates import density_sites
+from pyro_ext.infer.tracing import run_particles
+
+
+@torch.no_grad()
+def check_vectorization(
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    max_plate_nesting: float,
+) -> None:
+    """Re-scores the last of K vectorised particles alone and compares site by site.
+
+    :raises ValueError: names the first site whose log-probability differs by more than the square
+        root of its dtype's rounding error.
+    """
+    subsamples = SharedSubsamples()
+    with poutine.block():
+        traces = run_particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorized=True,
+            subsamples=subsamples,
+        )
+        assert traces.particle_dim is not None
+        with subsamples:
+            alone = poutine.trace(guide).get_trace(*args, **kwargs)
+            _copy_particle(traces.guide_traces[0], alone, traces.particle_dim)
+            model_trace, guide_trace = get_importance_trace(
+                "flat", max_plate_nesting, model, poutine.replay(guide, alone), args, kwargs
+            )
+    programs = (
+        ("model", traces.model_traces[0], model_trace),
+        ("guide", traces.guide_traces[0], guide_trace),
+    )
+    for program, vectorized_trace, single_trace in programs:
+        for name, site in density_sites(single_trace):
+            expected = site["log_prob"]
+            found = vectorized_trace.nodes[name]["log_prob"]
+            if found.dim() >= -traces.particle_dim:
+                found = found.select(traces.particle_dim, -1)
+            tolerance = torch.finfo(expected.dtype).eps ** 0.5
+            difference = (found.reshape(expected.shape) - expected).abs()
+            if not (difference <= tolerance * (1 + expected.abs())).all():
+                raise ValueError(
+                    f"Site '{name}' of the {program} has another log-probability in a vectorised "
+                    f"particle than in the same particle alone: sums {found.sum().item():.6g} "
+                    f"and {expected.sum().item():.6g}, expected equal ones. A module mixes "
+                    "particles (BatchNorm in training mode, a reshape over the particle dim) or "
+                    "is random (dropout): put it in evaluation mode, wrap it in "
+                    "pyro_ext.nn.LeadingDims, or pass vectorize_particles=False."
+                )
+
+
+def _copy_particle(vectorized: Trace, alone: Trace, particle_dim: int) -> None:
+    """Writes the last particle's values into the trace of a single one."""
+    site: Any
+    for name, site in alone.iter_stochastic_nodes():
+        if not site_is_subsample(site):
+            value: Any = vectorized.nodes[name]["value"]
+            dim = particle_dim - site["fn"].event_dim
+            if value.dim() >= -dim:
+                value = value.select(dim, -1)
+            site["value"] = value.reshape(site["value"].shape)

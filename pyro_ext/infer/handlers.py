@@ -1,0 +1,154 @@
+"""Effect handlers that a trace of particles needs beside Pyro's own."""
+
+import math
+import numbers
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+class SiteRecord(NamedTuple):
+    """What is known of a sample site only while the program runs."""
+
+    has_particle_dim: bool
+    is_observed: bool
+    is_auxiliary: bool
+    user_scales: tuple[Any, ...]
+
+
+class SiteRecorder(Messenger):
+    """Records each sample site before the particle plate broadcasts it, and checks the match.
+
+    It is installed innermost, around the model or the guide. A recorder of the model is given
+    the one of the guide, and raises at the first site that does not match, while Pyro would warn.
+
+    :param int particle_dim: the negative dim of the particle plate; None if there is none.
+    :param SiteRecorder guide: the recorder of the guide that the model is replayed against.
+    """
+
+    def __init__(self, particle_dim: int | None, guide: "SiteRecorder | None" = None) -> None:
+        super().__init__()
+        self.particle_dim = particle_dim
+        self.guide = guide
+        self.sites: dict[str, SiteRecord] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        name, infer = msg["name"], msg["infer"]
+        if infer.get("enumerate") and not msg["is_observed"]:
+            raise ValueError(
+                f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "
+                "support: expected a sampled site. Remove infer={'enumerate': ...} or "
+                "config_enumerate, or use pyro.infer.TraceEnum_ELBO."
+            )
+        self.sites[name] = SiteRecord(
+            has_particle_dim=self._has_particle_dim(msg),
+            is_observed=msg["is_observed"],
+            is_auxiliary=bool(infer.get("is_auxiliary")),
+            user_scales=_user_scales(),
+        )
+        if self.guide is not None:
+            self._check_against_guide(name, msg["is_observed"])
+
+    def _has_particle_dim(self, msg: Any) -> bool:
+        if self.particle_dim is None:
+            return True
+        event_dim = getattr(msg["fn"], "event_dim", 0)
+        shapes = [getattr(msg["fn"], "batch_shape", ())]
+        if isinstance(msg["value"], Tensor):
+            shapes.append(msg["value"].shape[: msg["value"].dim() - event_dim])
+        shapes += [x.shape for x in (msg["mask"], msg["scale"]) if isinstance(x, Tensor)]
+        shape = torch.broadcast_shapes(*shapes)
+        return len(shape) >= -self.particle_dim and shape[self.particle_dim] != 1
+
+    def _check_against_guide(self, name: str, is_observed: bool) -> None:
+        assert self.guide is not None
+        in_guide = self.guide.sites.get(name)
+        if is_observed and in_guide is not None and not in_guide.is_observed:
+            raise ValueError(
+                f"Site '{name}' is observed in the model but sampled in the guide: expected the "
+                "guide to sample latent sites only. Remove it from the guide."
+            )
+        if not is_observed and in_guide is None:
+            raise ValueError(
+                f"Latent site '{name}' of the model is missing from the guide, which has "
+                f"{sorted(self.guide.sites)}: expected a pyro.sample('{name}', ...) there."
+            )
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None and self.guide is not None:
+            for name, record in self.guide.sites.items():
+                if name not in self.sites and not record.is_auxiliary:
+                    raise ValueError(
+                        f"Site '{name}' of the guide is missing from the model, which has "
+                        f"{sorted(self.sites)}: expected a latent site of that name. If it is "
+                        "auxiliary, mark it with infer={'is_auxiliary': True}."
+                    )
+
+
+def _user_scales() -> tuple[Any, ...]:
+    """The scales of the enclosing ``poutine.scale`` handlers: one number, then the tensors."""
+    scales = [handler.scale for handler in _PYRO_STACK if isinstance(handler, ScaleMessenger)]
+    number = math.prod(scale for scale in scales if isinstance(scale, numbers.Number))
+    tensors = [scale for scale in scales if not isinstance(scale, numbers.Number)]
+    return (number, *tensors) if scales else ()
+
+
+class SharedSubsamples(Messenger):
+    """Gives every run under it the minibatch indices that the first run drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.indices.setdefault(msg["name"], msg["value"])
+
+
+class Draw(NamedTuple):
+    """A reparameterised draw, and the leaf that took its place in the rest of the program."""
+
+    name: str
+    value: Tensor
+    leaf: Tensor
+
+
+class LeafDraws(Messenger):
+    """Replaces each reparameterised draw of the guide by a leaf copy, and keeps the pair.
+
+    Later sites and the model see the leaf, so that one run yields both the derivatives at the
+    draws and, through the pairs, the paths to the guide's parameters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Draw] = []
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if (
+            not msg["is_observed"]
+            and getattr(msg["fn"], "has_rsample", False)
+            and value.grad_fn is not None
+        ):
+            msg["value"] = value.detach().requires_grad_()
+            self.draws.append(Draw(msg["name"], value, msg["value"]))

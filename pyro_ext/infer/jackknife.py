@@ -1,0 +1,51 @@
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.ops import jackknife, jackknife_first_and_second
+
+
+class JackknifeELBO(MultiSampleELBO):
+    r"""The jackknife estimate of the log evidence (JVI), with bias O(K^-(m+1)).
+
+    .. math::
+
+        f(\log w_1, \dots, \log w_K) = \sum_{j=0}^{m} c(K, m, j)\, \bar L_{K-j}, \qquad
+        c(K, m, j) = \frac{(-1)^j (K - j)^m}{(m - j)!\, j!}
+
+    where :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of
+    K - j particles. It is not a bound: it may lie above the log evidence. Training with it does
+    not beat the importance-weighted bound; evaluating with it does.
+
+    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
+    Autoencoders and Jackknife Variational Inference.
+
+    :param int num_particles: the number of particles K.
+    :param int order: the order m, ``0 <= m < K``; m = 0 is the importance-weighted bound. One
+        evaluation costs O(K^m).
+    :param kwargs: as for :class:`MultiSampleELBO`.
+    :raises ValueError: if ``order`` is outside ``0..K-1``, so that K = 1 needs ``order=0``; and
+        as :class:`MultiSampleELBO` does.
+    :raises TooManySubsetsError: when run, if there are more subsets of one size than
+        :data:`pyro_ext.ops.MAX_SUBSETS`.
+
+    >>> import torch
+    >>> JackknifeELBO(num_particles=3, order=2).bound(torch.tensor([0.0, 1.0, 2.0]))
+    tensor(1.4918)
+    """
+
+    def __init__(self, num_particles: int = 2, order: int = 1, **kwargs: Any) -> None:
+        super().__init__(num_particles, **kwargs)
+        if not isinstance(order, int) or not 0 <= order < num_particles:
+            raise ValueError(
+                f"JackknifeELBO: expected an integer 0 <= order < num_particles, "
+                f"got order={order!r} with num_particles={num_particles}."
+            )
+        self.order = order
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return jackknife(log_w, self.order)
+
+    def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        return jackknife_first_and_second(log_w, self.order)

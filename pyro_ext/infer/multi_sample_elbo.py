@@ -1,0 +1,295 @@
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from pyro_ext.infer.consistency import check_vectorization
+from pyro_ext.infer.gradients import GRADIENT_RULES
+from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.not_finite import raise_not_finite
+from pyro_ext.infer.particles import Particles, gather_particles, score_terms
+from pyro_ext.infer.plates import (
+    check_plates_match,
+    check_subsampling,
+    find_common_plates,
+    warn_of_joint_weights,
+)
+from pyro_ext.infer.tracing import find_dependent_sites, run_particles
+
+
+@dataclass
+class _ProgramMemory:
+    """What has been found out about the pair of programs that was run last."""
+
+    model: Any = None
+    guide: Any = None
+    plate_nesting: float | None = None
+    dependent_sites: frozenset[str] | None = None
+    warned_plates: set[str] = field(default_factory=set)
+
+
+class MultiSampleELBO(ELBO):
+    r"""Base class of objectives that are a function of K log importance weights.
+
+    .. math::
+
+        \mathrm{loss} = -\frac{N}{B} \sum_{n=1}^{B} f(\log w_{1n}, \dots, \log w_{Kn}), \qquad
+        \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
+
+    A subclass gives the function f, as :meth:`bound`, and may give its derivatives, as
+    :meth:`first_and_second`. Everything else is here and is not meant to be overridden.
+
+    Each plate that encloses all that depends on the particle (a common plate) keeps weights of
+    its own, and its subsampling scale N / B stays outside of f. Particles that do not run
+    vectorised share the minibatch. Scales and masks of the user stay inside the weights, but for
+    a scale that is the same at every site, which stays outside.
+
+    :param int num_particles: the number of particles K >= 1.
+    :param str gradient: the gradient rule; ``"pathwise"`` is the exact gradient of the bound for
+        fixed noise.
+    :param bool vectorize_particles: whether the K particles run at once, in a plate to the left
+        of all others; model and guide then see an extra dim on the left of every sample.
+    :param max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
+        for each (model, guide).
+    :param bool strict_enumeration_warning: accepted as by every ELBO of Pyro; sites that are
+        marked for enumeration are refused either way.
+    :param bool retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
+    :raises ValueError: where an argument is out of range. When run: where sites or plates do not
+        match between model and guide, where a site is marked for enumeration, where a plate is
+        subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
+        the loss is NaN (or, for gradients, infinite). Parameters and gradients are then as they
+        were.
+
+    A bound of one's own, the mean of the log weights:
+
+    >>> import pyro, pyro.distributions as dist
+    >>> class MeanELBO(MultiSampleELBO):
+    ...     def bound(self, log_w):
+    ...         return log_w.mean(0)
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
+    >>> round(MeanELBO(num_particles=3).loss(model, guide), 4)  # the guide is the posterior
+    1.2655
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 2,
+        gradient: str = "pathwise",
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected num_particles to be an integer >= 1, "
+                f"got {num_particles!r}."
+            )
+        if gradient not in GRADIENT_RULES:
+            raise ValueError(
+                f"{type(self).__name__}: expected gradient to be one of "
+                f"{sorted(GRADIENT_RULES)}, got {gradient!r}."
+            )
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+            retain_graph=retain_graph,
+        )
+        # Pyro's constructor would add the particle plate to it.
+        self.max_plate_nesting = max_plate_nesting
+        self.gradient = gradient
+        self._memory = _ProgramMemory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": _ProgramMemory()}
+
+    @abstractmethod
+    def bound(self, log_w: Tensor) -> Tensor:
+        """The function f of the log weights.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of shape ``(...)``.
+        """
+        raise NotImplementedError
+
+    def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        r"""First and pure second derivatives of :meth:`bound` in each log weight.
+
+        By default they are computed by autograd, in K backward passes.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: :math:`f_k = \partial f / \partial \log w_k` and
+            :math:`f_{kk} = \partial^2 f / \partial (\log w_k)^2`, each of shape ``(K, ...)``.
+        """
+        with torch.enable_grad():
+            log_w = log_w.detach().requires_grad_()
+            (first,) = torch.autograd.grad(self.bound(log_w).sum(), log_w, create_graph=True)
+            if not first.requires_grad:
+                return first, torch.zeros_like(first)
+            second = [
+                torch.autograd.grad(row.sum(), log_w, retain_graph=True)[0][k]
+                for k, row in enumerate(first)
+            ]
+        return first.detach(), torch.stack(second)
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, minus the bound, from one trace of K particles.
+
+        :param model: the model, a callable with Pyro primitives.
+        :param guide: the guide, likewise.
+        :param args: passed to both, as are ``kwargs``.
+        """
+        particles = self.trace_particles(model, guide, args, kwargs)
+        loss = float(-self._objective(particles))
+        if math.isnan(loss):
+            raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
+        return loss
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        particles = self.trace_particles(model, guide, args, kwargs)
+        loss = float(-self._objective(particles))
+        if not math.isfinite(loss):
+            raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
+        surrogate_loss = -self._surrogate(particles)
+        if surrogate_loss.requires_grad:
+            surrogate_loss.backward(retain_graph=self.retain_graph)
+        return loss
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A scalar tensor with the value of the loss and the gradient of the estimator.
+
+        Under ``pyro.enable_validation(False)`` it looks at no value, so that it can be captured
+        as a graph.
+        """
+        particles = self.trace_particles(model, guide, args, kwargs)
+        loss = -self._objective(particles)
+        if is_validation_enabled() and not math.isfinite(loss):
+            raise_not_finite(f"{type(self).__name__}: the loss", float(loss), particles)
+        surrogate_loss = -self._surrogate(particles)
+        return loss + (surrogate_loss - surrogate_loss.detach())
+
+    def check(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
+        """Compares a vectorised particle, site by site, with the same particle run alone.
+
+        It catches programs that silently mix particles, such as BatchNorm in training mode or a
+        reshape that runs over the particle dim. Dropout is random and differs between the runs:
+        put modules in evaluation mode. Where particles do not run vectorised there is nothing
+        to compare.
+
+        :raises ValueError: if the log-probability of a site differs; names the site.
+        """
+        if self.vectorize_particles and self.num_particles > 1:
+            check_vectorization(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=self.num_particles,
+                max_plate_nesting=self._plate_nesting(model, guide, args, kwargs),
+            )
+
+    def trace_particles(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        subsamples: SharedSubsamples | None = None,
+        nonlinear: bool | None = None,
+    ) -> Particles:
+        """Runs the guide, and the model against it, for K particles.
+
+        :param tuple args: positional arguments of both programs.
+        :param dict kwargs: keyword arguments of both programs.
+        :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+        :param bool nonlinear: whether a plate that is not common may not be subsampled; by
+            default where K > 1.
+        """
+        kwargs = kwargs or {}
+        memory = self._recall(model, guide)
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        traces = run_particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            max_plate_nesting=(
+                self._plate_nesting(model, guide, args, kwargs)
+                if vectorized
+                else self.max_plate_nesting
+            ),
+            vectorized=vectorized,
+            leaves=GRADIENT_RULES[self.gradient].leaves and torch.is_grad_enabled(),
+            subsamples=subsamples,
+        )
+
+        def depends(name: str) -> bool:
+            if vectorized:
+                return traces.records[name].has_particle_dim
+            if memory.dependent_sites is None:
+                memory.dependent_sites = find_dependent_sites(model, guide, args, kwargs)
+            return name in memory.dependent_sites
+
+        programs = traces.model_traces, traces.guide_traces
+        for model_trace, guide_trace in zip(*programs, strict=True):
+            check_plates_match(model_trace, guide_trace)
+        common = find_common_plates(*programs, depends)
+        if self.num_particles > 1 if nonlinear is None else nonlinear:
+            check_subsampling(*programs, common, depends)
+            if not common:
+                warn_of_joint_weights(*programs, memory.warned_plates)
+        return gather_particles(traces, common, depends)
+
+    def _objective(self, particles: Particles) -> Tensor:
+        bound = self.bound(particles.log_w.detach())
+        return (particles.scale * bound).sum() + torch.as_tensor(particles.outer).detach()
+
+    def _surrogate(self, particles: Particles) -> Tensor:
+        if particles.score is not None:
+            names = [n for trace in particles.guide_traces[:1] for n, _ in score_terms(trace)]
+            raise NotImplementedError(
+                f"Guide sites {names} are not reparameterised: expected distributions with "
+                f"rsample, for gradient={self.gradient!r} has no score-function term."
+            )
+        surrogate = GRADIENT_RULES[self.gradient].surrogate(self.first_and_second, particles)
+        return (particles.scale * surrogate).sum() + particles.outer
+
+    def _recall(self, model: Callable, guide: Callable) -> _ProgramMemory:
+        # Equality, not identity: a bound method is a new object at each access.
+        if self._memory.model != model or self._memory.guide != guide:
+            self._memory = _ProgramMemory(model, guide)
+        return self._memory
+
+    def _plate_nesting(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float:
+        if self.max_plate_nesting != math.inf:
+            return self.max_plate_nesting
+        memory = self._recall(model, guide)
+        if memory.plate_nesting is None:
+            probe = copy(self)
+            probe.vectorize_particles = False
+            with torch.no_grad():
+                probe._guess_max_plate_nesting(model, guide, args, kwargs)
+            memory.plate_nesting = probe.max_plate_nesting
+        return memory.plate_nesting
+
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} traces by trace_particles.")

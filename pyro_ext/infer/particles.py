@@ -1,0 +1,179 @@
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import is_identically_zero
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_ext.infer.handlers import Draw, SiteRecord
+from pyro_ext.infer.plates import density_sites, plates_of, subsampling_scale
+from pyro_ext.infer.tracing import ParticleTraces
+
+
+@dataclass(frozen=True)
+class Particles:
+    r"""What one trace of K particles yields: all that a bound and a gradient rule need.
+
+    With common plates :math:`n`, the estimate of the log evidence is
+    :math:`\mathrm{scale} \cdot \sum_n f(\log w_{1n}, \dots, \log w_{Kn}) + \mathrm{outer}`.
+
+    :ivar log_p: ``(K, *common)``, log p(x, z) of each particle, summed over every dim that is not
+        a common plate, without the scale of the common plates.
+    :ivar log_q: ``(K, *common)``, log q(z), likewise.
+    :ivar scale: size over subsample size of the common plates, times a user's scale that is the
+        same at every site; a number, or a tensor that broadcasts against ``common``. It belongs
+        outside the bound.
+    :ivar outer: the sum of the log ratios that neither depend on the particle nor lie in all of
+        the common plates; a number or a scalar tensor, to be added to the bound.
+    :ivar score: ``(K, *common)``, log q of the non-reparameterised sites of the guide, neither
+        scaled nor masked; None if there are none.
+    :ivar plates: the common plates, left to right.
+    :ivar draws: pairs of a reparameterised draw and its leaf, in the order of sampling; empty
+        unless leaves were asked for.
+    :ivar model_traces: one trace if the particles are vectorised, else one for each.
+    :ivar guide_traces: likewise.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    scale: Any
+    outer: Any
+    score: Tensor | None
+    plates: tuple[CondIndepStackFrame, ...]
+    draws: tuple[Draw, ...]
+    model_traces: tuple[Trace, ...]
+    guide_traces: tuple[Trace, ...]
+
+    @property
+    def log_w(self) -> Tensor:
+        """``(K, *common)``, the log importance weights log p(x, z) - log q(z)."""
+        return self.log_p - self.log_q
+
+
+def gather_particles(
+    traces: ParticleTraces,
+    common: tuple[CondIndepStackFrame, ...],
+    depends: Callable[[str], bool],
+) -> Particles:
+    """Sums the log-probabilities of the traces to one entry for each particle and common plate.
+
+    :param ParticleTraces traces: the traces of K particles.
+    :param common: the common plates, left to right.
+    :param depends: tells of an observed site outside of them whether it depends on the particle.
+    """
+
+    def is_inner(name: str, site: Any) -> bool:
+        return not site["is_observed"] or plates_of(site).issuperset(common) or depends(name)
+
+    inner: dict[str, set[str]] = {"model": set(), "guide": set()}
+    outer: Any = 0.0
+    programs = {"model": traces.model_traces, "guide": traces.guide_traces}
+    for program, sign in (("model", 1), ("guide", -1)):
+        for name, site in density_sites(programs[program][0]):
+            if is_inner(name, site):
+                inner[program].add(name)
+            else:
+                outer = outer + sign * _at_least_single(site["log_prob"]).sum()
+
+    dims = [frame.dim for frame in common if frame.dim is not None]
+    layout = _Layout(traces, {traces.particle_dim, *dims}, torch.Size(f.size for f in common))
+
+    def log_density(program: str) -> Tensor:
+        return layout.stack(
+            [
+                [site["log_prob"] for name, site in density_sites(trace) if name in inner[program]]
+                for trace in programs[program]
+            ]
+        )
+
+    log_p, log_q = log_density("model"), log_density("guide")
+    scale = math.prod(map(subsampling_scale, common))
+    scale = scale * _uniform_scale([traces.records[n] for n in set.union(*inner.values())], dims)
+    if not (isinstance(scale, numbers.Number) and scale == 1):
+        log_p, log_q = log_p / scale, log_q / scale
+
+    scores = [[term for _, term in score_terms(trace)] for trace in traces.guide_traces]
+    return Particles(
+        log_p=log_p,
+        log_q=log_q,
+        scale=scale,
+        outer=outer,
+        score=layout.stack(scores) if any(scores) else None,
+        plates=common,
+        draws=traces.draws,
+        model_traces=traces.model_traces,
+        guide_traces=traces.guide_traces,
+    )
+
+
+def score_terms(guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
+    """Name and score-function term of each non-reparameterised site of a guide's trace."""
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            term = site["score_parts"].score_function
+            if not is_identically_zero(term):
+                yield name, term
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Brings log-probabilities of sites to the shape ``(K, *common)``."""
+
+    traces: ParticleTraces
+    kept: set[int | None]
+    shape: torch.Size
+
+    def stack(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Adds up the terms of each trace, and stacks the traces unless they are vectorised."""
+        rows = [self._row(row_terms) for row_terms in terms]
+        if self.traces.particle_dim is not None:
+            return rows[0].expand(self.traces.num_particles, *self.shape)
+        return torch.stack([row.expand(self.shape) for row in rows])
+
+    def _row(self, terms: Sequence[Tensor]) -> Tensor:
+        if not terms:
+            return self._any_log_prob().new_zeros(())
+        summed = [self._sum_out(term) for term in terms]
+        return sum(summed[1:], summed[0])
+
+    def _sum_out(self, term: Tensor) -> Tensor:
+        dims = [dim for dim in range(-term.dim(), 0) if dim not in self.kept]
+        term = _at_least_single(term)
+        return term.sum(dims) if dims else term
+
+    def _any_log_prob(self) -> Tensor:
+        for trace in (*self.traces.model_traces, *self.traces.guide_traces):
+            for _, site in density_sites(trace):
+                return _at_least_single(site["log_prob"])
+        raise ValueError("The model and guide have no sample sites: expected at least one.")
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _uniform_scale(records: Sequence[SiteRecord], dims: Sequence[int]) -> Any:
+    """The product of the user's scales if it is the same at every site, else 1.
+
+    A tensor counts as the same only if it is the same object, and has to be constant along
+    every dim that is not a common plate.
+    """
+    keys = {
+        tuple(s if isinstance(s, numbers.Number) else id(s) for s in record.user_scales)
+        for record in records
+    }
+    if len(keys) != 1:
+        return 1.0
+    product: Any = 1.0
+    for scale in records[0].user_scales:
+        if isinstance(scale, Tensor):
+            if any(scale.shape[d] != 1 for d in range(-scale.dim(), 0) if d not in dims):
+                return 1.0
+            scale = scale.reshape([scale.shape[d] if -d <= scale.dim() else 1 for d in dims])
+        product = product * scale
+    return product

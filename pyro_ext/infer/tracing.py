@@ -1,0 +1,174 @@
+"""Runs a model and guide for K particles: vectorised in a plate, or one after the other."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
+from pyro.poutine import Trace
+
+from pyro_ext.infer.handlers import Draw, LeafDraws, SharedSubsamples, SiteRecord, SiteRecorder
+
+PARTICLE_PLATE = "num_particles_vectorized"
+
+
+@dataclass(frozen=True)
+class ParticleTraces:
+    """The traces of K particles: one pair if vectorised, else one pair a particle."""
+
+    model_traces: tuple[Trace, ...]
+    guide_traces: tuple[Trace, ...]
+    num_particles: int
+    particle_dim: int | None
+    records: dict[str, SiteRecord]
+    draws: tuple[Draw, ...]
+
+
+def run_particles(
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    max_plate_nesting: float,
+    vectorized: bool,
+    leaves: bool = False,
+    subsamples: SharedSubsamples | None = None,
+) -> ParticleTraces:
+    """Traces the guide, and the model against it, once for each particle.
+
+    :param int num_particles: the number of particles K.
+    :param max_plate_nesting: the number of dims to the right of the particle dim; infinite is
+        allowed where there is no particle dim.
+    :param bool vectorized: whether the K particles run at once in a plate to the left.
+    :param bool leaves: whether reparameterised draws are replaced by leaves.
+    :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+    :raises ValueError: where a site does not match between model and guide, or is enumerated;
+        where the model or guide fails with K particles but runs with one.
+    """
+    if not vectorized or num_particles == 1:
+        return _trace_sequentially(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            leaves=leaves,
+            subsamples=subsamples or SharedSubsamples(),
+        )
+    particle_dim = -int(max_plate_nesting) - 1
+    plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)
+    in_guide = SiteRecorder(particle_dim)
+    in_model = SiteRecorder(particle_dim, in_guide)
+    with ExitStack() as stack:
+        handler = stack.enter_context(LeafDraws()) if leaves else None
+        if subsamples is not None:
+            stack.enter_context(subsamples)
+        try:
+            model_trace, guide_trace = get_importance_trace(
+                "flat", -particle_dim, plate(in_model(model)), plate(in_guide(guide)), args, kwargs
+            )
+        except Exception as error:
+            if _runs_with_one_particle(model, guide, args, kwargs):
+                raise ValueError(
+                    _cannot_vectorize(num_particles, particle_dim, in_guide, in_model, error)
+                ) from error
+            raise
+    return ParticleTraces(
+        (model_trace,),
+        (guide_trace,),
+        num_particles,
+        particle_dim,
+        in_guide.sites | in_model.sites,
+        tuple(handler.draws) if handler else (),
+    )
+
+
+def _trace_sequentially(
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    max_plate_nesting: float,
+    leaves: bool,
+    subsamples: SharedSubsamples,
+) -> ParticleTraces:
+    model_traces, guide_traces, draws = [], [], []
+    for _ in range(num_particles):
+        in_guide = SiteRecorder(None)
+        in_model = SiteRecorder(None, in_guide)
+        with ExitStack() as stack:
+            handler = stack.enter_context(LeafDraws()) if leaves else None
+            stack.enter_context(subsamples)
+            model_trace, guide_trace = get_importance_trace(
+                "flat", max_plate_nesting, in_model(model), in_guide(guide), args, kwargs
+            )
+        model_traces.append(model_trace)
+        guide_traces.append(guide_trace)
+        draws += handler.draws if handler else []
+    records = in_guide.sites | in_model.sites
+    return ParticleTraces(
+        tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(draws)
+    )
+
+
+def _runs_with_one_particle(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> bool:
+    try:
+        with poutine.block(), torch.no_grad():
+            get_importance_trace("flat", float("inf"), model, guide, args, kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _cannot_vectorize(
+    num_particles: int,
+    particle_dim: int,
+    in_guide: SiteRecorder,
+    in_model: SiteRecorder,
+    error: Exception,
+) -> str:
+    program, recorder = ("model", in_model) if in_model.sites else ("guide", in_guide)
+    where = f"after its site '{list(recorder.sites)[-1]}'" if recorder.sites else "at its start"
+    return (
+        f"The {program} failed {where} with num_particles={num_particles} vectorised in a plate "
+        f"at dim {particle_dim}, though it runs with one particle: expected code that takes an "
+        "extra dim on the left of every sample. Index dims from the right, wrap convolutions in "
+        "pyro_ext.nn.LeadingDims, correct max_plate_nesting if you gave it, or pass "
+        f"vectorize_particles=False.\n{type(error).__name__}: {error}"
+    )
+
+
+def find_dependent_sites(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> frozenset[str]:
+    """Names of the observed and factor sites whose log-probability depends on a latent site.
+
+    It runs both programs once on tensors that carry their provenance. Without a particle dim
+    the shapes do not tell.
+    """
+    with poutine.block(), torch.no_grad(), TrackProvenance():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    latent = {name for name, _ in guide_trace.iter_stochastic_nodes()}
+    dependent = set()
+    for trace in (model_trace, guide_trace):
+        for name in trace.observation_nodes:
+            site: Any = trace.nodes[name]
+            log_prob = site["fn"].log_prob(site["value"])
+            tensors = [x for x in (log_prob, site["mask"], site["scale"]) if torch.is_tensor(x)]
+            if any(get_provenance(x) & latent for x in tensors):
+                dependent.add(name)
+    return frozenset(dependent)

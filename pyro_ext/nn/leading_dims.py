@@ -1,0 +1,67 @@
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LeadingDims(nn.Module):
+    """Lets a module that takes one batch dim take any number of leading dims.
+
+    The leading dims of the inputs are broadcast together and flattened into one, the module runs
+    once, and the dims are restored on its outputs. A convolution then takes ``(K, B, C, H, W)``,
+    K particles of B images.
+
+    A module that couples the entries of its batch, such as BatchNorm in training mode, couples
+    the particles too: :meth:`pyro_ext.infer.MultiSampleELBO.check` finds it.
+
+    :param torch.nn.Module module: takes tensors of shape ``(batch, *event)`` and returns a tensor,
+        or a tuple or list of tensors, of shape ``(batch, ...)``.
+    :param int event_dim: the number of dims on the right of an input that make up one example: 1
+        for vectors, 3 for images.
+    :raises ValueError: if ``event_dim`` is negative; when called, if an input has fewer dims or
+        if the module changes the size of the batch.
+
+    >>> net = LeadingDims(nn.Conv2d(3, 8, kernel_size=3, padding=1), event_dim=3)
+    >>> net(torch.zeros(5, 2, 3, 16, 16)).shape
+    torch.Size([5, 2, 8, 16, 16])
+    """
+
+    def __init__(self, module: nn.Module, event_dim: int) -> None:
+        super().__init__()
+        if event_dim < 0:
+            raise ValueError(f"LeadingDims: expected event_dim >= 0, got {event_dim}.")
+        self.module = module
+        self.event_dim = event_dim
+
+    def forward(self, *inputs: Tensor) -> Any:
+        for position, x in enumerate(inputs):
+            if x.dim() < self.event_dim:
+                raise ValueError(
+                    f"LeadingDims: expected at least event_dim={self.event_dim} dims, "
+                    f"got shape {tuple(x.shape)} as input {position}."
+                )
+        splits = [x.dim() - self.event_dim for x in inputs]
+        leading = torch.broadcast_shapes(
+            *(x.shape[:split] for x, split in zip(inputs, splits, strict=True))
+        )
+        batch = leading.numel()
+        flat = [
+            x.expand(*leading, *x.shape[split:]).reshape(batch, *x.shape[split:])
+            for x, split in zip(inputs, splits, strict=True)
+        ]
+        output = self.module(*flat)
+        if isinstance(output, Tensor):
+            return self._restore(output, leading)
+        return type(output)(self._restore(part, leading) for part in output)
+
+    def _restore(self, output: Tensor, leading: torch.Size) -> Tensor:
+        if output.dim() == 0 or output.shape[0] != leading.numel():
+            raise ValueError(
+                f"LeadingDims: expected {type(self.module).__name__} to keep the batch of "
+                f"{leading.numel()} as its first dim, got shape {tuple(output.shape)}."
+            )
+        return output.reshape(*leading, *output.shape[1:])
+
+    def extra_repr(self) -> str:
+        """The options that ``repr`` shows."""
+        return f"event_dim={self.event_dim}"

@@ -1,0 +1,24 @@
+"""Pure tensor mathematics; imports torch alone."""
+
+from pyro_ext.ops.jackknife import (
+    MAX_SUBSETS,
+    TooManySubsetsError,
+    jackknife,
+    jackknife_coefficients,
+    jackknife_first_and_second,
+)
+from pyro_ext.ops.log_mean_exp import leave_one_out_log_mean_exp, log_mean_exp
+from pyro_ext.ops.pareto import pareto_k
+from pyro_ext.ops.precision import accumulation_dtype
+
+__all__ = [
+    "MAX_SUBSETS",
+    "TooManySubsetsError",
+    "accumulation_dtype",
+    "jackknife",
+    "jackknife_coefficients",
+    "jackknife_first_and_second",
+    "leave_one_out_log_mean_exp",
+    "log_mean_exp",
+    "pareto_k",
+]

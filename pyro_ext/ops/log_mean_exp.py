@@ -1,0 +1,61 @@
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+    r"""The logarithm of the mean of weights that are given by their logarithms.
+
+    .. math:: \log \frac{1}{K} \sum_{k=1}^K e^{\ell_k}
+
+    Its gradient is the normalised weights, :math:`\mathrm{softmax}(\ell)`, which sum to one.
+
+    :param torch.Tensor log_w: log weights, of any shape and floating dtype; entries may be
+        ``-inf``. Where all of them are, the value is ``-inf`` and the gradient is NaN.
+    :param int dim: the dimension of size K over which the mean is taken.
+    :returns: a tensor of the shape of ``log_w`` without ``dim``.
+    :raises ValueError: if ``dim`` has size zero.
+
+    >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
+    tensor(1000.)
+    """
+    K = log_w.shape[dim]
+    if K == 0:
+        raise ValueError(f"log_mean_exp: expected at least one weight along dim {dim}, got none.")
+    return torch.logsumexp(log_w, dim) - math.log(K)
+
+
+def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+    r"""For each weight, the logarithm of the mean of all the others.
+
+    .. math:: L_{-k} = \log \frac{1}{K-1} \sum_{i \ne k} e^{\ell_i}
+
+    Nothing cancels: the largest weight is left out by a sum of its own, and any other weight
+    is at most one half of the total.
+
+    Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
+
+    :param torch.Tensor log_w: log weights, of any shape and floating dtype; ``-inf`` is allowed.
+    :param int dim: the dimension of size K >= 2 along which one weight at a time is left out.
+    :returns: a tensor of the shape of ``log_w``; ``-inf`` where all the others are ``-inf``.
+    :raises ValueError: if ``dim`` has fewer than two entries.
+
+    >>> log_w = torch.tensor([0.0, 0.0, 500.0])
+    >>> leave_one_out_log_mean_exp(log_w)
+    tensor([499.3069, 499.3069,   0.0000])
+    """
+    K = log_w.shape[dim]
+    if K < 2:
+        raise ValueError(
+            f"leave_one_out_log_mean_exp: expected at least 2 weights along dim {dim}, got {K}."
+        )
+    largest = torch.zeros_like(log_w, dtype=torch.bool).scatter(
+        dim, log_w.argmax(dim, keepdim=True), True
+    )
+    total = log_w.logsumexp(dim, keepdim=True)
+    # Masked before the exponential, so that the branch not taken has no NaN in its gradient.
+    share = (log_w - total).masked_fill(largest | (log_w == -math.inf), -math.inf).exp()
+    others = total + torch.log1p(-share)
+    without_largest = log_w.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
+    return torch.where(largest, without_largest, others) - math.log(K - 1)
