@@ -49,7 +49,7 @@ def find_common_plates(
     for name, stack in observed:
         if not common <= stack and depends(name):
             common &= stack
-    return tuple(sorted(common, key=lambda f: f.dim))
+    return tuple(sorted(common, key=lambda f: f.dim or 0))
 
 
 def check_plates_match(model_trace: Trace, guide_trace: Trace) -> None:

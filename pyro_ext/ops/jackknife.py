@@ -1,10 +1,9 @@
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyro_ext.ops.precision import accumulation_dtype
 
@@ -118,13 +117,31 @@ class _Jackknife(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
         _, first = output
         ctx.mark_non_differentiable(first)
-        ctx.save_for_backward(first)
+        ctx.save_for_backward(inputs[0], first)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        (first,) = ctx.saved_tensors
-        return grad_value * first, None
+        log_w, first = ctx.saved_tensors
+        return grad_value * _FirstDerivative.apply(log_w, first), None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes f_k on, and refuses to be differentiated where it would silently be a constant."""
+
+    @staticmethod
+    def forward(log_w: Tensor, first: Tensor) -> Tensor:
+        return first.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "jackknife can be differentiated once; for its pure second derivatives, "
+            "use jackknife_first_and_second."
+        )
 
 
 def _check(log_w: Tensor, order: int) -> None:
@@ -214,5 +231,5 @@ def _subset_blocks(n: int, r: int, like: Tensor) -> Iterator[Tensor]:
         parent = subsets.repeat_interleave(count, dim=1, output_size=total)
         new = last.repeat_interleave(count, output_size=total) + 1 + rank
         subsets = torch.cat([parent, new.unsqueeze(0)])
-    block = max(1, _BLOCK_NUMEL // (max(1, r) * like.shape[1]))
+    block = max(1, _BLOCK_NUMEL // max(1, r * like.shape[1]))
     yield from subsets.split(block, dim=1)

@@ -1,0 +1,31 @@
+import pyro
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the slow statistical tests")
+    parser.addoption("--device", default="cpu", help="the device of the tests that take one")
+
+
+def pytest_collection_modifyitems(config, items):
+    without_cuda = pytest.mark.skip(reason="no CUDA device")
+    without_slow = pytest.mark.skip(reason="needs --slow")
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without_cuda)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(without_slow)
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()

@@ -1,0 +1,20 @@
+"""Statistical assertions that state their standard error."""
+
+import torch
+
+
+def assert_mean(draws, expected, num_errors=4.5):
+    """The mean of dim 0 equals ``expected`` within 4.5 standard errors."""
+    error = draws.std(0) / len(draws) ** 0.5
+    z = (draws.mean(0) - expected) / error
+    assert z.abs().max() < num_errors, (
+        f"mean {draws.mean(0)}, expected {expected}, standard error {error}"
+    )
+
+
+def assert_mean_at_most(draws, limit, num_errors=4.5):
+    """The mean of dim 0 exceeds ``limit`` by less than 4.5 standard errors."""
+    error = draws.std(0) / len(draws) ** 0.5
+    assert torch.all(draws.mean(0) - limit < num_errors * error), (
+        f"mean {draws.mean(0)}, limit {limit}, standard error {error}"
+    )
