@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.enum import get_importance_trace
-from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext.infer.handlers import SharedSubsamples
@@ -41,10 +40,14 @@ def check_vectorization(
             vectorized=True,
             subsamples=subsamples,
         )
-        assert traces.particle_dim is not None
         with subsamples:
             alone = poutine.trace(guide).get_trace(*args, **kwargs)
-            _copy_particle(traces.guide_traces[0], alone, traces.particle_dim)
+            site: Any
+            for name, site in alone.iter_stochastic_nodes():
+                if not site_is_subsample(site):
+                    value: Any = traces.guide_traces[0].nodes[name]["value"]
+                    value = traces.one_particle(value, site["fn"].event_dim, index=-1)
+                    site["value"] = value.reshape(site["value"].shape)
             model_trace, guide_trace = get_importance_trace(
                 "flat", max_plate_nesting, model, poutine.replay(guide, alone), args, kwargs
             )
@@ -55,9 +58,7 @@ def check_vectorization(
     for program, vectorized_trace, single_trace in programs:
         for name, site in density_sites(single_trace):
             expected = site["log_prob"]
-            found = vectorized_trace.nodes[name]["log_prob"]
-            if found.dim() >= -traces.particle_dim:
-                found = found.select(traces.particle_dim, -1)
+            found = traces.one_particle(vectorized_trace.nodes[name]["log_prob"], index=-1)
             tolerance = torch.finfo(expected.dtype).eps ** 0.5
             difference = (found.reshape(expected.shape) - expected).abs()
             if not (difference <= tolerance * (1 + expected.abs())).all():
@@ -69,15 +70,3 @@ def check_vectorization(
                     "is random (dropout): put it in evaluation mode, wrap it in "
                     "pyro_ext.nn.LeadingDims, or pass vectorize_particles=False."
                 )
-
-
-def _copy_particle(vectorized: Trace, alone: Trace, particle_dim: int) -> None:
-    """Writes the last particle's values into the trace of a single one."""
-    site: Any
-    for name, site in alone.iter_stochastic_nodes():
-        if not site_is_subsample(site):
-            value: Any = vectorized.nodes[name]["value"]
-            dim = particle_dim - site["fn"].event_dim
-            if value.dim() >= -dim:
-                value = value.select(dim, -1)
-            site["value"] = value.reshape(site["value"].shape)

@@ -13,8 +13,9 @@ FirstAndSecond = Callable[[Tensor], tuple[Tensor, Tensor]]
 class GradientRule(NamedTuple):
     """How the gradient of a bound is estimated from one trace of particles.
 
-    :ivar surrogate: maps a bound's ``first_and_second`` and the particles to a tensor of shape
-        ``common`` whose gradient is the estimate; its value means nothing.
+    :ivar surrogate: maps a bound's ``first_and_second`` and the particles to a scalar tensor whose
+        gradient is that of the bound, scaled and summed over the common plates; its value means
+        nothing.
     :ivar leaves: whether reparameterised draws have to be traced as leaves.
     """
 
@@ -29,7 +30,7 @@ def pathwise_surrogate(first_and_second: FirstAndSecond, particles: Particles) -
     """
     log_w = particles.log_w
     first, _ = first_and_second(log_w.detach())
-    return (first * log_w).sum(0)
+    return (particles.scale * (first * log_w).sum(0)).sum()
 
 
 GRADIENT_RULES = {"pathwise": GradientRule(pathwise_surrogate, leaves=False)}

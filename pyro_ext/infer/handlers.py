@@ -19,6 +19,7 @@ class SiteRecord(NamedTuple):
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
+    plates: frozenset[str]
     user_scales: tuple[Any, ...]
 
 
@@ -52,10 +53,11 @@ class SiteRecorder(Messenger):
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
             is_auxiliary=bool(infer.get("is_auxiliary")),
+            plates=frozenset(f.name for f in msg["cond_indep_stack"] if f.vectorized),
             user_scales=_user_scales(),
         )
         if self.guide is not None:
-            self._check_against_guide(name, msg["is_observed"])
+            self._check_against_guide(name, self.guide.sites.get(name))
 
     def _has_particle_dim(self, msg: Any) -> bool:
         if self.particle_dim is None:
@@ -68,18 +70,23 @@ class SiteRecorder(Messenger):
         shape = torch.broadcast_shapes(*shapes)
         return len(shape) >= -self.particle_dim and shape[self.particle_dim] != 1
 
-    def _check_against_guide(self, name: str, is_observed: bool) -> None:
-        assert self.guide is not None
-        in_guide = self.guide.sites.get(name)
-        if is_observed and in_guide is not None and not in_guide.is_observed:
+    def _check_against_guide(self, name: str, in_guide: SiteRecord | None) -> None:
+        record = self.sites[name]
+        if in_guide is None:
+            if not record.is_observed:
+                raise ValueError(
+                    f"Latent site '{name}' of the model is missing from the guide: expected a "
+                    f"pyro.sample('{name}', ...) there."
+                )
+        elif record.is_observed and not in_guide.is_observed:
             raise ValueError(
                 f"Site '{name}' is observed in the model but sampled in the guide: expected the "
                 "guide to sample latent sites only. Remove it from the guide."
             )
-        if not is_observed and in_guide is None:
+        elif record.plates != in_guide.plates:
             raise ValueError(
-                f"Latent site '{name}' of the model is missing from the guide, which has "
-                f"{sorted(self.guide.sites)}: expected a pyro.sample('{name}', ...) there."
+                f"Site '{name}' lies in the plates {sorted(in_guide.plates)} in the guide but in "
+                f"{sorted(record.plates)} in the model: expected the same plates, by name."
             )
 
     def __exit__(

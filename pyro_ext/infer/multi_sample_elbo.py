@@ -16,7 +16,6 @@ from pyro_ext.infer.handlers import SharedSubsamples
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles, gather_particles, score_terms
 from pyro_ext.infer.plates import (
-    check_plates_match,
     check_subsampling,
     find_common_plates,
     warn_of_joint_weights,
@@ -248,8 +247,6 @@ class MultiSampleELBO(ELBO):
             return name in memory.dependent_sites
 
         programs = traces.model_traces, traces.guide_traces
-        for model_trace, guide_trace in zip(*programs, strict=True):
-            check_plates_match(model_trace, guide_trace)
         common = find_common_plates(*programs, depends)
         if self.num_particles > 1 if nonlinear is None else nonlinear:
             check_subsampling(*programs, common, depends)
@@ -268,8 +265,8 @@ class MultiSampleELBO(ELBO):
                 f"Guide sites {names} are not reparameterised: expected distributions with "
                 f"rsample, for gradient={self.gradient!r} has no score-function term."
             )
-        surrogate = GRADIENT_RULES[self.gradient].surrogate(self.first_and_second, particles)
-        return (particles.scale * surrogate).sum() + particles.outer
+        rule = GRADIENT_RULES[self.gradient]
+        return rule.surrogate(self.first_and_second, particles) + particles.outer
 
     def _recall(self, model: Callable, guide: Callable) -> _ProgramMemory:
         # Equality, not identity: a bound method is a new object at each access.

@@ -78,7 +78,8 @@ def gather_particles(
             if is_inner(name, site):
                 inner[program].add(name)
             else:
-                outer = outer + sign * _at_least_single(site["log_prob"]).sum()
+                log_prob = traces.one_particle(site["log_prob"])
+                outer = outer + sign * _at_least_single(log_prob).sum()
 
     dims = [frame.dim for frame in common if frame.dim is not None]
     layout = _Layout(traces, {traces.particle_dim, *dims}, torch.Size(f.size for f in common))

@@ -52,20 +52,6 @@ def find_common_plates(
     return tuple(sorted(common, key=lambda f: f.dim or 0))
 
 
-def check_plates_match(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raises where a site lies in other plates in the guide than in the model."""
-    for name, guide_site in guide_trace.nodes.items():
-        if guide_site["type"] != "sample" or name not in model_trace.nodes:
-            continue
-        expected = {f.name for f in plates_of(model_trace.nodes[name]) if f.vectorized}
-        found = {f.name for f in plates_of(guide_site) if f.vectorized}
-        if expected != found:
-            raise ValueError(
-                f"Site '{name}' lies in the plates {sorted(found)} in the guide but in "
-                f"{sorted(expected)} in the model: expected the same plates, by name, in both."
-            )
-
-
 def check_subsampling(
     model_traces: Sequence[Trace],
     guide_traces: Sequence[Trace],

@@ -12,6 +12,7 @@ from pyro.infer.enum import get_importance_trace
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
+from torch import Tensor
 
 from pyro_ext.infer.handlers import Draw, LeafDraws, SharedSubsamples, SiteRecord, SiteRecorder
 
@@ -28,6 +29,12 @@ class ParticleTraces:
     particle_dim: int | None
     records: dict[str, SiteRecord]
     draws: tuple[Draw, ...]
+
+    def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
+        """One particle's entry of a log-probability or value out of the first traces."""
+        if self.particle_dim is None or x.dim() < event_dim - self.particle_dim:
+            return x
+        return x.select(self.particle_dim - event_dim, index)
 
 
 def run_particles(
