@@ -36,10 +36,12 @@ def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
         return log_w.sum(dim, dtype=accumulation_dtype(log_w.device)).fill_(math.inf)
     wide = log_w.movedim(dim, -1).to(accumulation_dtype(log_w.device))
     largest = wide.topk(tail_size + 1, dim=-1, sorted=True).values
-    relative = (largest - largest[..., :1]).exp()
-    # Ascending exceedances over the cutoff; ties with the cutoff do not belong to the tail.
-    exceedance = (relative[..., :-1] - relative[..., -1:]).flip(-1)
-    in_tail = exceedance > 0
+    relative = largest - largest[..., :1]
+    # Weights below the smallest normal number have lost digits: they do not belong to the tail,
+    # nor do ties with the cutoff.
+    cutoff = relative[..., -1:].clamp(min=math.log(torch.finfo(wide.dtype).tiny))
+    in_tail = (relative[..., :-1] > cutoff).flip(-1)
+    exceedance = (relative[..., :-1].exp() - cutoff.exp()).flip(-1)
     n = in_tail.sum(-1, dtype=wide.dtype)
     k = _generalized_pareto_shape(exceedance, in_tail, n)
     k = torch.where(n < 5, math.inf, k)

@@ -18,7 +18,7 @@ def psislw():
 
 
 @pytest.mark.parametrize("num_draws", [30, 100, 1000])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 800.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_agrees_with_arviz(psislw, num_draws, scale, ties):
     log_w = scale * torch.randn(num_draws, 5, dtype=torch.float64) - 100

@@ -1,0 +1,187 @@
+import copy
+import math
+import pickle
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ext.infer import estimate_evidence
+from pyro_ext.ops import jackknife, pareto_k
+from tests.models import GlobalNormal, NormalNormal
+from tests.statistics import assert_mean
+
+X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
+
+
+def test_exact_posterior_has_no_error():
+    programs = NormalNormal(X, exact_guide=True)
+    found = estimate_evidence(
+        programs.model, programs.guide, num_samples=150, jackknife_orders=(0, 1, 2)
+    )
+    torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+    torch.testing.assert_close(found.std_error, torch.zeros_like(X), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.ess, torch.full_like(X, 150))
+    assert list(found.jackknife) == [0, 1, 2]
+    for estimate in found.jackknife.values():
+        torch.testing.assert_close(estimate, programs.log_evidence())
+    assert found.num_samples == 150
+    assert found.outer == 0
+
+
+def test_estimates_lie_within_their_standard_errors():
+    programs = NormalNormal(X)
+    exact = programs.log_evidence()
+    runs = [
+        estimate_evidence(programs.model, programs.guide, num_samples=400, max_plate_nesting=1)
+        for _ in range(200)
+    ]
+    z = torch.stack([(run.log_evidence - exact) / run.std_error for run in runs])
+    # Small, light-tailed weights at x near zero: there the delta method is accurate.
+    assert 0.8 < z[:, [0, 3]].std() < 1.25
+    ratio = torch.stack([(run.log_evidence - exact).exp() for run in runs])
+    assert_mean(ratio, 1.0)  # the estimate of p(x) itself is unbiased
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 100, 1000])
+def test_summary_statistics_do_not_depend_on_the_chunks(chunk_size):
+    programs = NormalNormal(X)
+    found = estimate_evidence(
+        programs.model, programs.guide, num_samples=100, chunk_size=chunk_size, max_plate_nesting=1
+    )
+    reference = estimate_evidence(programs.model, programs.guide, num_samples=20_000)
+    error = (found.std_error**2 + reference.std_error**2).sqrt()
+    assert ((found.log_evidence - reference.log_evidence).abs() < 5 * error).all()
+    assert found.log_evidence.shape == (4,)
+
+
+def test_formulas():
+    log_w = torch.tensor([[0.0, 3.0], [1.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.factor("weight", log_w + 0 * z)
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+
+    found = estimate_evidence(
+        model, guide, num_samples=3, jackknife_orders=(1, 2), max_plate_nesting=1
+    )
+    w = log_w.exp()
+    torch.testing.assert_close(found.log_evidence, w.mean(0).log())
+    torch.testing.assert_close(found.ess, w.sum(0) ** 2 / (w**2).sum(0))
+    delta = ((w**2).mean(0) / w.mean(0) ** 2 - 1) / 3
+    torch.testing.assert_close(found.std_error, delta.sqrt())
+    torch.testing.assert_close(found.pareto_k, pareto_k(log_w))
+    for order in (1, 2):
+        torch.testing.assert_close(found.jackknife[order], jackknife(log_w, order))
+    bits = -w.mean(0).log() / math.log(2) / 64
+    torch.testing.assert_close(found.bits_per_dim(64), bits)
+    with pytest.raises(ValueError, match="num_dims >= 1, got 0"):
+        found.bits_per_dim(0)
+
+
+def test_accumulates_in_float64():
+    programs = NormalNormal(X.float() + 1000)
+    found = estimate_evidence(programs.model, programs.guide, num_samples=300)
+    for value in (found.log_evidence, found.std_error, found.ess, found.pareto_k):
+        assert value.dtype == torch.float64
+        assert not value.isnan().any()
+
+
+def test_a_global_latent_gives_one_joint_estimate():
+    programs = GlobalNormal(X)
+    with pytest.warns(UserWarning, match="one weight for the whole plate"):
+        found = estimate_evidence(programs.model, programs.guide, num_samples=10)
+    assert found.log_evidence.shape == ()
+    torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5])
+def test_a_subsampled_global_model_is_refused_whatever_the_chunks(chunk_size):
+    programs = GlobalNormal(X, subsample_size=2)
+    with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 4\)"):
+        estimate_evidence(programs.model, programs.guide, num_samples=5, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_chunks_share_the_minibatch(chunk_size):
+    programs = NormalNormal(X, subsample_size=2, exact_guide=True)
+    found = estimate_evidence(programs.model, programs.guide, num_samples=10, chunk_size=chunk_size)
+    assert found.log_evidence.shape == (2,)
+    assert (found.std_error < 1e-10).all()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_terms_outside_the_plates_are_reported(chunk_size):
+    programs = NormalNormal(X, exact_guide=True)
+
+    def model():
+        pyro.factor("constant", torch.tensor(-2.5))
+        programs.model()
+
+    found = estimate_evidence(model, programs.guide, num_samples=8, chunk_size=chunk_size)
+    assert found.outer == pytest.approx(-2.5)
+    torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+
+    def joint_model():
+        pyro.factor("constant", torch.tensor(-2.5))
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    def joint_guide():
+        pyro.sample("z", dist.Normal(X[0] / 2, math.sqrt(0.5)))
+
+    found = estimate_evidence(joint_model, joint_guide, num_samples=8, chunk_size=chunk_size)
+    assert found.outer == 0
+    assert found.log_evidence == pytest.approx(programs.log_evidence()[0].item() - 2.5)
+
+
+def test_arguments_reach_both_programs_and_nothing_is_differentiated():
+    scale = torch.tensor(1.0, requires_grad=True)
+
+    def model(x, *, loc):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, *, loc):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc + (x - loc) / 2, math.sqrt(0.5)))
+
+    found = estimate_evidence(model, guide, X, loc=2.0, num_samples=5)
+    assert not found.log_evidence.requires_grad
+    expected = dist.Normal(2.0, math.sqrt(2)).log_prob(X)
+    torch.testing.assert_close(found.log_evidence, expected)
+
+
+def test_repr_and_copies():
+    programs = NormalNormal(X)
+    found = estimate_evidence(programs.model, programs.guide)
+    text = repr(found)
+    for part in ("4 data points", "1000 draws", "+-", "nats", "jackknife 1", "Pareto k"):
+        assert part in text
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        torch.testing.assert_close(twin.log_evidence, found.log_evidence)
+
+
+def test_progress_bar_is_off_by_default(capsys):
+    programs = NormalNormal(X)
+    estimate_evidence(programs.model, programs.guide, max_plate_nesting=1)
+    assert capsys.readouterr().err == ""
+    estimate_evidence(programs.model, programs.guide, max_plate_nesting=1, progress_bar=True)
+    assert "evidence: 100%" in capsys.readouterr().err
+
+
+def test_too_many_subsets_are_refused():
+    programs = NormalNormal(X)
+    with pytest.raises(ValueError, match="order=3 over 1000 particles"):
+        estimate_evidence(programs.model, programs.guide, jackknife_orders=(3,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate_evidence(programs.model, programs.guide, jackknife_orders=())

@@ -1,0 +1,399 @@
+"""The estimators behave as Pyro's own: SVI, nn.Module, programs of every kind, copies."""
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, autoguide
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import nn
+
+from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
+from pyro_ext.nn import LeadingDims
+from tests.models import GlobalNormal, NormalNormal, TwoLayer
+from tests.registry import ESTIMATORS
+
+X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
+VECTORIZE = pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
+EVERY_ESTIMATOR = pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)
+
+
+@VECTORIZE
+@EVERY_ESTIMATOR
+def test_all_ways_to_a_loss_agree(make, smallest, vectorize):
+    programs = TwoLayer(X)
+    elbo = make(max(smallest, 3), vectorize_particles=vectorize, max_plate_nesting=1)
+    svi = SVI(programs.model, programs.guide, pyro.optim.SGD({"lr": 0.0}), elbo)
+    calls = {
+        "loss": lambda: elbo.loss(programs.model, programs.guide),
+        "loss_and_grads": lambda: elbo.loss_and_grads(programs.model, programs.guide),
+        "differentiable_loss": lambda: elbo.differentiable_loss(programs.model, programs.guide),
+        "step": svi.step,
+        "evaluate_loss": svi.evaluate_loss,
+    }
+    found = {}
+    for name, call in calls.items():
+        pyro.set_rng_seed(0)
+        found[name] = call()
+    assert all(type(value) is float for n, value in found.items() if n != "differentiable_loss")
+    assert found["differentiable_loss"].dim() == 0
+    found["differentiable_loss"] = found["differentiable_loss"].item()
+    assert list(found.values()) == pytest.approx([found["loss"]] * len(found))
+
+
+@EVERY_ESTIMATOR
+def test_smallest_number_of_particles(make, smallest):
+    programs = NormalNormal(X, exact_guide=True)
+    for vectorize in (True, False):
+        elbo = make(smallest, vectorize_particles=vectorize)
+        loss = elbo.loss(programs.model, programs.guide)
+        assert loss == pytest.approx(-programs.log_evidence().sum().item())
+
+
+@VECTORIZE
+@pytest.mark.parametrize(
+    "make", [ImportanceWeightedELBO, lambda K, **kw: JackknifeELBO(K, 0, **kw)]
+)
+def test_one_particle_equals_trace_elbo(make, vectorize):
+    programs = TwoLayer(X)
+    grads = []
+    for elbo in (Trace_ELBO(), make(1, vectorize_particles=vectorize)):
+        pyro.set_rng_seed(0)
+        loss = elbo.loss_and_grads(programs.model, programs.guide)
+        store = dict(pyro.get_param_store().named_parameters())
+        grads.append(torch.stack([store[n].grad.clone() for n in sorted(store)]))
+        for p in store.values():
+            p.grad = None
+        grads[-1] = torch.cat([grads[-1], torch.tensor([loss])])
+    torch.testing.assert_close(*grads)
+
+
+def test_value_and_gradient_equal_those_of_renyi_elbo_where_it_is_right():
+    programs = TwoLayer(X)
+    found = []
+    for cls in (RenyiELBO, ImportanceWeightedELBO):
+        elbo = cls(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+        pyro.set_rng_seed(0)
+        loss = elbo.loss_and_grads(programs.model, programs.guide)
+        store = dict(pyro.get_param_store().named_parameters())
+        found.append(torch.stack([torch.tensor(loss)] + [store[n].grad.clone() for n in store]))
+        for p in store.values():
+            p.grad = None
+    torch.testing.assert_close(*found)
+
+
+class Encoder(PyroModule):
+    """A guide in module form, with a network and a constrained parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 2)
+        self.scale = PyroParam(torch.tensor(0.8), constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc = self.net(x.unsqueeze(-1))
+            pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
+
+
+class Decoder(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z).squeeze(-1), 1.0), obs=x)
+
+
+@pytest.fixture
+def local_params():
+    with pyro.settings.context(module_local_params=True):
+        yield
+
+
+@EVERY_ESTIMATOR
+def test_module_interface_with_a_torch_optimizer(make, smallest, local_params):
+    x = torch.linspace(-1, 1, 6)
+    module = make(smallest + 3)(Decoder(), Encoder())
+    first = module(x)
+    assert len(list(module.parameters())) == 5
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = module(x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-50:]) / 50 < first.item()
+    module.load_state_dict(copy.deepcopy(module).state_dict())
+
+
+@VECTORIZE
+def test_pyro_module_statement_in_both_programs(vectorize):
+    encoder, decoder = nn.Linear(1, 2), nn.Linear(2, 1)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z).squeeze(-1), 1.0), obs=x[index])
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            loc = encoder(x[index].unsqueeze(-1))
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    before = copy.deepcopy(list(encoder.parameters()) + list(decoder.parameters()))
+    elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo).step(torch.randn(6))
+    for old, new in zip(before, [*encoder.parameters(), *decoder.parameters()], strict=True):
+        assert (old != new).any()
+
+
+AUTOGUIDES = {
+    "AutoNormal": (autoguide.AutoNormal, True),
+    "AutoDelta": (autoguide.AutoDelta, True),
+    "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, False),
+    "AutoMultivariateNormal": (autoguide.AutoMultivariateNormal, False),
+    "AutoLowRankMultivariateNormal": (autoguide.AutoLowRankMultivariateNormal, False),
+    "AutoIAFNormal": (lambda model: autoguide.AutoIAFNormal(model, hidden_dim=[16]), False),
+    "AutoStructured": (autoguide.AutoStructured, False),
+    "AutoNormalMessenger": (autoguide.AutoNormalMessenger, True),
+}
+
+
+@VECTORIZE
+@pytest.mark.parametrize(("make_guide", "keeps_plate"), AUTOGUIDES.values(), ids=AUTOGUIDES)
+def test_autoguides_with_constrained_latents(make_guide, keeps_plate, vectorize):
+    """The densities add up: the weights are those that Pyro's traces give."""
+    x = X.float().abs()
+
+    def model():
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            direction = pyro.sample("direction", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Exponential(rate * direction[..., 0]), obs=x)
+
+    guide = make_guide(model)
+    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
+    if keeps_plate:
+        found = elbo.trace_particles(model, guide)
+    else:
+        # One joint draw for all points has one density: separate weights would count it N times.
+        with pytest.warns(UserWarning, match="'data' holds all the data but does not enclose"):
+            found = elbo.trace_particles(model, guide)
+    assert found.log_w.shape == ((3, len(x)) if keeps_plate else (3,))
+    totals = zip(found.model_traces, found.guide_traces, strict=True)
+    expected = sum(m.log_prob_sum() - g.log_prob_sum() for m, g in totals)
+    torch.testing.assert_close(found.log_w.sum(), expected)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step()
+
+
+def test_guide_list_and_a_latent_with_event_dims():
+    def model(x):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(weight.sum((-2, -1)), noise), obs=x)
+
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoDelta(poutine.block(model, expose=["noise"])))
+    guide.append(autoguide.AutoMultivariateNormal(poutine.block(model, expose=["weight"])))
+    for vectorize in (True, False):
+        elbo = ImportanceWeightedELBO(5, vectorize_particles=vectorize)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
+        losses = [svi.step(torch.tensor(2.0)) for _ in range(100)]
+        assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_prior_over_module_parameters():
+    class Regression(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = PyroModule[nn.Linear](2, 1)
+            self.linear.bias = PyroSample(dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+        def forward(self, x, y=None):
+            # The bias has the particle dim on its left, beside a filler dim for the data.
+            mean = (x @ self.linear.weight.T).squeeze(-1) + self.linear.bias.squeeze(-1)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    model = Regression()
+    guide = autoguide.AutoNormal(model)
+    elbo = ImportanceWeightedELBO(4)
+    with pytest.warns(UserWarning, match="'data' holds all the data but does not enclose the site"):
+        elbo.loss_and_grads(model, guide, torch.randn(5, 2), torch.randn(5))
+    elbo.check(model, guide, torch.randn(5, 2), torch.randn(5))
+
+
+def test_convolutions_take_particles():
+    decoder = LeadingDims(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 1)), 3)
+    image = torch.randn(3, 1, 5, 5)
+
+    def model():
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 5, 5), 1.0).to_event(3))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(3), obs=image)
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(image, 1.0).to_event(3))
+
+    elbo = ImportanceWeightedELBO(4)
+    elbo.check(model, guide)
+    elbo.loss_and_grads(model, guide)
+    assert decoder.module[0].weight.grad.abs().sum() > 0
+
+
+def test_the_constructor_stores_what_it_was_given():
+    elbo = JackknifeELBO(5, 2, max_plate_nesting=1, retain_graph=True)
+    assert (elbo.num_particles, elbo.order, elbo.max_plate_nesting) == (5, 2, 1)
+    assert elbo.vectorize_particles
+    assert elbo.retain_graph
+    assert elbo.gradient == "pathwise"
+    assert ImportanceWeightedELBO().max_plate_nesting == math.inf
+
+
+@EVERY_ESTIMATOR
+def test_copies_run_alike_and_keep_no_programs(make, smallest):
+    programs = NormalNormal(X)
+    elbo = make(smallest + 1)
+    elbo.loss(programs.model, lambda: programs.guide())  # a guide that cannot be pickled
+    for twin in (copy.deepcopy(elbo), pickle.loads(pickle.dumps(elbo)), copy.copy(elbo)):
+        assert type(twin) is type(elbo)
+        losses = []
+        for e in (elbo, twin):
+            pyro.set_rng_seed(0)
+            e.max_plate_nesting = 1
+            losses.append(e.loss(programs.model, programs.guide))
+        assert losses[0] == losses[1]
+        elbo.max_plate_nesting = math.inf
+
+
+def test_a_second_model_has_its_plates_guessed_afresh():
+    flat, global_ = NormalNormal(X, exact_guide=True), GlobalNormal(X)
+
+    def nested_model():
+        with pyro.plate("outer", 2, dim=-3):
+            flat.model()
+
+    def nested_guide():
+        with pyro.plate("outer", 2, dim=-3):
+            flat.guide()
+
+    elbo = ImportanceWeightedELBO(3)
+    once = -flat.log_evidence().sum().item()
+    assert elbo.loss(flat.model, flat.guide) == pytest.approx(once)
+    assert elbo.loss(nested_model, nested_guide) == pytest.approx(2 * once)
+    assert elbo.loss(flat.model, flat.guide) == pytest.approx(once)
+    for _ in range(2):  # another model, and so another warning
+        with pytest.warns(UserWarning, match="does not enclose"):
+            elbo.loss(global_.model, global_.guide)
+        elbo.loss(flat.model, flat.guide)
+
+
+def test_a_nesting_that_is_too_small_is_refused_by_name():
+    programs = NormalNormal(X)
+
+    def model():
+        with pyro.plate("outer", 2, dim=-2):
+            programs.model()
+
+    def guide():
+        with pyro.plate("outer", 2, dim=-2):
+            programs.guide()
+
+    with pytest.raises(ValueError, match="max_plate_nesting"):
+        ImportanceWeightedELBO(3, max_plate_nesting=1).loss(model, guide)
+    ImportanceWeightedELBO(3, max_plate_nesting=4).loss(model, guide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_log_weights_are_at_least_single_precision(dtype):
+    zero = torch.zeros((), dtype=dtype)
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(zero, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3, dtype=dtype))
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(zero, 1.0))
+
+    found = ImportanceWeightedELBO(4).trace_particles(model, guide)
+    assert found.log_w.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_retain_graph_keeps_shared_intermediates():
+    logits = torch.zeros(3, requires_grad=True)
+    shared = (2 * logits).exp()
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(shared, 1.0))
+
+    def model():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    elbo = ImportanceWeightedELBO(3, retain_graph=True)
+    elbo.loss_and_grads(model, guide)
+    elbo.loss_and_grads(model, guide)
+    assert logits.grad.abs().sum() > 0
+
+
+def test_a_lone_data_point_without_plates():
+    def model():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    def guide():
+        pyro.sample("z", dist.Normal(X[0] / 2, math.sqrt(0.5)))
+
+    expected = -NormalNormal(X[:1]).log_evidence().item()
+    for vectorize in (True, False):
+        elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize)
+        assert elbo.loss(model, guide) == pytest.approx(expected)
+
+
+def test_a_step_is_captured_as_one_graph():
+    """No value is looked at on the way: the hot path can be traced once and replayed."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    weight = torch.tensor(0.7, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 1.0))
+
+    def step(elbo, x):
+        loss = elbo.differentiable_loss(model, guide, x)
+        return loss, torch.autograd.grad(loss, weight)[0]
+
+    for elbo in (ImportanceWeightedELBO(5), JackknifeELBO(5, order=2)):
+        with pyro.validation_enabled(False):
+            step(elbo, X.float())
+            graph = make_fx(partial(step, elbo))(X.float())
+        assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
+        x = torch.linspace(-1, 1, len(X))
+        pyro.set_rng_seed(4)
+        expected = step(elbo, x)
+        pyro.set_rng_seed(4)
+        torch.testing.assert_close(graph(x), expected)
