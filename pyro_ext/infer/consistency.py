@@ -42,12 +42,12 @@ def check_vectorization(
         )
         with subsamples:
             alone = poutine.trace(guide).get_trace(*args, **kwargs)
-            site: Any
-            for name, site in alone.iter_stochastic_nodes():
-                if not site_is_subsample(site):
+            node: Any
+            for name, node in alone.iter_stochastic_nodes():
+                if not site_is_subsample(node):
                     value: Any = traces.guide_traces[0].nodes[name]["value"]
-                    value = traces.one_particle(value, site["fn"].event_dim, index=-1)
-                    site["value"] = value.reshape(site["value"].shape)
+                    value = traces.one_particle(value, node["fn"].event_dim, index=-1)
+                    node["value"] = value.reshape(node["value"].shape)
             model_trace, guide_trace = get_importance_trace(
                 "flat", max_plate_nesting, model, poutine.replay(guide, alone), args, kwargs
             )
@@ -56,8 +56,8 @@ def check_vectorization(
         ("guide", traces.guide_traces[0], guide_trace),
     )
     for program, vectorized_trace, single_trace in programs:
-        for name, site in density_sites(single_trace):
-            expected = site["log_prob"]
+        for site in density_sites(program, single_trace):
+            name, expected = site.name, site.log_prob
             found = traces.one_particle(vectorized_trace.nodes[name]["log_prob"], index=-1)
             tolerance = torch.finfo(expected.dtype).eps ** 0.5
             difference = (found.reshape(expected.shape) - expected).abs()

@@ -1,36 +1,41 @@
-"""Gradient rules: from detached log weights to a surrogate that is linear in each particle."""
+"""Gradient rules: how the gradient of a bound is estimated from one trace of particles."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from pyro_ext.infer.particles import Particles
 
-FirstAndSecond = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+class Bound(Protocol):
+    """What a rule needs of an estimator."""
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """The function f of the log weights."""
+
+    def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """Its first and pure second derivatives."""
 
 
 class GradientRule(NamedTuple):
-    """How the gradient of a bound is estimated from one trace of particles.
+    """A gradient estimator, for any bound.
 
-    :ivar surrogate: maps a bound's ``first_and_second`` and the particles to a scalar tensor whose
-        gradient is that of the bound, scaled and summed over the common plates; its value means
-        nothing.
+    :ivar objective: maps a bound and the particles to a scalar tensor with the value of the bound,
+        scaled and summed over the common plates, and with the gradient of the rule.
     :ivar leaves: whether reparameterised draws have to be traced as leaves.
     """
 
-    surrogate: Callable[[FirstAndSecond, Particles], Tensor]
+    objective: Callable[[Bound, Particles], Tensor]
     leaves: bool
 
 
-def pathwise_surrogate(first_and_second: FirstAndSecond, particles: Particles) -> Tensor:
-    r"""The exact gradient of the bound for fixed noise: :math:`\sum_k f_k \nabla \log w_k`.
+def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
+    r"""The bound itself, whose gradient for fixed noise is :math:`\sum_k f_k \nabla \log w_k`.
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
-    log_w = particles.log_w
-    first, _ = first_and_second(log_w.detach())
-    return (particles.scale * (first * log_w).sum(0)).sum()
+    return (particles.scale * bound.bound(particles.log_w)).sum()
 
 
-GRADIENT_RULES = {"pathwise": GradientRule(pathwise_surrogate, leaves=False)}
+GRADIENT_RULES = {"pathwise": GradientRule(pathwise_objective, leaves=False)}

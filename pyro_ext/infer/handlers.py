@@ -5,7 +5,6 @@ import numbers
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -19,7 +18,7 @@ class SiteRecord(NamedTuple):
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
-    plates: frozenset[str]
+    plate_sizes: dict[str, int]
     user_scales: tuple[Any, ...]
 
 
@@ -53,7 +52,7 @@ class SiteRecorder(Messenger):
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
             is_auxiliary=bool(infer.get("is_auxiliary")),
-            plates=frozenset(f.name for f in msg["cond_indep_stack"] if f.vectorized),
+            plate_sizes={f.name: f.full_size for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
         )
         if self.guide is not None:
@@ -67,8 +66,8 @@ class SiteRecorder(Messenger):
         if isinstance(msg["value"], Tensor):
             shapes.append(msg["value"].shape[: msg["value"].dim() - event_dim])
         shapes += [x.shape for x in (msg["mask"], msg["scale"]) if isinstance(x, Tensor)]
-        shape = torch.broadcast_shapes(*shapes)
-        return len(shape) >= -self.particle_dim and shape[self.particle_dim] != 1
+        dim = self.particle_dim
+        return any(len(shape) >= -dim and shape[dim] != 1 for shape in shapes)
 
     def _check_against_guide(self, name: str, in_guide: SiteRecord | None) -> None:
         record = self.sites[name]
@@ -83,10 +82,10 @@ class SiteRecorder(Messenger):
                 f"Site '{name}' is observed in the model but sampled in the guide: expected the "
                 "guide to sample latent sites only. Remove it from the guide."
             )
-        elif record.plates != in_guide.plates:
+        elif record.plate_sizes != in_guide.plate_sizes:
             raise ValueError(
-                f"Site '{name}' lies in the plates {sorted(in_guide.plates)} in the guide but in "
-                f"{sorted(record.plates)} in the model: expected the same plates, by name."
+                f"Site '{name}' lies in the plates (name: size) {in_guide.plate_sizes} in the "
+                f"guide but in {record.plate_sizes} in the model: expected the same in both."
             )
 
     def __exit__(

@@ -3,7 +3,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -11,12 +11,13 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_ext.infer.consistency import check_vectorization
-from pyro_ext.infer.gradients import GRADIENT_RULES
+from pyro_ext.infer.gradients import GRADIENT_RULES, pathwise_objective
 from pyro_ext.infer.handlers import SharedSubsamples
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles, gather_particles, score_terms
 from pyro_ext.infer.plates import (
     check_subsampling,
+    density_sites,
     find_common_plates,
     warn_of_joint_weights,
 )
@@ -152,20 +153,20 @@ class MultiSampleELBO(ELBO):
         :param args: passed to both, as are ``kwargs``.
         """
         particles = self.trace_particles(model, guide, args, kwargs)
-        loss = float(-self._objective(particles))
+        loss = float(-pathwise_objective(self, particles) - particles.outer)
         if math.isnan(loss):
-            raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
+            self._refuse_loss(loss, particles)
         return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
         particles = self.trace_particles(model, guide, args, kwargs)
-        loss = float(-self._objective(particles))
+        differentiable_loss = self._differentiable_loss(particles)
+        loss = differentiable_loss.item()
         if not math.isfinite(loss):
-            raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
-        surrogate_loss = -self._surrogate(particles)
-        if surrogate_loss.requires_grad:
-            surrogate_loss.backward(retain_graph=self.retain_graph)
+            self._refuse_loss(loss, particles)
+        if differentiable_loss.requires_grad:
+            differentiable_loss.backward(retain_graph=self.retain_graph)
         return loss
 
     def differentiable_loss(
@@ -177,11 +178,10 @@ class MultiSampleELBO(ELBO):
         as a graph.
         """
         particles = self.trace_particles(model, guide, args, kwargs)
-        loss = -self._objective(particles)
-        if is_validation_enabled() and not math.isfinite(loss):
-            raise_not_finite(f"{type(self).__name__}: the loss", float(loss), particles)
-        surrogate_loss = -self._surrogate(particles)
-        return loss + (surrogate_loss - surrogate_loss.detach())
+        loss = self._differentiable_loss(particles)
+        if is_validation_enabled() and not loss.isfinite():
+            self._refuse_loss(loss.item(), particles)
+        return loss
 
     def check(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
         """Compares a vectorised particle, site by site, with the same particle run alone.
@@ -246,27 +246,32 @@ class MultiSampleELBO(ELBO):
                 memory.dependent_sites = find_dependent_sites(model, guide, args, kwargs)
             return name in memory.dependent_sites
 
-        programs = traces.model_traces, traces.guide_traces
-        common = find_common_plates(*programs, depends)
+        pairs = zip(traces.model_traces, traces.guide_traces, strict=True)
+        by_particle = [
+            density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            for model_trace, guide_trace in pairs
+        ]
+        sites = [site for row in by_particle for site in row]
+        if not sites:
+            raise ValueError("The model and guide have no sample sites: expected at least one.")
+        common = find_common_plates(sites, depends)
         if self.num_particles > 1 if nonlinear is None else nonlinear:
-            check_subsampling(*programs, common, depends)
+            check_subsampling(sites, common, depends)
             if not common:
-                warn_of_joint_weights(*programs, memory.warned_plates)
-        return gather_particles(traces, common, depends)
+                warn_of_joint_weights(sites, memory.warned_plates)
+        return gather_particles(traces, by_particle, common, depends)
 
-    def _objective(self, particles: Particles) -> Tensor:
-        bound = self.bound(particles.log_w.detach())
-        return (particles.scale * bound).sum() + torch.as_tensor(particles.outer).detach()
-
-    def _surrogate(self, particles: Particles) -> Tensor:
+    def _differentiable_loss(self, particles: Particles) -> Tensor:
         if particles.score is not None:
-            names = [n for trace in particles.guide_traces[:1] for n, _ in score_terms(trace)]
+            names = [name for name, _ in score_terms(particles.guide_traces[0])]
             raise NotImplementedError(
                 f"Guide sites {names} are not reparameterised: expected distributions with "
                 f"rsample, for gradient={self.gradient!r} has no score-function term."
             )
-        rule = GRADIENT_RULES[self.gradient]
-        return rule.surrogate(self.first_and_second, particles) + particles.outer
+        return -GRADIENT_RULES[self.gradient].objective(self, particles) - particles.outer
+
+    def _refuse_loss(self, loss: float, particles: Particles) -> NoReturn:
+        raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
 
     def _recall(self, model: Callable, guide: Callable) -> _ProgramMemory:
         # Equality, not identity: a bound method is a new object at each access.

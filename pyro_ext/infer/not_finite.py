@@ -34,7 +34,7 @@ def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str
     programs = (("model", particles.model_traces), ("guide", particles.guide_traces))
     for program, traces in programs:
         for trace in traces:
-            for name, site in density_sites(trace):
-                if is_bad(site["log_prob"]).any():
-                    return f"'{name}' of the {program}"
+            for site in density_sites(program, trace):
+                if is_bad(site.log_prob).any():
+                    return f"'{site.name}' of the {program}"
     return None

@@ -1,17 +1,16 @@
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_ext.infer.handlers import Draw, SiteRecord
-from pyro_ext.infer.plates import density_sites, plates_of, subsampling_scale
+from pyro_ext.infer.plates import DensitySite, Plate
 from pyro_ext.infer.tracing import ParticleTraces
 
 
@@ -44,7 +43,7 @@ class Particles:
     scale: Any
     outer: Any
     score: Tensor | None
-    plates: tuple[CondIndepStackFrame, ...]
+    plates: tuple[Plate, ...]
     draws: tuple[Draw, ...]
     model_traces: tuple[Trace, ...]
     guide_traces: tuple[Trace, ...]
@@ -57,44 +56,48 @@ class Particles:
 
 def gather_particles(
     traces: ParticleTraces,
-    common: tuple[CondIndepStackFrame, ...],
+    sites: Sequence[Sequence[DensitySite]],
+    common: tuple[Plate, ...],
     depends: Callable[[str], bool],
 ) -> Particles:
     """Sums the log-probabilities of the traces to one entry for each particle and common plate.
 
     :param ParticleTraces traces: the traces of K particles.
+    :param sites: the density sites of each pair of traces.
     :param common: the common plates, left to right.
     :param depends: tells of an observed site outside of them whether it depends on the particle.
     """
-
-    def is_inner(name: str, site: Any) -> bool:
-        return not site["is_observed"] or plates_of(site).issuperset(common) or depends(name)
-
-    inner: dict[str, set[str]] = {"model": set(), "guide": set()}
+    first = sites[0]
+    outside = {
+        site.name
+        for site in first
+        if site.is_observed and not site.plates.issuperset(common) and not depends(site.name)
+    }
     outer: Any = 0.0
-    programs = {"model": traces.model_traces, "guide": traces.guide_traces}
-    for program, sign in (("model", 1), ("guide", -1)):
-        for name, site in density_sites(programs[program][0]):
-            if is_inner(name, site):
-                inner[program].add(name)
-            else:
-                log_prob = traces.one_particle(site["log_prob"])
-                outer = outer + sign * _at_least_single(log_prob).sum()
+    for site in first:
+        if site.name in outside:
+            log_prob = _at_least_single(traces.one_particle(site.log_prob)).sum()
+            outer = outer + (log_prob if site.program == "model" else -log_prob)
 
-    dims = [frame.dim for frame in common if frame.dim is not None]
-    layout = _Layout(traces, {traces.particle_dim, *dims}, torch.Size(f.size for f in common))
+    dims = [plate.dim for plate in common if plate.dim is not None]
+    layout = _Layout(
+        traces.num_particles,
+        traces.particle_dim,
+        torch.Size(plate.size for plate in common),
+        {traces.particle_dim, *dims},
+        like=_at_least_single(first[0].log_prob),
+    )
 
     def log_density(program: str) -> Tensor:
         return layout.stack(
-            [
-                [site["log_prob"] for name, site in density_sites(trace) if name in inner[program]]
-                for trace in programs[program]
-            ]
+            [s.log_prob for s in row if s.program == program and s.name not in outside]
+            for row in sites
         )
 
     log_p, log_q = log_density("model"), log_density("guide")
-    scale = math.prod(map(subsampling_scale, common))
-    scale = scale * _uniform_scale([traces.records[n] for n in set.union(*inner.values())], dims)
+    scale = math.prod(plate.subsampling_scale for plate in common) * _uniform_scale(
+        [traces.records[site.name] for site in first if site.name not in outside], dims
+    )
     if not (isinstance(scale, numbers.Number) and scale == 1):
         log_p, log_q = log_p / scale, log_q / scale
 
@@ -121,24 +124,25 @@ def score_terms(guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
                 yield name, term
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Brings log-probabilities of sites to the shape ``(K, *common)``."""
 
-    traces: ParticleTraces
-    kept: set[int | None]
+    num_particles: int
+    particle_dim: int | None
     shape: torch.Size
+    kept: set[int | None]
+    like: Tensor
 
-    def stack(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+    def stack(self, terms: Iterable[Sequence[Tensor]]) -> Tensor:
         """Adds up the terms of each trace, and stacks the traces unless they are vectorised."""
         rows = [self._row(row_terms) for row_terms in terms]
-        if self.traces.particle_dim is not None:
-            return rows[0].expand(self.traces.num_particles, *self.shape)
+        if self.particle_dim is not None:
+            return rows[0].expand(self.num_particles, *self.shape)
         return torch.stack([row.expand(self.shape) for row in rows])
 
     def _row(self, terms: Sequence[Tensor]) -> Tensor:
         if not terms:
-            return self._any_log_prob().new_zeros(())
+            return self.like.new_zeros(())
         summed = [self._sum_out(term) for term in terms]
         return sum(summed[1:], summed[0])
 
@@ -146,12 +150,6 @@ class _Layout:
         dims = [dim for dim in range(-term.dim(), 0) if dim not in self.kept]
         term = _at_least_single(term)
         return term.sum(dims) if dims else term
-
-    def _any_log_prob(self) -> Tensor:
-        for trace in (*self.traces.model_traces, *self.traces.guide_traces):
-            for _, site in density_sites(trace):
-                return _at_least_single(site["log_prob"])
-        raise ValueError("The model and guide have no sample sites: expected at least one.")
 
 
 def _at_least_single(x: Tensor) -> Tensor:

@@ -84,7 +84,12 @@ RUNS = {
     "site missing from the guide": (model, guide_without_z, X, "'z' of the model is missing from"),
     "site missing from the model": (model, guide_with_more, X, "'extra' of the guide is missing"),
     "observed site in the guide": (model, guide_that_samples_the_data, X, "'x' is observed in the"),
-    "another plate": (model, guide_in_another_plate, X, r"'z' lies in the plates \['points'\] in"),
+    "another plate": (
+        model,
+        guide_in_another_plate,
+        X,
+        r"'z' lies in the plates .* {'points': 4} in",
+    ),
     "plate of another size": (model, guide_of_another_size, X, "z"),
     "event dims": (model, guide_without_event_dim, X, "at site .z"),
     "enumerated in the guide": (model, enumerated_guide, X, "'z' is marked for enumeration"),

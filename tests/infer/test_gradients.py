@@ -102,9 +102,9 @@ def test_gradient_of_the_elbo_is_exact_in_expectation():
     assert_mean(torch.stack(draws), -(x - 2 * 0.5).sum())
 
 
-def doubly_reparameterized_surrogate(first_and_second, particles):
+def doubly_reparameterized_objective(bound, particles):
     """DReG: the model by f_k, the guide by its paths alone, weighted by f_k - f_kk."""
-    first, second = first_and_second(particles.log_w.detach())
+    first, second = bound.first_and_second(particles.log_w.detach())
     leaves = [draw.leaf for draw in particles.draws]
     weighted = ((first - second) * particles.scale * particles.log_w).sum()
     at_leaves = list(torch.autograd.grad(weighted, leaves, retain_graph=True))
@@ -119,14 +119,15 @@ def doubly_reparameterized_surrogate(first_and_second, particles):
             for i, gradient in enumerate(upstream):
                 if gradient is not None:
                     at_leaves[i] = at_leaves[i] + gradient
-    return surrogate
+    value = (particles.scale * bound.bound(particles.log_w.detach())).sum()
+    return value + surrogate - surrogate.detach()
 
 
 @pytest.mark.parametrize(("make", "K"), [(ImportanceWeightedELBO, 5), (JackknifeELBO, 5)])
 def test_the_seam_takes_a_doubly_reparameterized_rule(make, K, monkeypatch):
     """Particles carry all that DReG needs: its mean is that of the pathwise gradient."""
     monkeypatch.setitem(
-        GRADIENT_RULES, "rough dreg", GradientRule(doubly_reparameterized_surrogate, leaves=True)
+        GRADIENT_RULES, "rough dreg", GradientRule(doubly_reparameterized_objective, leaves=True)
     )
     programs = TwoLayer(torch.tensor([0.3, -0.6], dtype=torch.float64))
     draws = {}
