@@ -17,17 +17,20 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """A model and guide pair over binary images."""
+    """A model and guide pair over binary images, with parameters under a name of its own."""
 
-    def __init__(self, num_pixels: int = 784, hidden: int = 200, latent: int = 50) -> None:
+    def __init__(
+        self, name: str, num_pixels: int = 784, hidden: int = 200, latent: int = 50
+    ) -> None:
         super().__init__()
+        self.name = name
         self.latent = latent
         self.encoder = mlp(num_pixels, hidden, hidden, 2 * latent)
         self.decoder = mlp(latent, hidden, hidden, num_pixels)
 
     def model(self, x: Tensor) -> None:
         """p(x, z), z standard normal."""
-        pyro.module("vae", self)
+        pyro.module(self.name, self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
             logits = self.decoder(z)
