@@ -15,8 +15,9 @@ class JackknifeELBO(MultiSampleELBO):
         c(K, m, j) = \frac{(-1)^j (K - j)^m}{(m - j)!\, j!}
 
     where :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of
-    K - j particles. It is not a bound: it may lie above the log evidence. Training with it does
-    not beat the importance-weighted bound; evaluating with it does.
+    K - j particles. It is not a bound: it may lie above the log evidence, and training can raise it
+    by spoiling the estimate instead of improving the model. With few particles that diverges; with
+    many, training with it does not beat the importance-weighted bound. Evaluating with it does.
 
     Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
     Autoencoders and Jackknife Variational Inference.

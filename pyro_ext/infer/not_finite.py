@@ -23,7 +23,7 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
     elif site := _first_site(particles, torch.isinf):
         cause = (
             f"the log-probability of site {site} is infinite in too many particles; expected "
-            "values inside the support"
+            "values inside the support that do not overflow"
         )
     else:
         cause = "the log-probability of every site is finite, the bound is not"
