@@ -1,0 +1,108 @@
+"""Everything follows the user's tensors to a CUDA device."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, autoguide
+
+from pyro_ext.infer import estimate_evidence
+from pyro_ext.ops import jackknife, jackknife_first_and_second, leave_one_out_log_mean_exp, pareto_k
+from tests.models import NormalNormal, TwoLayer
+from tests.registry import ESTIMATORS
+
+pytestmark = pytest.mark.cuda
+EVERY_ESTIMATOR = pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)
+
+
+@pytest.fixture
+def x():
+    return torch.linspace(-2, 2, 6, device="cuda", dtype=torch.float64)
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
+def test_exact_posterior_and_a_step(make, smallest, vectorize, x):
+    elbo = make(smallest + 2, vectorize_particles=vectorize)
+    programs = NormalNormal(x, exact_guide=True)
+    expected = -programs.log_evidence().sum().item()
+    assert elbo.loss(programs.model, programs.guide) == pytest.approx(expected)
+    minibatch = NormalNormal(x, subsample_size=2)
+    assert math.isfinite(elbo.loss(minibatch.model, minibatch.guide))
+
+    programs = TwoLayer(x)
+    svi = SVI(programs.model, programs.guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    assert math.isfinite(svi.step())
+    assert all(p.is_cuda for p in pyro.get_param_store().values())
+    assert elbo.trace_particles(programs.model, programs.guide).log_w.is_cuda
+
+
+@EVERY_ESTIMATOR
+def test_a_bound_and_its_derivatives_do_not_wait_for_the_device(make, smallest):
+    elbo = make(smallest + 2)
+    log_w = torch.randn(smallest + 2, 5, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        elbo.bound(log_w).sum().backward()
+        elbo.first_and_second(log_w)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ops_equal_those_on_the_cpu(dtype):
+    log_w = 5 * torch.randn(60, 4, dtype=dtype)
+    log_w[:5, 1] = -math.inf
+    functions = (
+        lambda w: jackknife(w, 2),
+        lambda w: torch.stack(jackknife_first_and_second(w, 1)),
+        leave_one_out_log_mean_exp,
+        pareto_k,
+    )
+    for function in functions:
+        torch.testing.assert_close(function(log_w.cuda()).cpu(), function(log_w))
+
+
+def test_evidence(x):
+    programs = NormalNormal(x, exact_guide=True)
+    found = estimate_evidence(programs.model, programs.guide, num_samples=50)
+    assert found.log_evidence.is_cuda
+    torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+    assert "nats" in repr(found)
+
+
+def test_autoguide(x):
+    def model():
+        loc = pyro.param("loc", x.new_tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(loc, x.new_tensor(1.0)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = autoguide.AutoNormal(model)
+    for make, smallest in ESTIMATORS.values():
+        elbo = make(smallest + 2)
+        assert math.isfinite(elbo.loss_and_grads(model, guide))
+        elbo.check(model, guide)
+
+
+def test_mixed_precision(x):
+    net = torch.nn.Linear(1, 1, device="cuda")
+    x = x.float()
+
+    def model():
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x)
+
+    def guide():
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+    for make, smallest in ESTIMATORS.values():
+        for dtype in (torch.float16, torch.bfloat16):
+            with torch.autocast("cuda", dtype):
+                found = make(smallest + 2).trace_particles(model, guide)
+                assert math.isfinite(make(smallest + 2).loss_and_grads(model, guide))
+            assert found.log_w.dtype == torch.float32
