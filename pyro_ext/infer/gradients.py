@@ -1,10 +1,32 @@
-"""Gradient rules: how the gradient of a bound is estimated from one trace of particles."""
+"""Gradient rules: how the gradient of a bound is estimated from one trace of particles.
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+With f the bound, f_k and f_kk its derivatives in log w_k, and z_k a reparameterised draw of the
+guide, the gradient in the guide's parameters is the expectation of
 
+    sum_k f_k (d log w_k / d z_k) (d z_k / d phi)  -  sum_k f_k (d log q(z_k) / d phi at fixed z_k).
+
+The second sum is again reparameterised: as z_k enters f_k through log w_k alone,
+
+    E f_k (d log q(z_k) / d phi)  =  E f_kk (d log w_k / d z_k) (d z_k / d phi),
+
+so that f_k - f_kk on the path does for both. For the importance-weighted bound that is the squared
+normalised weight of Tucker et al. (2019); the identity holds for every smooth f of independent
+particles, the jackknife included.
+
+Where a draw's log q enters log w with a factor c (a mask or a scale), so does the second sum. A
+non-reparameterised site d with log-probability s adds signal_k s, differentiated also through the
+draws before it; its expectation given z_k moves with z_k, which adds f_k ds/dz_k to the right
+side of the identity.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
 from torch import Tensor
 
+from pyro_ext.infer.handlers import Draw
 from pyro_ext.infer.particles import Particles
 
 
@@ -16,6 +38,9 @@ class Bound(Protocol):
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """Its first and pure second derivatives."""
+
+    def signal(self, log_w: Tensor) -> Tensor:
+        """What each particle's non-reparameterised sites are rewarded by."""
 
 
 class GradientRule(NamedTuple):
@@ -35,7 +60,134 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
-    return (particles.scale * bound.bound(particles.log_w)).sum()
+    value = _total(particles, bound.bound(particles.log_w))
+    return value + _without_value(_reward(bound, particles))
 
 
-GRADIENT_RULES = {"pathwise": GradientRule(pathwise_objective, leaves=False)}
+def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor:
+    """Drops the guide's explicit term of its reparameterised draws.
+
+    The dropped term has mean zero for K = 1; for K > 1 it has not, and the rule is biased.
+
+    Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
+    Estimators for Variational Inference.
+    """
+    first, _ = bound.first_and_second(particles.log_w.detach())
+    along_paths = _weighted(particles, first) + _reward(bound, particles)
+    return _along_paths(bound, particles, first, _leaf_gradients(particles.draws, along_paths))
+
+
+def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tensor:
+    """Turns the guide's explicit term into a path derivative: f_k - f_kk in place of f_k.
+
+    Source: Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for
+    Monte Carlo Objectives.
+    """
+    first, second = bound.first_and_second(particles.log_w.detach())
+    reward = _reward(bound, particles)
+    replaced = _weighted(particles, second) + _score_weighted(particles, first)
+    along_paths = _weighted(particles, first) + reward
+    factors = [_density_factor(draw, particles.scale) for draw in particles.draws]
+    if all(factor is None for factor in factors):
+        gradients = _leaf_gradients(particles.draws, along_paths - replaced)
+    else:
+        gradients = [
+            path - (explicit if factor is None else factor * explicit)
+            for path, explicit, factor in zip(
+                _leaf_gradients(particles.draws, along_paths),
+                _leaf_gradients(particles.draws, replaced),
+                factors,
+                strict=True,
+            )
+        ]
+    return _along_paths(bound, particles, first, gradients)
+
+
+GRADIENT_RULES = {
+    "pathwise": GradientRule(pathwise_objective, leaves=False),
+    "stl": GradientRule(sticking_the_landing_objective, leaves=True),
+    "dreg": GradientRule(doubly_reparameterized_objective, leaves=True),
+}
+
+
+def _total(particles: Particles, per_plate: Tensor) -> Tensor:
+    return (particles.scale * per_plate).sum()
+
+
+def _weighted(particles: Particles, weights: Tensor) -> Tensor:
+    return _total(particles, (weights * particles.log_w).sum(0))
+
+
+def _score_weighted(particles: Particles, weights: Tensor) -> Tensor | float:
+    if particles.score is None:
+        return 0.0
+    return _total(particles, (weights * particles.score).sum(0))
+
+
+def _reward(bound: Bound, particles: Particles) -> Tensor | float:
+    if particles.score is None:
+        return 0.0
+    return _score_weighted(particles, bound.signal(particles.log_w.detach()))
+
+
+def _without_value(surrogate: Tensor | float) -> Tensor | float:
+    return surrogate - surrogate.detach() if isinstance(surrogate, Tensor) else 0.0
+
+
+def _along_paths(
+    bound: Bound, particles: Particles, first: Tensor, gradients: Sequence[Tensor]
+) -> Tensor:
+    """The bound's value with the gradients of the leaves pushed into the draws.
+
+    The leaves end every path of the explicit terms, which are those of the model and of what is
+    left of the guide.
+    """
+    explicit = _total(particles, (first * (particles.log_p - particles.log_q_rest)).sum(0))
+    surrogate = explicit + _reward(bound, particles)
+    for draw, gradient in zip(particles.draws, gradients, strict=True):
+        surrogate = surrogate + (gradient * draw.value).sum()
+    return _total(particles, bound.bound(particles.log_w.detach())) + _without_value(surrogate)
+
+
+def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:
+    """Total derivatives at the leaves, later draws included."""
+    leaves = [draw.leaf for draw in draws]
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    if not leaves or not isinstance(objective, Tensor):
+        return gradients
+
+    def add(found: Sequence[Tensor | None]) -> None:
+        for i, gradient in enumerate(found):
+            if gradient is not None:
+                gradients[i] = gradients[i] + gradient
+
+    add(torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True))
+    for i in reversed(range(1, len(draws))):
+        upstream = torch.autograd.grad(
+            draws[i].value, leaves[:i], gradients[i], retain_graph=True, allow_unused=True
+        )
+        add(upstream)
+    return gradients
+
+
+def _density_factor(draw: Draw, scale: Any) -> Tensor | None:
+    """The factor with which a draw's log q enters log w; None if it is one."""
+    factor: Any = draw.mask
+    if not isinstance(scale, Tensor):  # else the user's scale is the same everywhere, and outside
+        relative = draw.scale / scale
+        if isinstance(relative, Tensor) or not math.isclose(relative, 1):
+            factor = relative if factor is None else relative * factor
+    fn = draw.fn
+    if (mask := getattr(fn, "_mask", None)) is not None:
+        factor = mask if factor is None else mask * factor
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+        if getattr(fn, "_mask", None) is not None:
+            raise NotImplementedError(
+                f"Guide site '{draw.name}' has a mask inside of other distributions: expected "
+                ".mask(...) to be applied last, or poutine.mask, for this gradient rule."
+            )
+    if factor is None or factor is True:
+        return None
+    factor = torch.as_tensor(factor, dtype=draw.leaf.dtype, device=draw.leaf.device)
+    return factor.reshape(factor.shape + (1,) * draw.fn.event_dim)

@@ -5,6 +5,7 @@ import numbers
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from pyro.distributions import Delta, TransformedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -136,25 +137,41 @@ class Draw(NamedTuple):
     name: str
     value: Tensor
     leaf: Tensor
+    fn: Any
+    scale: Any
+    mask: Any
 
 
 class LeafDraws(Messenger):
     """Replaces each reparameterised draw of the guide by a leaf copy, and keeps the pair.
 
     Later sites and the model see the leaf, so that one run yields both the derivatives at the
-    draws and, through the pairs, the paths to the guide's parameters.
+    draws and, through the pairs, the paths to the guide's parameters. A Delta is no draw but a
+    function of earlier ones: it stays as it is.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.draws: list[Draw] = []
+        self._seen: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
+        value, fn = msg["value"], msg["fn"]
+        if msg["name"] in self._seen:
+            return  # the model, replayed
+        self._seen.add(msg["name"])
         if (
             not msg["is_observed"]
-            and getattr(msg["fn"], "has_rsample", False)
+            and getattr(fn, "has_rsample", False)
             and value.grad_fn is not None
+            and not is_delta(fn)
         ):
             msg["value"] = value.detach().requires_grad_()
-            self.draws.append(Draw(msg["name"], value, msg["value"]))
+            self.draws.append(Draw(msg["name"], value, msg["value"], fn, msg["scale"], msg["mask"]))
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a Delta, possibly expanded, masked or with event dims."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)

@@ -1,8 +1,10 @@
+import math
+
 import torch
 from torch import Tensor
 
 from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
-from pyro_ext.ops import log_mean_exp
+from pyro_ext.ops import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
 
 
 class ImportanceWeightedELBO(MultiSampleELBO):
@@ -35,3 +37,11 @@ class ImportanceWeightedELBO(MultiSampleELBO):
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.softmax(log_w, 0)
         return weights, weights * (1 - weights)
+
+    def signal(self, log_w: Tensor) -> Tensor:
+        K = log_w.shape[0]
+        if K == 1:
+            return self.bound(log_w).unsqueeze(0)
+        others = leave_one_out_log_mean_exp(log_w) + math.log(K - 1)
+        baseline = torch.logaddexp(others, leave_one_out_mean(log_w)) - math.log(K)
+        return self._against_baseline(log_w, baseline)

@@ -22,6 +22,7 @@ from pyro_ext.infer.plates import (
     warn_of_joint_weights,
 )
 from pyro_ext.infer.tracing import find_dependent_sites, run_particles
+from pyro_ext.ops import leave_one_out_mean
 
 
 @dataclass
@@ -52,8 +53,12 @@ class MultiSampleELBO(ELBO):
     a scale that is the same at every site, which stays outside.
 
     :param int num_particles: the number of particles K >= 1.
-    :param str gradient: the gradient rule; ``"pathwise"`` is the exact gradient of the bound for
-        fixed noise.
+    :param str gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for
+        fixed noise. ``"dreg"``, doubly reparameterised, has the same mean; near the posterior it
+        is much quieter and far from it it can be noisier. ``"stl"``, sticking the landing, has
+        no variance at the posterior for K = 1, and is biased for K > 1. Non-reparameterised sites
+        of the guide add a score-function term with a baseline under each rule; Pyro's
+        ``infer={"baseline": ...}`` is not used.
     :param bool vectorize_particles: whether the K particles run at once, in a plate to the left
         of all others; model and guide then see an extra dim on the left of every sample.
     :param max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
@@ -143,6 +148,32 @@ class MultiSampleELBO(ELBO):
                 for k, row in enumerate(first)
             ]
         return first.detach(), torch.stack(second)
+
+    def signal(self, log_w: Tensor) -> Tensor:
+        r"""What the non-reparameterised sites of each particle are rewarded by.
+
+        .. math::
+
+            f(\log w) - f(\log w \text{ with entry } k \text{ replaced by the mean of the others})
+
+        The second term, a baseline, does not depend on particle k. It is 0 for K = 1 and where it
+        would not be finite. By default K bounds are evaluated on a tensor of K times the size.
+
+        Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
+        """
+        K = log_w.shape[0]
+        if K == 1:
+            return self.bound(log_w).unsqueeze(0)
+        own = torch.eye(K, dtype=torch.bool, device=log_w.device)
+        own = own.reshape(K, K, *(1,) * (log_w.dim() - 1))
+        replaced = torch.where(own, leave_one_out_mean(log_w), log_w.unsqueeze(1))
+        return self._against_baseline(log_w, self.bound(replaced))
+
+    def _against_baseline(self, log_w: Tensor, baseline: Tensor) -> Tensor:
+        return self.bound(log_w) - baseline.where(baseline.isfinite(), 0.0)
 
     @torch.no_grad()
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -262,13 +293,14 @@ class MultiSampleELBO(ELBO):
         return gather_particles(traces, by_particle, common, depends)
 
     def _differentiable_loss(self, particles: Particles) -> Tensor:
-        if particles.score is not None:
+        rule = GRADIENT_RULES[self.gradient]
+        if rule.leaves and particles.score is not None and not particles.draws:
             names = [name for name, _ in score_terms(particles.guide_traces[0])]
-            raise NotImplementedError(
-                f"Guide sites {names} are not reparameterised: expected distributions with "
-                f"rsample, for gradient={self.gradient!r} has no score-function term."
+            raise ValueError(
+                f"gradient={self.gradient!r} expects a reparameterised site in the guide, got "
+                f"only {names}, which are not: use gradient='pathwise'."
             )
-        return -GRADIENT_RULES[self.gradient].objective(self, particles) - particles.outer
+        return -rule.objective(self, particles) - particles.outer
 
     def _refuse_loss(self, loss: float, particles: Particles) -> NoReturn:
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)

@@ -24,6 +24,8 @@ class Particles:
     :ivar log_p: ``(K, *common)``, log p(x, z) of each particle, summed over every dim that is not
         a common plate, without the scale of the common plates.
     :ivar log_q: ``(K, *common)``, log q(z), likewise.
+    :ivar log_q_rest: the part of ``log_q`` that does not come from draws replaced by leaves: of
+        Deltas, factors and non-reparameterised sites; all of it unless leaves were asked for.
     :ivar scale: size over subsample size of the common plates, times a user's scale that is the
         same at every site; a number, or a tensor that broadcasts against ``common``. It belongs
         outside the bound.
@@ -40,6 +42,7 @@ class Particles:
 
     log_p: Tensor
     log_q: Tensor
+    log_q_rest: Tensor
     scale: Any
     outer: Any
     score: Tensor | None
@@ -88,23 +91,26 @@ def gather_particles(
         like=_at_least_single(first[0].log_prob),
     )
 
-    def log_density(program: str) -> Tensor:
+    def log_density(program: str, without: set[str]) -> Tensor:
         return layout.stack(
-            [s.log_prob for s in row if s.program == program and s.name not in outside]
+            [s.log_prob for s in row if s.program == program and s.name not in without]
             for row in sites
         )
 
-    log_p, log_q = log_density("model"), log_density("guide")
+    log_p, log_q = log_density("model", outside), log_density("guide", outside)
+    leaves = {draw.name for draw in traces.draws}
+    log_q_rest = log_density("guide", outside | leaves) if leaves else log_q
     scale = math.prod(plate.subsampling_scale for plate in common) * _uniform_scale(
         [traces.records[site.name] for site in first if site.name not in outside], dims
     )
     if not (isinstance(scale, numbers.Number) and scale == 1):
-        log_p, log_q = log_p / scale, log_q / scale
+        log_p, log_q, log_q_rest = log_p / scale, log_q / scale, log_q_rest / scale
 
     scores = [[term for _, term in score_terms(trace)] for trace in traces.guide_traces]
     return Particles(
         log_p=log_p,
         log_q=log_q,
+        log_q_rest=log_q_rest,
         scale=scale,
         outer=outer,
         score=layout.stack(scores) if any(scores) else None,

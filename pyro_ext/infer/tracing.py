@@ -84,6 +84,8 @@ def run_particles(
                 "flat", -particle_dim, plate(in_model(model)), plate(in_guide(guide)), args, kwargs
             )
         except Exception as error:
+            if handler is not None:
+                _refuse_without_inverse(handler.draws, error)
             if _runs_with_one_particle(model, guide, args, kwargs):
                 raise ValueError(
                     _cannot_vectorize(num_particles, particle_dim, in_guide, in_model, error)
@@ -117,9 +119,14 @@ def _trace_sequentially(
         with ExitStack() as stack:
             handler = stack.enter_context(LeafDraws()) if leaves else None
             stack.enter_context(subsamples)
-            model_trace, guide_trace = get_importance_trace(
-                "flat", max_plate_nesting, in_model(model), in_guide(guide), args, kwargs
-            )
+            try:
+                model_trace, guide_trace = get_importance_trace(
+                    "flat", max_plate_nesting, in_model(model), in_guide(guide), args, kwargs
+                )
+            except Exception as error:
+                if handler is not None:
+                    _refuse_without_inverse(handler.draws, error)
+                raise
         model_traces.append(model_trace)
         guide_traces.append(guide_trace)
         draws += handler.draws if handler else []
@@ -127,6 +134,20 @@ def _trace_sequentially(
     return ParticleTraces(
         tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(draws)
     )
+
+
+def _refuse_without_inverse(draws: Sequence[Draw], error: Exception) -> None:
+    """Raises if a leaf has no density because its distribution's transform has no inverse."""
+    for draw in draws:
+        try:
+            with torch.no_grad():
+                draw.fn.log_prob(draw.leaf.detach())
+        except Exception:
+            raise ValueError(
+                f"Guide site '{draw.name}' has no density at a given value: expected a "
+                f"distribution whose transforms have an inverse, got {draw.fn}. Use "
+                "gradient='pathwise'."
+            ) from error
 
 
 def _runs_with_one_particle(

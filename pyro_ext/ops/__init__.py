@@ -7,7 +7,11 @@ from pyro_ext.ops.jackknife import (
     jackknife_coefficients,
     jackknife_first_and_second,
 )
-from pyro_ext.ops.log_mean_exp import leave_one_out_log_mean_exp, log_mean_exp
+from pyro_ext.ops.log_mean_exp import (
+    leave_one_out_log_mean_exp,
+    leave_one_out_mean,
+    log_mean_exp,
+)
 from pyro_ext.ops.pareto import pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
 
@@ -19,6 +23,7 @@ __all__ = [
     "jackknife_coefficients",
     "jackknife_first_and_second",
     "leave_one_out_log_mean_exp",
+    "leave_one_out_mean",
     "log_mean_exp",
     "pareto_k",
 ]

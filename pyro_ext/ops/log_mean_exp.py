@@ -59,3 +59,30 @@ def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     others = total + torch.log1p(-share)
     without_largest = log_w.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
     return torch.where(largest, without_largest, others) - math.log(K - 1)
+
+
+def leave_one_out_mean(log_w: Tensor, dim: int = 0) -> Tensor:
+    r"""For each log weight, the mean of all the other log weights.
+
+    .. math:: \bar\ell_{-k} = \frac{1}{K-1} \sum_{i \ne k} \ell_i
+
+    Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
+
+    :param torch.Tensor log_w: log weights, of any shape and floating dtype; ``-inf`` is allowed.
+    :param int dim: the dimension of size K >= 2 along which one entry at a time is left out.
+    :returns: a tensor of the shape of ``log_w``; ``-inf`` where any other entry is ``-inf``.
+    :raises ValueError: if ``dim`` has fewer than two entries.
+
+    >>> leave_one_out_mean(torch.tensor([1.0, 2.0, 6.0]))
+    tensor([4.0000, 3.5000, 1.5000])
+    """
+    K = log_w.shape[dim]
+    if K < 2:
+        raise ValueError(
+            f"leave_one_out_mean: expected at least 2 weights along dim {dim}, got {K}."
+        )
+    is_zero = log_w == -math.inf
+    finite = log_w.masked_fill(is_zero, 0.0)
+    mean = (finite.sum(dim, keepdim=True) - finite) / (K - 1)
+    num_zeros_elsewhere = is_zero.sum(dim, keepdim=True) - is_zero.long()
+    return mean.masked_fill(num_zeros_elsewhere > 0, -math.inf)

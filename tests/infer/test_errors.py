@@ -187,7 +187,7 @@ CONSTRUCTORS = {
     "half a particle": (lambda: ImportanceWeightedELBO(1.5), "got 1.5"),
     "unknown gradient": (
         lambda: ImportanceWeightedELBO(gradient="score"),
-        r"gradient to be one of \['pathwise'\], got 'score'",
+        r"gradient to be one of \['dreg', 'pathwise', 'stl'\], got 'score'",
     ),
     "order = K": (lambda: JackknifeELBO(2, 2), "order=2 with num_particles=2"),
     "one particle, order 1": (lambda: JackknifeELBO(1), "order=1 with num_particles=1"),

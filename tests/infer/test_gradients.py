@@ -1,11 +1,8 @@
-import math
-
 import pyro
 import pytest
 import torch
 
-from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO, MultiSampleELBO
-from pyro_ext.infer.gradients import GRADIENT_RULES, GradientRule
+from pyro_ext.infer import ImportanceWeightedELBO, MultiSampleELBO
 from tests.models import NormalNormal, TwoLayer
 from tests.registry import ESTIMATORS
 from tests.statistics import assert_mean
@@ -100,54 +97,3 @@ def test_gradient_of_the_elbo_is_exact_in_expectation():
     draws = [gradients(elbo, programs, seed)["b"] for seed in range(2000)]
     # d/db sum_n E[-z^2 / 2 - (x_n - z)^2 / 2] = sum_n (x_n - 2 b), and the loss is its negative.
     assert_mean(torch.stack(draws), -(x - 2 * 0.5).sum())
-
-
-def doubly_reparameterized_objective(bound, particles):
-    """DReG: the model by f_k, the guide by its paths alone, weighted by f_k - f_kk."""
-    first, second = bound.first_and_second(particles.log_w.detach())
-    leaves = [draw.leaf for draw in particles.draws]
-    weighted = ((first - second) * particles.scale * particles.log_w).sum()
-    at_leaves = list(torch.autograd.grad(weighted, leaves, retain_graph=True))
-    surrogate = ((first * particles.log_p).sum(0) * particles.scale).sum()
-    for index in reversed(range(len(leaves))):
-        value = particles.draws[index].value
-        surrogate = surrogate + (at_leaves[index] * value).sum()
-        if index > 0:
-            upstream = torch.autograd.grad(
-                value, leaves[:index], at_leaves[index], retain_graph=True, allow_unused=True
-            )
-            for i, gradient in enumerate(upstream):
-                if gradient is not None:
-                    at_leaves[i] = at_leaves[i] + gradient
-    value = (particles.scale * bound.bound(particles.log_w.detach())).sum()
-    return value + surrogate - surrogate.detach()
-
-
-@pytest.mark.parametrize(("make", "K"), [(ImportanceWeightedELBO, 5), (JackknifeELBO, 5)])
-def test_the_seam_takes_a_doubly_reparameterized_rule(make, K, monkeypatch):
-    """Particles carry all that DReG needs: its mean is that of the pathwise gradient."""
-    monkeypatch.setitem(
-        GRADIENT_RULES, "rough dreg", GradientRule(doubly_reparameterized_objective, leaves=True)
-    )
-    programs = TwoLayer(torch.tensor([0.3, -0.6], dtype=torch.float64))
-    draws = {}
-    for rule in ("pathwise", "rough dreg"):
-        elbo = make(K, gradient=rule, max_plate_nesting=1)
-        found = [gradients(elbo, programs, seed) for seed in range(600)]
-        draws[rule] = torch.stack([torch.stack(list(g.values())) for g in found])
-    # The same noise in both: the paired difference has mean zero.
-    assert_mean(draws["rough dreg"] - draws["pathwise"], 0.0)
-
-
-def test_only_reparameterized_sites_have_a_gradient():
-    def guide():
-        pyro.sample("z", pyro.distributions.Bernoulli(pyro.param("p", torch.tensor(0.4))))
-
-    def model():
-        pyro.sample("z", pyro.distributions.Bernoulli(torch.tensor(0.5)))
-
-    elbo = ImportanceWeightedELBO(3)
-    assert math.isfinite(elbo.loss(model, guide))
-    with pytest.raises(NotImplementedError, match=r"Guide sites \['z'\] are not reparam"):
-        elbo.loss_and_grads(model, guide)
-    assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
