@@ -59,6 +59,12 @@ def check_vectorization(
         for site in density_sites(program, single_trace):
             name, expected = site.name, site.log_prob
             found = traces.one_particle(vectorized_trace.nodes[name]["log_prob"], index=-1)
+            if found.numel() != expected.numel():
+                raise ValueError(
+                    f"Site '{name}' of the {program} has a log-probability of shape "
+                    f"{tuple(found.shape)} in a vectorised particle, expected "
+                    f"{tuple(expected.shape)} as in the same particle alone."
+                )
             tolerance = torch.finfo(expected.dtype).eps ** 0.5
             difference = (found.reshape(expected.shape) - expected).abs()
             if not (difference <= tolerance * (1 + expected.abs())).all():

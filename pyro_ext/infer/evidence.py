@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.handlers import SharedSubsamples, is_delta
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.not_finite import raise_not_finite
-from pyro_ext.ops import accumulation_dtype, jackknife, log_mean_exp, pareto_k
+from pyro_ext.infer.particles import Particles
+from pyro_ext.ops import MIN_DRAWS, accumulation_dtype, jackknife, log_mean_exp, pareto_k
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Evidence:
 
     :ivar log_evidence: the estimate of log p(x), in nats; biased down by about half the square of
         the standard error.
-    :ivar std_error: its standard error by the delta method.
+    :ivar std_error: its standard error by the delta method; NaN for one draw.
     :ivar ess: the effective sample size, between 1 and ``num_samples``.
     :ivar pareto_k: the Pareto shape of the largest weights; above 0.7 do not trust the estimate.
     :ivar jackknife: from order to the jackknife estimate over all draws.
@@ -62,9 +65,16 @@ class Evidence:
                 for order, estimate in self.jackknife.items()
             ),
             f"  ess            {self.ess.mean():.1f} (smallest {self.ess.min():.1f})",
-            f"  Pareto k       {self.pareto_k.median():.2f} "
-            f"(median; above 0.7: {(self.pareto_k > 0.7).sum()} of {n})",
         ]
+        if self.num_samples < MIN_DRAWS:
+            lines.append(f"  Pareto k       needs {MIN_DRAWS} draws")
+        else:
+            lines.append(
+                f"  Pareto k       {self.pareto_k.median():.2f} "
+                f"(median; above 0.7: {(self.pareto_k > 0.7).sum()} of {n})"
+            )
+        if self.outer:
+            lines.append(f"  outer          {self.outer:.4f} (once, beside the data points)")
         return "\n".join(lines)
 
 
@@ -89,7 +99,8 @@ def estimate_evidence(
         \mathrm{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}
 
     Nothing is differentiated. The programs run on ``chunk_size`` particles at a time; the log
-    weights are kept in float64, S numbers for each data point.
+    weights are kept in float64, S numbers for each data point. The subsampling scale, and a scale
+    of the user that is the same at every site, are left out: the evidence is that of the data seen.
 
     Sources: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders; Owen
     (2013), Monte Carlo Theory, Methods and Examples, chapter 9; Nowozin (2018), Debiasing
@@ -105,7 +116,7 @@ def estimate_evidence(
         O(S^2).
     :param bool progress_bar: whether to show one.
     :param max_plate_nesting: the number of nested plates; guessed if infinite.
-    :param kwargs: keyword arguments of both.
+    :param kwargs: keyword arguments of both, under other names than those above.
     :returns: an :class:`Evidence`; under a subsampled plate, for one minibatch.
     :raises ValueError: if an argument is out of range, if log weights are NaN, and where
         :class:`MultiSampleELBO` raises it.
@@ -125,17 +136,17 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    if num_samples < 1:
-        raise ValueError(f"estimate_evidence: expected num_samples >= 1, got {num_samples}.")
+    check_integer("estimate_evidence", "num_samples", num_samples, 1)
     chunk_size = min(num_samples, 100) if chunk_size is None else chunk_size
-    if chunk_size < 1:
-        raise ValueError(f"estimate_evidence: expected chunk_size >= 1, got {chunk_size}.")
+    check_integer("estimate_evidence", "chunk_size", chunk_size, 1)
     orders = tuple(jackknife_orders)
-    if any(not 0 <= order < num_samples for order in orders):
-        raise ValueError(
-            f"estimate_evidence: expected jackknife_orders from 0 to num_samples - 1 = "
-            f"{num_samples - 1}, got {orders}."
-        )
+    for order in orders:
+        check_integer("estimate_evidence", "each of jackknife_orders", order, 0)
+        if order >= num_samples:
+            raise ValueError(
+                f"estimate_evidence: expected jackknife_orders below num_samples={num_samples}, "
+                f"got {orders}; for one draw, pass jackknife_orders=()."
+            )
     elbo = ImportanceWeightedELBO(chunk_size, max_plate_nesting=max_plate_nesting)
     log_w, outer = _draw_log_weights(elbo, (model, guide), args, kwargs, num_samples, progress_bar)
     relative_w = num_samples * log_w.softmax(0)
@@ -144,13 +155,32 @@ def estimate_evidence(
     constant, outer = (0.0, outer) if log_evidence.dim() else (outer, 0.0)
     return Evidence(
         log_evidence=log_evidence + constant,
-        std_error=((relative_w - 1).square().mean(0) / num_samples).sqrt(),
+        std_error=_standard_error(relative_w),
         ess=num_samples / relative_w.square().mean(0),
         pareto_k=pareto_k(log_w),
         jackknife={order: jackknife(log_w, order) + constant for order in orders},
         outer=outer,
         num_samples=num_samples,
     )
+
+
+def _warn_of_points(particles: Particles) -> None:
+    for trace in particles.guide_traces:
+        for name, site in trace.iter_stochastic_nodes():
+            value: Any = site["value"]
+            if is_delta(site["fn"]) and bool((value == value[:1]).all()):
+                warnings.warn(
+                    f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
+                    "The result is the density of x and that point together, not the evidence.",
+                    stacklevel=2,
+                )
+
+
+def _standard_error(relative_w: Tensor) -> Tensor:
+    """The delta method, for weights relative to their mean; one draw tells nothing."""
+    S = relative_w.shape[0]
+    error = ((relative_w - 1).square().mean(0) / S).sqrt()
+    return error if S > 1 else error.fill_(math.nan)
 
 
 def _draw_log_weights(
@@ -174,6 +204,8 @@ def _draw_log_weights(
             log_w = particles.log_w.to(accumulation_dtype(particles.log_w.device))
             if log_w.isnan().any():
                 raise_not_finite("estimate_evidence: a log weight", math.nan, particles)
+            if start == 0 and elbo.num_particles > 1:
+                _warn_of_points(particles)
             chunks.append(log_w)
             bar.update(elbo.num_particles)
     return torch.cat(chunks), float(particles.outer)

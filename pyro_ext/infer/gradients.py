@@ -60,7 +60,7 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
-    value = _total(particles, bound.bound(particles.log_w))
+    value = _total(particles, _value(bound, particles.log_w))
     return value + _without_value(_reward(bound, particles))
 
 
@@ -110,6 +110,17 @@ GRADIENT_RULES = {
 }
 
 
+def _value(bound: Bound, log_w: Tensor) -> Tensor:
+    value = bound.bound(log_w)
+    if not isinstance(value, Tensor) or value.shape != log_w.shape[1:]:
+        found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{type(bound).__name__}.bound: expected a tensor of shape {tuple(log_w.shape[1:])} "
+            f"for log weights of shape {tuple(log_w.shape)}, got {found}."
+        )
+    return value
+
+
 def _total(particles: Particles, per_plate: Tensor) -> Tensor:
     return (particles.scale * per_plate).sum()
 
@@ -146,7 +157,7 @@ def _along_paths(
     surrogate = explicit + _reward(bound, particles)
     for draw, gradient in zip(particles.draws, gradients, strict=True):
         surrogate = surrogate + (gradient * draw.value).sum()
-    return _total(particles, bound.bound(particles.log_w.detach())) + _without_value(surrogate)
+    return _total(particles, _value(bound, particles.log_w.detach())) + _without_value(surrogate)
 
 
 def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:

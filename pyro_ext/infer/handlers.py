@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -13,12 +14,17 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
+class SiteError(ValueError):
+    """A site of the model does not match the guide, or cannot be handled."""
+
+
 class SiteRecord(NamedTuple):
     """What is known of a sample site only while the program runs."""
 
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
+    is_masked: bool
     plate_sizes: dict[str, int]
     user_scales: tuple[Any, ...]
 
@@ -44,7 +50,7 @@ class SiteRecorder(Messenger):
             return
         name, infer = msg["name"], msg["infer"]
         if infer.get("enumerate") and not msg["is_observed"]:
-            raise ValueError(
+            raise SiteError(
                 f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "
                 "support: expected a sampled site. Remove infer={'enumerate': ...} or "
                 "config_enumerate, or use pyro.infer.TraceEnum_ELBO."
@@ -53,6 +59,7 @@ class SiteRecorder(Messenger):
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
             is_auxiliary=bool(infer.get("is_auxiliary")),
+            is_masked=msg["mask"] is not None or getattr(msg["fn"], "_mask", None) is not None,
             plate_sizes={f.name: f.full_size for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
         )
@@ -74,19 +81,25 @@ class SiteRecorder(Messenger):
         record = self.sites[name]
         if in_guide is None:
             if not record.is_observed:
-                raise ValueError(
+                raise SiteError(
                     f"Latent site '{name}' of the model is missing from the guide: expected a "
                     f"pyro.sample('{name}', ...) there."
                 )
         elif record.is_observed and not in_guide.is_observed:
-            raise ValueError(
+            raise SiteError(
                 f"Site '{name}' is observed in the model but sampled in the guide: expected the "
                 "guide to sample latent sites only. Remove it from the guide."
             )
         elif record.plate_sizes != in_guide.plate_sizes:
-            raise ValueError(
+            raise SiteError(
                 f"Site '{name}' lies in the plates (name: size) {in_guide.plate_sizes} in the "
                 f"guide but in {record.plate_sizes} in the model: expected the same in both."
+            )
+        elif record.is_masked and not in_guide.is_masked and not record.is_observed:
+            warnings.warn(
+                f"Site '{name}' is masked in the model but not in the guide: its log q counts "
+                "where its log p does not. Expected the same mask around both.",
+                stacklevel=2,
             )
 
     def __exit__(
@@ -99,10 +112,11 @@ class SiteRecorder(Messenger):
         if exc_type is None and self.guide is not None:
             for name, record in self.guide.sites.items():
                 if name not in self.sites and not record.is_auxiliary:
-                    raise ValueError(
+                    raise SiteError(
                         f"Site '{name}' of the guide is missing from the model, which has "
-                        f"{sorted(self.sites)}: expected a latent site of that name. If it is "
-                        "auxiliary, mark it with infer={'is_auxiliary': True}."
+                        f"{sorted(self.sites)}: expected a latent site of that name. If the "
+                        "latent sites are deterministic functions of it, and only then, mark it "
+                        "with infer={'is_auxiliary': True}."
                     )
 
 
@@ -175,3 +189,8 @@ def is_delta(fn: Any) -> bool:
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
     return isinstance(fn, Delta)
+
+
+def is_masked_out(site: Any) -> bool:
+    """Whether a site adds nothing to the density, as ``pyro.deterministic`` does."""
+    return site["mask"] is False or getattr(site["fn"], "_mask", None) is False

@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.ops import jackknife, jackknife_first_and_second
 
@@ -38,10 +39,11 @@ class JackknifeELBO(MultiSampleELBO):
 
     def __init__(self, num_particles: int = 2, order: int = 1, **kwargs: Any) -> None:
         super().__init__(num_particles, **kwargs)
-        if not isinstance(order, int) or not 0 <= order < num_particles:
+        check_integer("JackknifeELBO", "order", order, 0)
+        if order >= num_particles:
             raise ValueError(
-                f"JackknifeELBO: expected an integer 0 <= order < num_particles, "
-                f"got order={order!r} with num_particles={num_particles}."
+                f"JackknifeELBO: expected order < num_particles, got order={order} with "
+                f"num_particles={num_particles}."
             )
         self.order = order
 

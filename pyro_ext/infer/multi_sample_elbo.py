@@ -10,6 +10,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.consistency import check_vectorization
 from pyro_ext.infer.gradients import GRADIENT_RULES, pathwise_objective
 from pyro_ext.infer.handlers import SharedSubsamples
@@ -70,7 +71,7 @@ class MultiSampleELBO(ELBO):
         match between model and guide, where a site is marked for enumeration, where a plate is
         subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
         the loss is NaN (or, for gradients, infinite). Parameters and gradients are then as they
-        were.
+        were. A gradient that is NaN where the loss is finite is not looked for.
 
     A bound of one's own, the mean of the log weights:
 
@@ -96,15 +97,14 @@ class MultiSampleELBO(ELBO):
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected num_particles to be an integer >= 1, "
-                f"got {num_particles!r}."
-            )
+        name = type(self).__name__
+        check_integer(name, "num_particles", num_particles, 1)
+        if max_plate_nesting != math.inf:
+            check_integer(name, "max_plate_nesting (unless infinite)", max_plate_nesting, 0)
         if gradient not in GRADIENT_RULES:
             raise ValueError(
-                f"{type(self).__name__}: expected gradient to be one of "
-                f"{sorted(GRADIENT_RULES)}, got {gradient!r}."
+                f"{name}: expected gradient to be one of {sorted(GRADIENT_RULES)}, "
+                f"got {gradient!r}."
             )
         super().__init__(
             num_particles=num_particles,
@@ -252,6 +252,11 @@ class MultiSampleELBO(ELBO):
             default where K > 1.
         """
         kwargs = kwargs or {}
+        for program, value in (("model", model), ("guide", guide)):
+            if not callable(value):
+                raise ValueError(
+                    f"{type(self).__name__}: expected a callable {program}, got {value!r}."
+                )
         memory = self._recall(model, guide)
         vectorized = self.vectorize_particles and self.num_particles > 1
         traces = run_particles(
@@ -283,8 +288,6 @@ class MultiSampleELBO(ELBO):
             for model_trace, guide_trace in pairs
         ]
         sites = [site for row in by_particle for site in row]
-        if not sites:
-            raise ValueError("The model and guide have no sample sites: expected at least one.")
         common = find_common_plates(sites, depends)
         if self.num_particles > 1 if nonlinear is None else nonlinear:
             check_subsampling(sites, common, depends)

@@ -31,7 +31,8 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
 
 
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:
-    programs = (("model", particles.model_traces), ("guide", particles.guide_traces))
+    # The guide runs first: what is wrong there is a cause, not an effect.
+    programs = (("guide", particles.guide_traces), ("model", particles.model_traces))
     for program, traces in programs:
         for trace in traces:
             for site in density_sites(program, trace):

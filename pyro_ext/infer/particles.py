@@ -88,7 +88,7 @@ def gather_particles(
         traces.particle_dim,
         torch.Size(plate.size for plate in common),
         {traces.particle_dim, *dims},
-        like=_at_least_single(first[0].log_prob),
+        like=_at_least_single(first[0].log_prob) if first else torch.zeros(()),
     )
 
     def log_density(program: str, without: set[str]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_ext.infer.handlers import is_masked_out
 from pyro_ext.infer.tracing import PARTICLE_PLATE
 
 
@@ -66,9 +67,7 @@ def density_sites(program: str, trace: Trace) -> list[DensitySite]:
             ),
         )
         for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and node["mask"] is not False
-        and getattr(node["fn"], "_mask", None) is not False
+        if node["type"] == "sample" and not is_masked_out(node)
     ]
 
 
@@ -80,7 +79,7 @@ def find_common_plates(
     Those are the latent sites of model and guide and the observed sites that depend on them.
     """
     latent = [site.plates for site in sites if not site.is_observed]
-    stacks = latent or [site.plates for site in sites]
+    stacks = latent or [site.plates for site in sites] or [frozenset()]
     common = frozenset(p for p in frozenset.intersection(*stacks) if p.is_vectorized)
     for site in sites:
         if not common <= site.plates and depends(site.name):
@@ -120,8 +119,8 @@ def warn_of_joint_weights(sites: Sequence[DensitySite], warned: set[str]) -> Non
         warnings.warn(
             f"Plate '{name}' holds all the data but {_why_not_common(by_name[0][name], sites)}: "
             "each particle gets one weight for the whole plate, which bounds the joint evidence "
-            "loosely. Expected for global latent variables; otherwise move the site into the "
-            "plate.",
+            "loosely. Expected for global latent variables; otherwise use a vectorised plate, "
+            "with the site inside, and a guide that draws each point by itself (AutoNormal does).",
             stacklevel=2,
         )
 

@@ -14,7 +14,15 @@ from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_ext.infer.handlers import Draw, LeafDraws, SharedSubsamples, SiteRecord, SiteRecorder
+from pyro_ext.infer.handlers import (
+    Draw,
+    LeafDraws,
+    SharedSubsamples,
+    SiteError,
+    SiteRecord,
+    SiteRecorder,
+    is_masked_out,
+)
 
 PARTICLE_PLATE = "num_particles_vectorized"
 
@@ -86,11 +94,15 @@ def run_particles(
         except Exception as error:
             if handler is not None:
                 _refuse_without_inverse(handler.draws, error)
+            if isinstance(error, SiteError):
+                raise
             if _runs_with_one_particle(model, guide, args, kwargs):
                 raise ValueError(
                     _cannot_vectorize(num_particles, particle_dim, in_guide, in_model, error)
                 ) from error
             raise
+    for program, trace in (("model", model_trace), ("guide", guide_trace)):
+        _check_dims(program, trace, particle_dim)
     return ParticleTraces(
         (model_trace,),
         (guide_trace,),
@@ -99,6 +111,27 @@ def run_particles(
         in_guide.sites | in_model.sites,
         tuple(handler.draws) if handler else (),
     )
+
+
+def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
+    """Raises where a log-probability has a dim that is neither a plate nor the particle dim.
+
+    Pyro's own check lets dims between the plates and the particle dim pass, so that a site which
+    lost its filler dims, of shape (K,) in place of (K, 1), would count K x K terms.
+    """
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or is_masked_out(node):
+            continue
+        shape = node["log_prob"].shape
+        dims = {frame.dim for frame in node["cond_indep_stack"]}
+        stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
+        if stray:
+            raise SiteError(
+                f"Site '{name}' of the {program} has a log-probability of shape {tuple(shape)}, "
+                f"with the particles in dim {particle_dim} and no plate at dim {stray[-1]}: "
+                "expected size 1 there. Keep the filler dims of samples (sum with keepdim=True, "
+                "do not squeeze), or put the dim in a plate."
+            )
 
 
 def _trace_sequentially(
@@ -174,8 +207,8 @@ def _cannot_vectorize(
         f"The {program} failed {where} with num_particles={num_particles} vectorised in a plate "
         f"at dim {particle_dim}, though it runs with one particle: expected code that takes an "
         "extra dim on the left of every sample. Index dims from the right, wrap convolutions in "
-        "pyro_ext.nn.LeadingDims, correct max_plate_nesting if you gave it, or pass "
-        f"vectorize_particles=False.\n{type(error).__name__}: {error}"
+        "pyro_ext.nn.LeadingDims, correct max_plate_nesting (it is guessed in the first run of a "
+        f"model and guide), or pass vectorize_particles=False.\n{type(error).__name__}: {error}"
     )
 
 

@@ -28,22 +28,30 @@ class LeadingDims(nn.Module):
 
     def __init__(self, module: nn.Module, event_dim: int) -> None:
         super().__init__()
-        if event_dim < 0:
-            raise ValueError(f"LeadingDims: expected event_dim >= 0, got {event_dim}.")
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"LeadingDims: expected a torch.nn.Module, got {module!r}.")
+        if isinstance(event_dim, bool) or not isinstance(event_dim, int) or event_dim < 0:
+            raise ValueError(f"LeadingDims: expected an integer event_dim >= 0, got {event_dim!r}.")
         self.module = module
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Any:
         for position, x in enumerate(inputs):
-            if x.dim() < self.event_dim:
+            if not isinstance(x, Tensor) or x.dim() < self.event_dim:
+                found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
                 raise ValueError(
-                    f"LeadingDims: expected at least event_dim={self.event_dim} dims, "
-                    f"got shape {tuple(x.shape)} as input {position}."
+                    f"LeadingDims: expected a tensor of at least event_dim={self.event_dim} dims, "
+                    f"got {found} as input {position}."
                 )
         splits = [x.dim() - self.event_dim for x in inputs]
-        leading = torch.broadcast_shapes(
-            *(x.shape[:split] for x, split in zip(inputs, splits, strict=True))
-        )
+        shapes = [x.shape[:split] for x, split in zip(inputs, splits, strict=True)]
+        try:
+            leading = torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            raise ValueError(
+                "LeadingDims: expected inputs whose leading dims broadcast, got "
+                f"{[tuple(shape) for shape in shapes]}."
+            ) from error
         batch = leading.numel()
         flat = [
             x.expand(*leading, *x.shape[split:]).reshape(batch, *x.shape[split:])
@@ -55,6 +63,11 @@ class LeadingDims(nn.Module):
         return type(output)(self._restore(part, leading) for part in output)
 
     def _restore(self, output: Tensor, leading: torch.Size) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"LeadingDims: expected {type(self.module).__name__} to return a tensor, or a "
+                f"tuple or list of tensors, got a {type(output).__name__} among them."
+            )
         if output.dim() == 0 or output.shape[0] != leading.numel():
             raise ValueError(
                 f"LeadingDims: expected {type(self.module).__name__} to keep the batch of "

@@ -12,11 +12,12 @@ from pyro_ext.ops.log_mean_exp import (
     leave_one_out_mean,
     log_mean_exp,
 )
-from pyro_ext.ops.pareto import pareto_k
+from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
 
 __all__ = [
     "MAX_SUBSETS",
+    "MIN_DRAWS",
     "TooManySubsetsError",
     "accumulation_dtype",
     "jackknife",

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from pyro_ext.ops.precision import accumulation_dtype
 
+#: The smallest number of draws with five in the tail, which :func:`pareto_k` needs.
+MIN_DRAWS = 21
+
 
 def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
     r"""The Pareto shape :math:`\hat k` of the largest importance weights.
@@ -32,7 +35,7 @@ def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
     """
     S = log_w.shape[dim]
     tail_size = math.ceil(min(S / 5, 3 * math.sqrt(S)))
-    if tail_size < 5:
+    if S < MIN_DRAWS:
         return log_w.sum(dim, dtype=accumulation_dtype(log_w.device)).fill_(math.inf)
     wide = log_w.movedim(dim, -1).to(accumulation_dtype(log_w.device))
     largest = wide.topk(tail_size + 1, dim=-1, sorted=True).values
