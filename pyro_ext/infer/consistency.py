@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.enum import get_importance_trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext.infer.handlers import SharedSubsamples
@@ -28,6 +29,11 @@ def check_vectorization(
     :raises ValueError: names the first site whose log-probability differs by more than the square
         root of its dtype's rounding error.
     """
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise NotImplementedError(
+            "check expects a guide that is a program of its own, got a GuideMessenger, which runs "
+            "the model: compare losses with vectorize_particles=False instead."
+        )
     subsamples = SharedSubsamples()
     with poutine.block():
         traces = run_particles(

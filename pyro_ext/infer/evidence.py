@@ -147,7 +147,10 @@ def estimate_evidence(
                 f"estimate_evidence: expected jackknife_orders below num_samples={num_samples}, "
                 f"got {orders}; for one draw, pass jackknife_orders=()."
             )
-    elbo = ImportanceWeightedELBO(chunk_size, max_plate_nesting=max_plate_nesting)
+    # Never fewer than two at once: it takes two particles to see what depends on the particle.
+    elbo = ImportanceWeightedELBO(
+        max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
+    )
     log_w, outer = _draw_log_weights(elbo, (model, guide), args, kwargs, num_samples, progress_bar)
     relative_w = num_samples * log_w.softmax(0)
     log_evidence = log_mean_exp(log_w)
@@ -165,15 +168,20 @@ def estimate_evidence(
 
 
 def _warn_of_points(particles: Particles) -> None:
-    for trace in particles.guide_traces:
-        for name, site in trace.iter_stochastic_nodes():
-            value: Any = site["value"]
-            if is_delta(site["fn"]) and bool((value == value[:1]).all()):
-                warnings.warn(
-                    f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
-                    "The result is the density of x and that point together, not the evidence.",
-                    stacklevel=2,
-                )
+    site: Any
+    for name, site in particles.guide_traces[0].iter_stochastic_nodes():
+        if not is_delta(site["fn"]):
+            continue
+        draws = site["value"]
+        if len(particles.guide_traces) > 1:
+            values: list[Any] = [trace.nodes[name]["value"] for trace in particles.guide_traces]
+            draws = torch.stack(values)
+        if bool((draws == draws[:1]).all()):
+            warnings.warn(
+                f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
+                "The result is the density of x and that point together, not the evidence.",
+                stacklevel=2,
+            )
 
 
 def _standard_error(relative_w: Tensor) -> Tensor:
@@ -197,15 +205,14 @@ def _draw_log_weights(
     chunks: list[Tensor] = []
     with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
         for start in range(0, num_samples, chunk_size):
-            elbo.num_particles = min(chunk_size, num_samples - start)
-            particles = elbo.trace_particles(
-                *programs, args, kwargs, subsamples=subsamples, nonlinear=True
-            )
-            log_w = particles.log_w.to(accumulation_dtype(particles.log_w.device))
+            rest = num_samples - start
+            elbo.num_particles = max(2, min(chunk_size, rest))
+            particles = elbo.trace_particles(*programs, args, kwargs, subsamples)
+            log_w = particles.log_w[:rest].to(accumulation_dtype(particles.log_w.device))
             if log_w.isnan().any():
                 raise_not_finite("estimate_evidence: a log weight", math.nan, particles)
-            if start == 0 and elbo.num_particles > 1:
+            if start == 0:
                 _warn_of_points(particles)
             chunks.append(log_w)
-            bar.update(elbo.num_particles)
+            bar.update(len(log_w))
     return torch.cat(chunks), float(particles.outer)

@@ -44,6 +44,7 @@ class SiteRecorder(Messenger):
         self.particle_dim = particle_dim
         self.guide = guide
         self.sites: dict[str, SiteRecord] = {}
+        self._has_latent = False
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -55,10 +56,13 @@ class SiteRecorder(Messenger):
                 "support: expected a sampled site. Remove infer={'enumerate': ...} or "
                 "config_enumerate, or use pyro.infer.TraceEnum_ELBO."
             )
+        if not msg["is_observed"] and not self._has_latent and self.particle_dim is not None:
+            self._refuse_batch_dim_without_plate(msg)
+            self._has_latent = True
         self.sites[name] = SiteRecord(
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
-            is_auxiliary=bool(infer.get("is_auxiliary")),
+            is_auxiliary=bool(infer.get("is_auxiliary") or infer.get("_deterministic")),
             is_masked=msg["mask"] is not None or getattr(msg["fn"], "_mask", None) is not None,
             plate_sizes={f.name: f.full_size for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
@@ -76,6 +80,15 @@ class SiteRecorder(Messenger):
         shapes += [x.shape for x in (msg["mask"], msg["scale"]) if isinstance(x, Tensor)]
         dim = self.particle_dim
         return any(len(shape) >= -dim and shape[dim] != 1 for shape in shapes)
+
+    def _refuse_batch_dim_without_plate(self, msg: Any) -> None:
+        # Nothing was drawn before the first latent site, so that no dim of it is the particles'.
+        if self._has_particle_dim(msg):
+            raise SiteError(
+                f"Site '{msg['name']}' has batch shape {tuple(msg['fn'].batch_shape)}, with a size "
+                f"other than 1 at dim {self.particle_dim}, where the particles go: expected its "
+                "batch dims in plates, counted by max_plate_nesting, or in .to_event(...)."
+            )
 
     def _check_against_guide(self, name: str, in_guide: SiteRecord | None) -> None:
         record = self.sites[name]

@@ -3,6 +3,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor
 
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.consistency import check_vectorization
+from pyro_ext.infer.dependence import Provenance, differs_between, track_provenance
 from pyro_ext.infer.gradients import GRADIENT_RULES, pathwise_objective
 from pyro_ext.infer.handlers import SharedSubsamples
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles, gather_particles, score_terms
 from pyro_ext.infer.plates import (
+    DensitySite,
     check_subsampling,
     density_sites,
     find_common_plates,
     warn_of_joint_weights,
 )
-from pyro_ext.infer.tracing import find_dependent_sites, run_particles
+from pyro_ext.infer.tracing import run_particles
 from pyro_ext.ops import leave_one_out_mean
 
 
@@ -33,7 +36,7 @@ class _ProgramMemory:
     model: Any = None
     guide: Any = None
     plate_nesting: float | None = None
-    dependent_sites: frozenset[str] | None = None
+    provenance: Provenance = field(default_factory=Provenance)
     warned_plates: set[str] = field(default_factory=set)
 
 
@@ -241,15 +244,12 @@ class MultiSampleELBO(ELBO):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         subsamples: SharedSubsamples | None = None,
-        nonlinear: bool | None = None,
     ) -> Particles:
         """Runs the guide, and the model against it, for K particles.
 
         :param tuple args: positional arguments of both programs.
         :param dict kwargs: keyword arguments of both programs.
         :param SharedSubsamples subsamples: minibatch indices to use, or to record.
-        :param bool nonlinear: whether a plate that is not common may not be subsampled; by
-            default where K > 1.
         """
         kwargs = kwargs or {}
         for program, value in (("model", model), ("guide", guide)):
@@ -275,21 +275,22 @@ class MultiSampleELBO(ELBO):
             subsamples=subsamples,
         )
 
-        def depends(name: str) -> bool:
-            if vectorized:
-                return traces.records[name].has_particle_dim
-            if memory.dependent_sites is None:
-                memory.dependent_sites = find_dependent_sites(model, guide, args, kwargs)
-            return name in memory.dependent_sites
-
         pairs = zip(traces.model_traces, traces.guide_traces, strict=True)
         by_particle = [
             density_sites("model", model_trace) + density_sites("guide", guide_trace)
             for model_trace, guide_trace in pairs
         ]
+
+        def depends(site: DensitySite) -> bool:
+            if vectorized:
+                return traces.record(site.program, site.name).has_particle_dim
+            if site[:2] not in memory.provenance.observed:
+                memory.provenance = track_provenance(model, guide, args, kwargs)
+            return site[:2] in memory.provenance.dependent or differs_between(by_particle, site)
+
         sites = [site for row in by_particle for site in row]
         common = find_common_plates(sites, depends)
-        if self.num_particles > 1 if nonlinear is None else nonlinear:
+        if self.num_particles > 1:
             check_subsampling(sites, common, depends)
             if not common:
                 warn_of_joint_weights(sites, memory.warned_plates)
@@ -309,8 +310,7 @@ class MultiSampleELBO(ELBO):
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
 
     def _recall(self, model: Callable, guide: Callable) -> _ProgramMemory:
-        # Equality, not identity: a bound method is a new object at each access.
-        if self._memory.model != model or self._memory.guide != guide:
+        if not (_is_same(self._memory.model, model) and _is_same(self._memory.guide, guide)):
             self._memory = _ProgramMemory(model, guide)
         return self._memory
 
@@ -330,3 +330,8 @@ class MultiSampleELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} traces by trace_particles.")
+
+
+def _is_same(program: Any, other: Any) -> bool:
+    # A bound method is a new object at each access; other callables may not compare to a bool.
+    return program is other or (isinstance(program, MethodType) and bool(program == other))

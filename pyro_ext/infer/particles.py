@@ -61,7 +61,7 @@ def gather_particles(
     traces: ParticleTraces,
     sites: Sequence[Sequence[DensitySite]],
     common: tuple[Plate, ...],
-    depends: Callable[[str], bool],
+    depends: Callable[[DensitySite], bool],
 ) -> Particles:
     """Sums the log-probabilities of the traces to one entry for each particle and common plate.
 
@@ -70,17 +70,16 @@ def gather_particles(
     :param common: the common plates, left to right.
     :param depends: tells of an observed site outside of them whether it depends on the particle.
     """
-    first = sites[0]
+    by_key = {(site.program, site.name): site for row in sites for site in row}
     outside = {
-        site.name
-        for site in first
-        if site.is_observed and not site.plates.issuperset(common) and not depends(site.name)
+        key
+        for key, site in by_key.items()
+        if site.is_observed and not site.plates.issuperset(common) and not depends(site)
     }
     outer: Any = 0.0
-    for site in first:
-        if site.name in outside:
-            log_prob = _at_least_single(traces.one_particle(site.log_prob)).sum()
-            outer = outer + (log_prob if site.program == "model" else -log_prob)
+    for program, name in outside:
+        log_prob = traces.one_particle(by_key[program, name].log_prob)
+        outer = outer + (1 if program == "model" else -1) * _at_least_single(log_prob).sum()
 
     dims = [plate.dim for plate in common if plate.dim is not None]
     layout = _Layout(
@@ -88,23 +87,25 @@ def gather_particles(
         traces.particle_dim,
         torch.Size(plate.size for plate in common),
         {traces.particle_dim, *dims},
-        like=_at_least_single(first[0].log_prob) if first else torch.zeros(()),
+        like=next((_at_least_single(s.log_prob) for s in by_key.values()), torch.zeros(())),
     )
 
-    def log_density(program: str, without: set[str]) -> Tensor:
+    def log_density(program: str, without: set[tuple[str, str]]) -> Tensor:
         return layout.stack(
-            [s.log_prob for s in row if s.program == program and s.name not in without]
+            [s.log_prob for s in row if s.program == program and s[:2] not in without]
             for row in sites
         )
 
     log_p, log_q = log_density("model", outside), log_density("guide", outside)
-    leaves = {draw.name for draw in traces.draws}
+    leaves = {("guide", draw.name) for draw in traces.draws}
     log_q_rest = log_density("guide", outside | leaves) if leaves else log_q
-    scale = math.prod(plate.subsampling_scale for plate in common) * _uniform_scale(
-        [traces.records[site.name] for site in first if site.name not in outside], dims
-    )
+    plate_scale = math.prod(plate.subsampling_scale for plate in common)
+    user_scale = _uniform_scale([traces.record(*key) for key in by_key.keys() - outside], dims)
+    scale = plate_scale * user_scale
     if not (isinstance(scale, numbers.Number) and scale == 1):
-        log_p, log_q, log_q_rest = log_p / scale, log_q / scale, log_q_rest / scale
+        # Where a weight of the data is zero, so are its scaled log-probabilities.
+        divisor = scale.masked_fill(scale == 0, 1) if isinstance(scale, Tensor) else scale
+        log_p, log_q, log_q_rest = log_p / divisor, log_q / divisor, log_q_rest / divisor
 
     scores = [[term for _, term in score_terms(trace)] for trace in traces.guide_traces]
     return Particles(

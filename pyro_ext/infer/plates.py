@@ -72,7 +72,7 @@ def density_sites(program: str, trace: Trace) -> list[DensitySite]:
 
 
 def find_common_plates(
-    sites: Sequence[DensitySite], depends: Callable[[str], bool]
+    sites: Sequence[DensitySite], depends: Callable[[DensitySite], bool]
 ) -> tuple[Plate, ...]:
     """The vectorised plates, left to right, that enclose all that depends on the particle.
 
@@ -82,18 +82,18 @@ def find_common_plates(
     stacks = latent or [site.plates for site in sites] or [frozenset()]
     common = frozenset(p for p in frozenset.intersection(*stacks) if p.is_vectorized)
     for site in sites:
-        if not common <= site.plates and depends(site.name):
+        if not common <= site.plates and depends(site):
             common &= site.plates
     return tuple(sorted(common, key=lambda plate: plate.dim or 0))
 
 
 def check_subsampling(
-    sites: Sequence[DensitySite], common: Sequence[Plate], depends: Callable[[str], bool]
+    sites: Sequence[DensitySite], common: Sequence[Plate], depends: Callable[[DensitySite], bool]
 ) -> None:
     """Raises if a plate is subsampled inside the bound, which is not linear."""
     for site in sites:
         for plate in site.plates.difference(common):
-            if plate.subsampling_scale == 1 or (site.is_observed and not depends(site.name)):
+            if plate.subsampling_scale == 1 or (site.is_observed and not depends(site)):
                 continue
             raise ValueError(
                 f"Plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}) but "

@@ -9,8 +9,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.enum import get_importance_trace
-from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -35,8 +33,12 @@ class ParticleTraces:
     guide_traces: tuple[Trace, ...]
     num_particles: int
     particle_dim: int | None
-    records: dict[str, SiteRecord]
+    records: dict[tuple[str, str], SiteRecord]
     draws: tuple[Draw, ...]
+
+    def record(self, program: str, name: str) -> SiteRecord:
+        """What was recorded of a site; a guide that runs the model itself records its sites."""
+        return self.records.get((program, name)) or self.records["guide", name]
 
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
         """One particle's entry of a log-probability or value out of the first traces."""
@@ -94,7 +96,7 @@ def run_particles(
         except Exception as error:
             if handler is not None:
                 _refuse_without_inverse(handler.draws, error)
-            if isinstance(error, SiteError):
+            if isinstance(error, (SiteError, torch.OutOfMemoryError)):
                 raise
             if _runs_with_one_particle(model, guide, args, kwargs):
                 raise ValueError(
@@ -108,7 +110,7 @@ def run_particles(
         (guide_trace,),
         num_particles,
         particle_dim,
-        in_guide.sites | in_model.sites,
+        _by_program(in_model, in_guide),
         tuple(handler.draws) if handler else (),
     )
 
@@ -146,6 +148,7 @@ def _trace_sequentially(
     subsamples: SharedSubsamples,
 ) -> ParticleTraces:
     model_traces, guide_traces, draws = [], [], []
+    records: dict[tuple[str, str], SiteRecord] = {}
     for _ in range(num_particles):
         in_guide = SiteRecorder(None)
         in_model = SiteRecorder(None, in_guide)
@@ -163,10 +166,20 @@ def _trace_sequentially(
         model_traces.append(model_trace)
         guide_traces.append(guide_trace)
         draws += handler.draws if handler else []
-    records = in_guide.sites | in_model.sites
+        records |= _by_program(in_model, in_guide)
     return ParticleTraces(
         tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(draws)
     )
+
+
+def _by_program(
+    in_model: SiteRecorder, in_guide: SiteRecorder
+) -> dict[tuple[str, str], SiteRecord]:
+    return {
+        (program, name): record
+        for program, recorder in (("model", in_model), ("guide", in_guide))
+        for name, record in recorder.sites.items()
+    }
 
 
 def _refuse_without_inverse(draws: Sequence[Draw], error: Exception) -> None:
@@ -210,26 +223,3 @@ def _cannot_vectorize(
         "pyro_ext.nn.LeadingDims, correct max_plate_nesting (it is guessed in the first run of a "
         f"model and guide), or pass vectorize_particles=False.\n{type(error).__name__}: {error}"
     )
-
-
-def find_dependent_sites(
-    model: Callable, guide: Callable, args: Sequence[Any], kwargs: dict[str, Any]
-) -> frozenset[str]:
-    """Names of the observed and factor sites whose log-probability depends on a latent site.
-
-    It runs both programs once on tensors that carry their provenance. Without a particle dim
-    the shapes do not tell.
-    """
-    with poutine.block(), torch.no_grad(), TrackProvenance():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-    latent = {name for name, _ in guide_trace.iter_stochastic_nodes()}
-    dependent = set()
-    for trace in (model_trace, guide_trace):
-        for name in trace.observation_nodes:
-            site: Any = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
-            tensors = [x for x in (log_prob, site["mask"], site["scale"]) if torch.is_tensor(x)]
-            if any(get_provenance(x) & latent for x in tensors):
-                dependent.add(name)
-    return frozenset(dependent)

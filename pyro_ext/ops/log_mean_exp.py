@@ -3,6 +3,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_ext.ops.precision import accumulation_dtype
+
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     r"""The logarithm of the mean of weights that are given by their logarithms.
@@ -23,7 +25,8 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     K = log_w.shape[dim]
     if K == 0:
         raise ValueError(f"log_mean_exp: expected at least one weight along dim {dim}, got none.")
-    return torch.logsumexp(log_w, dim) - math.log(K)
+    wide = log_w.float() if log_w.dtype in (torch.float16, torch.bfloat16) else log_w
+    return (torch.logsumexp(wide, dim) - math.log(K)).to(log_w.dtype)
 
 
 def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -50,15 +53,19 @@ def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         raise ValueError(
             f"leave_one_out_log_mean_exp: expected at least 2 weights along dim {dim}, got {K}."
         )
-    largest = torch.zeros_like(log_w, dtype=torch.bool).scatter(
-        dim, log_w.argmax(dim, keepdim=True), True
+    wide = log_w.to(accumulation_dtype(log_w.device))
+    top = wide.detach().amax(dim, keepdim=True)
+    relative = wide - top.masked_fill(top.isinf(), 0.0)
+    largest = torch.zeros_like(wide, dtype=torch.bool).scatter(
+        dim, wide.argmax(dim, keepdim=True), True
     )
-    total = log_w.logsumexp(dim, keepdim=True)
+    total = relative.logsumexp(dim, keepdim=True)
     # Masked before the exponential, so that the branch not taken has no NaN in its gradient.
-    share = (log_w - total).masked_fill(largest | (log_w == -math.inf), -math.inf).exp()
-    others = total + torch.log1p(-share)
-    without_largest = log_w.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
-    return torch.where(largest, without_largest, others) - math.log(K - 1)
+    share = (relative - total).masked_fill(largest | (wide == -math.inf), -math.inf).exp()
+    others = top + total + torch.log1p(-share)
+    without_largest = wide.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
+    result = torch.where(largest, without_largest, others) - math.log(K - 1)
+    return result.to(log_w.dtype)
 
 
 def leave_one_out_mean(log_w: Tensor, dim: int = 0) -> Tensor:

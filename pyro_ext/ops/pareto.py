@@ -66,7 +66,9 @@ def _generalized_pareto_shape(x: Tensor, valid: Tensor, n: Tensor) -> Tensor:
         return torch.log1p(-theta * x).where(valid, 0.0).sum(-1, keepdim=True) / n_column
 
     k_on_grid = torch.cat([mean_log(column) for column in theta.split(1, dim=-1)], dim=-1)
-    log_likelihood = n_column * ((-theta / k_on_grid).log() - k_on_grid - 1)
+    # theta = 0 is the exponential distribution, the limit of k = 0.
+    rate = torch.where(theta == 0, n_column / x.where(valid, 0.0).sum(-1, True), -theta / k_on_grid)
+    log_likelihood = n_column * (rate.log() - k_on_grid - 1)
     weights = log_likelihood.where(index <= grid_size, -math.inf).softmax(-1)
     k = mean_log((weights * theta).sum(-1, keepdim=True)).squeeze(-1)
     return (n * k + 10 * 0.5) / (n + 10)

@@ -1,10 +1,13 @@
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import autoguide
 from torch import nn
 
-from pyro_ext.infer import ImportanceWeightedELBO
+from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
 from tests.models import NormalNormal
 
 
@@ -52,3 +55,30 @@ def test_leaves_no_trace_in_the_surrounding_handlers():
     with pyro.poutine.trace() as tracer:
         ImportanceWeightedELBO(4, max_plate_nesting=1).check(model, guide)
     assert not tracer.trace.nodes
+
+
+def test_a_site_that_lost_its_filler_dim_is_refused_by_name():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu.squeeze(), 1.0), obs=torch.tensor(2.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(3))
+
+    def guide():
+        pyro.sample("mu", dist.Normal(0.4, 0.45))
+
+    elbo = ImportanceWeightedELBO(5)
+    message = r"Site 'y' of the model has a log-probability of shape \(5, 5\)"
+    for call in (elbo.loss, elbo.check, partial(estimate_evidence, num_samples=5)):
+        with pytest.raises(ValueError, match=message):
+            call(model, guide)
+
+
+def test_a_messenger_guide_is_refused():
+    def model():
+        pyro.sample(
+            "x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.ones(())
+        )
+
+    with pytest.raises(NotImplementedError, match="GuideMessenger"):
+        ImportanceWeightedELBO(3).check(model, autoguide.AutoNormalMessenger(model))

@@ -9,7 +9,12 @@ import torch
 from pyro.infer import SVI, config_enumerate
 from torch import nn
 
-from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO, estimate_evidence
+from pyro_ext.infer import (
+    ImportanceWeightedELBO,
+    JackknifeELBO,
+    MultiSampleELBO,
+    estimate_evidence,
+)
 
 N = 4
 
@@ -109,8 +114,9 @@ def test_runs_that_fail_change_nothing(model, guide, x, message, vectorize):
         lambda: elbo.differentiable_loss(model, guide, x),
         lambda: estimate_evidence(model, guide, x, num_samples=5),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as raised:
             call()
+        assert "extra dim" not in str(raised.value)  # which is not what is wrong
     assert w.item() == 1.5
     assert w.grad.item() == 7.0
     assert not optimizer.optim_objs
@@ -174,12 +180,59 @@ def test_the_error_names_the_guide_where_the_guide_fails():
         ImportanceWeightedELBO(3).loss(with_a, guide_that_flattens, X)
 
 
+def test_running_out_of_memory_stays_what_it_is():
+    def hungry(x):
+        with pyro.plate("data", N):
+            if pyro.sample("z", dist.Normal(0.0, 1.0)).dim() > 1:
+                raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ImportanceWeightedELBO(3).loss(hungry, guide, X)
+
+
+@pytest.mark.parametrize("K", [3, 5])
+def test_a_batch_dim_without_a_plate_is_not_taken_for_the_particles(K):
+    def unplated(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:3])
+
+    def unplated_guide(x):
+        pyro.sample("z", dist.Normal(x[:3], 1.0))
+
+    elbo = ImportanceWeightedELBO(K, max_plate_nesting=0)
+    with pytest.raises(ValueError, match=r"Site 'z' has batch shape \(3,\)"):
+        elbo.loss(unplated, unplated_guide, X)
+
+
+@pytest.mark.parametrize(
+    ("bound", "found"),
+    [
+        (lambda log_w: log_w.mean(1), r"got \(3,\)"),
+        (lambda log_w: log_w.sum(), r"got \(\)"),
+        (lambda log_w: 1.0, "got 1.0"),
+    ],
+)
+def test_a_bound_of_the_wrong_shape(bound, found):
+    class Wrong(MultiSampleELBO):
+        def bound(self, log_w):
+            return bound(log_w)
+
+    for call in (Wrong(3).loss, Wrong(3).loss_and_grads):
+        with pytest.raises(ValueError, match=rf"Wrong.bound: expected .* shape \(4,\) .*{found}"):
+            call(model, guide, X)
+
+
 CONSTRUCTORS = {
     "no particles": (
         lambda: ImportanceWeightedELBO(0),
         "num_particles to be an integer >= 1, got 0",
     ),
     "half a particle": (lambda: ImportanceWeightedELBO(1.5), "got 1.5"),
+    "bool for a number": (lambda: ImportanceWeightedELBO(True), "got True"),
+    "bool for an order": (lambda: JackknifeELBO(3, True), "order to be an integer >= 0, got True"),
+    "no nesting": (lambda: ImportanceWeightedELBO(max_plate_nesting=None), "max_plate_nesting"),
+    "no guide": (lambda: ImportanceWeightedELBO().loss(model, None, X), "callable guide, got None"),
+    "text for draws": (lambda: estimate_evidence(model, guide, X, num_samples="9"), "got '9'"),
     "unknown gradient": (
         lambda: ImportanceWeightedELBO(gradient="score"),
         r"gradient to be one of \['dreg', 'pathwise', 'stl'\], got 'score'",

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_ext.infer import estimate_evidence
 from pyro_ext.ops import jackknife, pareto_k
@@ -160,6 +161,48 @@ def test_arguments_reach_both_programs_and_nothing_is_differentiated():
     torch.testing.assert_close(found.log_evidence, expected)
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "chunk_size"), [(1, None), (1, 1), (101, 100), (7, 3), (5, 1)]
+)
+def test_any_number_of_draws(num_samples, chunk_size):
+    programs = NormalNormal(X, exact_guide=True)
+
+    def model():
+        with pyro.plate("data", len(X)):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+        # Independent of z, though made from it: the chunks have to agree on that.
+        pyro.sample("y", dist.Normal(z.new_zeros(()), 1.0), obs=X.new_tensor(0.5))
+
+    found = estimate_evidence(
+        model,
+        programs.guide,
+        num_samples=num_samples,
+        chunk_size=chunk_size,
+        jackknife_orders=(),
+    )
+    constant = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)).item()
+    total = found.log_evidence.sum().item() + found.outer
+    assert total == pytest.approx(programs.log_evidence().sum().item() + constant)
+    assert found.num_samples == num_samples
+    assert found.std_error.isnan().all() == (num_samples == 1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_guide_at_one_point_is_warned_of(chunk_size):
+    programs = NormalNormal(X)
+
+    def guide():
+        with pyro.plate("data", len(X)):
+            pyro.sample("z", dist.Delta(X / 2))
+
+    with pytest.warns(UserWarning, match="puts site 'z' at one point"):
+        estimate_evidence(programs.model, guide, num_samples=8, chunk_size=chunk_size)
+
+    automatic = AutoNormal(programs.model)  # its Deltas are functions of draws
+    estimate_evidence(programs.model, automatic, num_samples=8, chunk_size=chunk_size)
+
+
 def test_repr_and_copies():
     programs = NormalNormal(X)
     found = estimate_evidence(programs.model, programs.guide)
@@ -168,6 +211,18 @@ def test_repr_and_copies():
         assert part in text
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         torch.testing.assert_close(twin.log_evidence, found.log_evidence)
+
+
+def test_repr_shows_what_lies_outside_and_what_is_missing():
+    programs = NormalNormal(X)
+
+    def model():
+        pyro.factor("constant", torch.tensor(-2.5))
+        programs.model()
+
+    text = repr(estimate_evidence(model, programs.guide, num_samples=10))
+    assert "outer          -2.5000" in text
+    assert "Pareto k       needs 21 draws" in text
 
 
 def test_progress_bar_is_off_by_default(capsys):

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 from functools import partial
 
 import pyro
@@ -334,6 +335,61 @@ def test_log_weights_are_at_least_single_precision(dtype):
 
     found = ImportanceWeightedELBO(4).trace_particles(model, guide)
     assert found.log_w.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@VECTORIZE
+def test_programs_without_sites_have_no_loss(vectorize):
+    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
+    empty = lambda: pyro.param("p", torch.tensor(0.5))  # noqa: E731
+    assert elbo.loss(empty, empty) == 0
+    assert elbo.loss_and_grads(empty, empty) == 0
+
+
+@VECTORIZE
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide")
+def test_deterministic_sites_in_the_guide(vectorize):
+    def guide():
+        with pyro.plate("data", len(X)):
+            loc = pyro.deterministic("loc", X / 2)
+            pyro.sample("z", dist.Normal(loc, math.sqrt(0.5)))
+
+    programs = NormalNormal(X)
+    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
+    expected = -programs.log_evidence().sum().item()
+    assert elbo.loss(programs.model, guide) == pytest.approx(expected)
+
+
+def test_stochastic_structure_with_looped_particles():
+    def model():
+        s = pyro.sample("z0", dist.Normal(torch.tensor(0.0), 1.0))
+        if s > 0:
+            s = s + pyro.sample("z1", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(s, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        if pyro.sample("z0", dist.Normal(torch.tensor(0.0), 1.0)) > 0:
+            pyro.sample("z1", dist.Normal(0.0, 1.0))
+
+    elbo = ImportanceWeightedELBO(4, vectorize_particles=False)
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        found = elbo.trace_particles(model, guide)
+        pairs = zip(found.model_traces, found.guide_traces, strict=True)
+        expected = torch.stack([m.log_prob_sum() - g.log_prob_sum() for m, g in pairs])
+        torch.testing.assert_close(found.log_w, expected)
+
+
+def test_programs_that_do_not_compare_to_a_bool():
+    @dataclass
+    class Model:
+        x: torch.Tensor
+
+        def __call__(self):
+            NormalNormal(self.x).model()
+
+    elbo = ImportanceWeightedELBO(2)
+    for _ in range(2):
+        assert math.isfinite(elbo.loss(Model(X), NormalNormal(X).guide))
 
 
 def test_retain_graph_keeps_shared_intermediates():

@@ -10,7 +10,8 @@ import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 
-from pyro_ext.infer import ImportanceWeightedELBO
+from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
+from pyro_ext.infer.tracing import run_particles
 from tests.models import GlobalNormal, NormalNormal
 from tests.registry import ESTIMATORS
 from tests.statistics import assert_mean, assert_mean_at_most
@@ -76,10 +77,17 @@ def test_looped_particles_share_the_minibatch():
         assert (trace.nodes["x"]["value"] == first).all()
 
     data_only = GlobalNormal(X, 2)  # the plate is in the model alone
-    elbo = ImportanceWeightedELBO(5, vectorize_particles=False)
-    found = elbo.trace_particles(data_only.model, data_only.guide, nonlinear=False)
-    first = found.model_traces[0].nodes["x"]["value"]
-    for trace in found.model_traces:
+    traces = run_particles(
+        data_only.model,
+        data_only.guide,
+        (),
+        {},
+        num_particles=5,
+        max_plate_nesting=1,
+        vectorized=False,
+    )
+    first = traces.model_traces[0].nodes["x"]["value"]
+    for trace in traces.model_traces:
         assert (trace.nodes["x"]["value"] == first).all()
 
 
@@ -312,3 +320,120 @@ def test_subsampled_bound_is_unbiased_for_the_full_one():
     elbo = ImportanceWeightedELBO(4, max_plate_nesting=1)
     draws = [-elbo.loss(programs.model, programs.guide) for _ in range(400)]
     assert_mean(torch.tensor(draws), programs.log_evidence().sum())
+
+
+def log_weights_by_hand(found, K, model_scale, guide_scale):
+    """Of the model and guide below, from the values in the traces."""
+    rows = []
+    for k in range(K):
+        looped = len(found.model_traces) > 1
+        z = found.guide_traces[k if looped else 0].nodes["z"]["value"]
+        z = z if looped else z[k]
+        log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X)
+        rows.append(model_scale * log_p - guide_scale * dist.Normal(X / 2, 2.3).log_prob(z))
+    return torch.stack(rows)
+
+
+@VECTORIZE
+@pytest.mark.parametrize(("model_scale", "guide_scale"), [(0.1, 1.0), (0.1, 0.5), (1.0, 0.5)])
+def test_scales_that_differ_between_model_and_guide_stay_inside(
+    model_scale, guide_scale, vectorize
+):
+    def guide():
+        with pyro.plate("data", len(X)):
+            pyro.sample("z", dist.Normal(X / 2, 2.3))
+
+    model = NormalNormal(X).model
+    if model_scale != 1:
+        model = poutine.scale(model, model_scale)
+    if guide_scale != 1:
+        guide = poutine.scale(guide, guide_scale)
+    found = particles(model, guide, K=4, vectorize=vectorize)
+    assert found.scale == 1
+    expected = log_weights_by_hand(found, 4, model_scale, guide_scale)
+    torch.testing.assert_close(found.log_w, expected)
+
+
+@VECTORIZE
+def test_data_of_weight_zero_drop_out(vectorize):
+    weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.float64)
+    programs = NormalNormal(X, exact_guide=True)
+    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
+    with pyro.validation_enabled(False):
+        model, guide = (poutine.scale(p, weight) for p in (programs.model, programs.guide))
+        loss = elbo.loss_and_grads(model, guide)
+    assert loss == pytest.approx(-programs.log_evidence()[:6].sum().item())
+
+
+@VECTORIZE
+def test_factors_of_one_name_in_both_programs_are_told_apart(vectorize):
+    def model():
+        pyro.factor("f", X.new_tensor(0.5))
+        NormalNormal(X).model()
+
+    def guide():
+        with pyro.plate("data", len(X)):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.2))
+        pyro.factor("f", 0.1 * z.sum(-1, keepdim=vectorize), has_rsample=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = particles(model, guide, vectorize=vectorize)
+    assert plate_names(found) == []
+    assert found.outer == 0
+
+
+LOST = {
+    "buffer": lambda z: torch.zeros(2, dtype=z.dtype).index_copy_(
+        0, torch.tensor([0]), z.detach().as_subclass(torch.Tensor).reshape(1)
+    )[0],
+    "item": lambda z: X.new_tensor(z.item()),
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
+def test_looped_dependence_is_seen_where_provenance_is_lost(lose):
+    def model():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", len(X), subsample_size=2) as index:
+            pyro.sample("x", dist.Normal(lose(z), 1.0), obs=X[index])
+
+    def guide():
+        pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+
+    elbo = ImportanceWeightedELBO(4, vectorize_particles=False)
+    with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 8\)"):
+        elbo.loss(model, guide)
+    with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 8\)"):
+        estimate_evidence(model, guide, num_samples=3, chunk_size=1)
+
+
+def test_looped_dependence_follows_the_arguments():
+    def model(coupled):
+        pyro.factor("constant", X.new_tensor(-1.0))
+        with pyro.plate("data", len(X)):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+        if coupled:
+            pyro.factor("coupling", -z.mean().square())
+
+    def guide(coupled):
+        NormalNormal(X).guide()
+
+    elbo = ImportanceWeightedELBO(3, vectorize_particles=False)
+    assert plate_names(elbo.trace_particles(model, guide, (False,))) == ["data"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert plate_names(elbo.trace_particles(model, guide, (True,))) == []
+
+
+def test_a_latent_masked_in_the_model_alone_is_warned_of():
+    mask = torch.arange(len(X)) < 4
+
+    def model():
+        with pyro.plate("data", len(X)), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    with pytest.warns(UserWarning, match="Site 'z' is masked in the model but not in the guide"):
+        ImportanceWeightedELBO(3).loss(model, NormalNormal(X).guide)

@@ -4,7 +4,7 @@ import mpmath
 import pytest
 import torch
 
-from pyro_ext.ops import leave_one_out_log_mean_exp, log_mean_exp
+from pyro_ext.ops import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
 
 WEIGHTS = {
     "friendly": [0.3, -1.2, 0.7, 0.1],
@@ -51,6 +51,26 @@ def test_leave_one_out_gradient_is_finite_beside_zeros_and_a_huge_weight():
     leave_one_out_log_mean_exp(log_w).sum().backward()
     assert log_w.grad.isfinite().all()
     assert log_w.grad.sum() == pytest.approx(4.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [512.0, -800.0])
+def test_low_precision_weights_far_from_zero(value):
+    log_w = torch.full((3,), value, dtype=torch.bfloat16)
+    assert leave_one_out_log_mean_exp(log_w).tolist() == [value] * 3
+    assert log_mean_exp(log_w) == value
+    assert log_mean_exp(torch.ones(70_000, dtype=torch.float16)) == 1
+    assert leave_one_out_log_mean_exp(torch.full((2,), 1e9)).tolist() == [1e9, 1e9]
+
+
+def test_leave_one_out_mean_of_log_weights():
+    log_w = torch.tensor([1.0, -math.inf, 4.0])
+    assert leave_one_out_mean(log_w).tolist() == [-math.inf, 2.5, -math.inf]
+    log_w = torch.randn(5, 3, dtype=torch.float64)
+    for k in range(5):
+        expected = torch.cat([log_w[:k], log_w[k + 1 :]]).mean(0)
+        torch.testing.assert_close(leave_one_out_mean(log_w)[k], expected)
+    with pytest.raises(ValueError, match="at least 2 weights along dim 0, got 1"):
+        leave_one_out_mean(torch.zeros(1))
 
 
 def test_dims_are_counted_from_either_side():

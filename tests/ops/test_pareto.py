@@ -38,3 +38,11 @@ def test_special_tails():
     few = torch.full((100,), -math.inf)
     few[:3] = torch.arange(3.0)
     assert pareto_k(few) == math.inf
+
+
+@pytest.mark.parametrize("num_draws", [1100, 1200, 1500])
+def test_a_tail_that_is_mostly_ties_at_the_maximum(num_draws):
+    """There a point of the grid is the exponential distribution, with k = 0."""
+    tail = math.ceil(3 * num_draws**0.5)
+    log_w = torch.cat([torch.zeros(tail), torch.randn(num_draws - tail) - 5]).double()
+    assert pareto_k(log_w).isfinite()
