@@ -1,16 +1,26 @@
 """Estimators: ELBO classes for Pyro, and the evidence that they bound."""
 
+from pyro_ext.infer.combined import CombinedELBO
 from pyro_ext.infer.evidence import Evidence, estimate_evidence
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.jackknife import JackknifeELBO
 from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.infer.multiply_importance_weighted import MultiplyImportanceWeightedELBO
+from pyro_ext.infer.partially_importance_weighted import PartiallyImportanceWeightedELBO
 from pyro_ext.infer.particles import Particles
+from pyro_ext.infer.thermodynamic import ThermodynamicELBO
+from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
 
 __all__ = [
+    "CombinedELBO",
     "Evidence",
     "ImportanceWeightedELBO",
     "JackknifeELBO",
     "MultiSampleELBO",
+    "MultiplyImportanceWeightedELBO",
+    "PartiallyImportanceWeightedELBO",
     "Particles",
+    "ThermodynamicELBO",
+    "VariationalRenyiELBO",
     "estimate_evidence",
 ]

@@ -42,6 +42,10 @@ class Bound(Protocol):
     def signal(self, log_w: Tensor) -> Tensor:
         """What each particle's non-reparameterised sites are rewarded by."""
 
+    @property
+    def guide_bound(self) -> "Bound":
+        """The bound that the guide is trained on: itself for most."""
+
 
 class GradientRule(NamedTuple):
     """A gradient estimator, for any bound.
@@ -60,8 +64,13 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
-    value = _total(particles, _value(bound, particles.log_w))
-    return value + _without_value(_reward(bound, particles))
+    if bound.guide_bound is bound:
+        value = _total(particles, _value(bound, particles.log_w))
+        return value + _without_value(_reward(bound, particles))
+    first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
+    along_paths = _weighted(particles, first) + _reward(bound, particles)
+    gradients = _leaf_gradients(particles.draws, along_paths)
+    return _along_paths(bound, particles, first, particles.log_q, gradients)
 
 
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor:
@@ -72,9 +81,10 @@ def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor
     Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
     Estimators for Variational Inference.
     """
-    first, _ = bound.first_and_second(particles.log_w.detach())
+    first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
     along_paths = _weighted(particles, first) + _reward(bound, particles)
-    return _along_paths(bound, particles, first, _leaf_gradients(particles.draws, along_paths))
+    gradients = _leaf_gradients(particles.draws, along_paths)
+    return _along_paths(bound, particles, first, particles.log_q_rest, gradients)
 
 
 def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tensor:
@@ -83,10 +93,9 @@ def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tens
     Source: Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for
     Monte Carlo Objectives.
     """
-    first, second = bound.first_and_second(particles.log_w.detach())
-    reward = _reward(bound, particles)
+    first, second = bound.guide_bound.first_and_second(particles.log_w.detach())
     replaced = _weighted(particles, second) + _score_weighted(particles, first)
-    along_paths = _weighted(particles, first) + reward
+    along_paths = _weighted(particles, first) + _reward(bound, particles)
     factors = [_density_factor(draw, particles.scale) for draw in particles.draws]
     if all(factor is None for factor in factors):
         gradients = _leaf_gradients(particles.draws, along_paths - replaced)
@@ -100,7 +109,7 @@ def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tens
                 strict=True,
             )
         ]
-    return _along_paths(bound, particles, first, gradients)
+    return _along_paths(bound, particles, first, particles.log_q_rest, gradients)
 
 
 GRADIENT_RULES = {
@@ -138,7 +147,7 @@ def _score_weighted(particles: Particles, weights: Tensor) -> Tensor | float:
 def _reward(bound: Bound, particles: Particles) -> Tensor | float:
     if particles.score is None:
         return 0.0
-    return _score_weighted(particles, bound.signal(particles.log_w.detach()))
+    return _score_weighted(particles, bound.guide_bound.signal(particles.log_w.detach()))
 
 
 def _without_value(surrogate: Tensor | float) -> Tensor | float:
@@ -146,15 +155,22 @@ def _without_value(surrogate: Tensor | float) -> Tensor | float:
 
 
 def _along_paths(
-    bound: Bound, particles: Particles, first: Tensor, gradients: Sequence[Tensor]
+    bound: Bound,
+    particles: Particles,
+    guide_first: Tensor,
+    log_q: Tensor,
+    gradients: Sequence[Tensor],
 ) -> Tensor:
     """The bound's value with the gradients of the leaves pushed into the draws.
 
-    The leaves end every path of the explicit terms, which are those of the model and of what is
-    left of the guide.
+    The leaves end every path of the explicit terms, which are those of the model and of as much
+    of the guide as ``log_q`` holds.
     """
-    explicit = _total(particles, (first * (particles.log_p - particles.log_q_rest)).sum(0))
-    surrogate = explicit + _reward(bound, particles)
+    first = guide_first
+    if bound.guide_bound is not bound:
+        first, _ = bound.first_and_second(particles.log_w.detach())
+    explicit = (first * particles.log_p - guide_first * log_q).sum(0)
+    surrogate = _total(particles, explicit) + _reward(bound, particles)
     for draw, gradient in zip(particles.draws, gradients, strict=True):
         surrogate = surrogate + (gradient * draw.value).sum()
     return _total(particles, _value(bound, particles.log_w.detach())) + _without_value(surrogate)

@@ -175,6 +175,11 @@ class MultiSampleELBO(ELBO):
         replaced = torch.where(own, leave_one_out_mean(log_w), log_w.unsqueeze(1))
         return self._against_baseline(log_w, self.bound(replaced))
 
+    @property
+    def guide_bound(self) -> "MultiSampleELBO":
+        """The estimator whose bound the guide is trained on; this one, unless overridden."""
+        return self
+
     def _against_baseline(self, log_w: Tensor, baseline: Tensor) -> Tensor:
         return self.bound(log_w) - baseline.where(baseline.isfinite(), 0.0)
 
@@ -271,7 +276,7 @@ class MultiSampleELBO(ELBO):
                 else self.max_plate_nesting
             ),
             vectorized=vectorized,
-            leaves=GRADIENT_RULES[self.gradient].leaves and torch.is_grad_enabled(),
+            leaves=torch.is_grad_enabled() and self._needs_leaves(),
             subsamples=subsamples,
         )
 
@@ -296,9 +301,12 @@ class MultiSampleELBO(ELBO):
                 warn_of_joint_weights(sites, memory.warned_plates)
         return gather_particles(traces, by_particle, common, depends)
 
+    def _needs_leaves(self) -> bool:
+        return GRADIENT_RULES[self.gradient].leaves or self.guide_bound is not self
+
     def _differentiable_loss(self, particles: Particles) -> Tensor:
         rule = GRADIENT_RULES[self.gradient]
-        if rule.leaves and particles.score is not None and not particles.draws:
+        if self._needs_leaves() and particles.score is not None and not particles.draws:
             names = [name for name, _ in score_terms(particles.guide_traces[0])]
             raise ValueError(
                 f"gradient={self.gradient!r} expects a reparameterised site in the guide, got "

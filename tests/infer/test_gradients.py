@@ -24,6 +24,8 @@ def gradients(elbo, programs, seed):
 def test_finite_differences_with_frozen_noise(make, smallest, vectorize, device):
     programs = TwoLayer(torch.randn(5, dtype=torch.float64, device=device))
     elbo = make(max(4, smallest), vectorize_particles=vectorize, max_plate_nesting=1)
+    if elbo.guide_bound is not elbo:
+        pytest.skip("its gradient is not that of its loss")
     found = gradients(elbo, programs, seed=1)
     assert set(found) == {"a", "w", "b", "scale"}
 
