@@ -10,6 +10,7 @@ from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
 
 from pyro_ext.infer.plates import DensitySite
+from pyro_ext.infer.random_state import get_random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,15 @@ class Provenance:
 def track_provenance(
     model: Callable, guide: Callable, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Provenance:
-    """Runs both programs once on tensors that carry the names of the sites they come from."""
+    """Runs both programs once on tensors that carry the names of the sites they come from.
+
+    The random state stays as it was.
+    """
+    state = get_random_state()
     with poutine.block(), torch.no_grad(), TrackProvenance():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    set_random_state(state)
     latent = {name for name, _ in guide_trace.iter_stochastic_nodes()}
     observed, dependent = set(), set()
     for program, trace in (("model", model_trace), ("guide", guide_trace)):

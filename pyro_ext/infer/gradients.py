@@ -65,7 +65,7 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
     if bound.guide_bound is bound:
-        value = _total(particles, _value(bound, particles.log_w))
+        value = _total(particles, bound_value(bound, particles.log_w))
         return value + _without_value(_reward(bound, particles))
     first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
     along_paths = _weighted(particles, first) + _reward(bound, particles)
@@ -119,7 +119,11 @@ GRADIENT_RULES = {
 }
 
 
-def _value(bound: Bound, log_w: Tensor) -> Tensor:
+def bound_value(bound: Bound, log_w: Tensor) -> Tensor:
+    """The bound, with its shape checked.
+
+    :raises ValueError: if the bound is no tensor of shape ``common``.
+    """
     value = bound.bound(log_w)
     if not isinstance(value, Tensor) or value.shape != log_w.shape[1:]:
         found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
@@ -173,7 +177,9 @@ def _along_paths(
     surrogate = _total(particles, explicit) + _reward(bound, particles)
     for draw, gradient in zip(particles.draws, gradients, strict=True):
         surrogate = surrogate + (gradient * draw.value).sum()
-    return _total(particles, _value(bound, particles.log_w.detach())) + _without_value(surrogate)
+    return _total(particles, bound_value(bound, particles.log_w.detach())) + _without_value(
+        surrogate
+    )
 
 
 def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:

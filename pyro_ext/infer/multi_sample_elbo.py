@@ -3,6 +3,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -12,9 +13,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.chunks import ChunkOfBound, TraceChunk, chunk_sizes, first_pass, second_pass
 from pyro_ext.infer.consistency import check_vectorization
 from pyro_ext.infer.dependence import Provenance, differs_between, track_provenance
-from pyro_ext.infer.gradients import GRADIENT_RULES, pathwise_objective
+from pyro_ext.infer.gradients import GRADIENT_RULES, bound_value
 from pyro_ext.infer.handlers import SharedSubsamples
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles, gather_particles, score_terms
@@ -70,6 +72,9 @@ class MultiSampleELBO(ELBO):
     :param bool strict_enumeration_warning: accepted as by every ELBO of Pyro; sites that are
         marked for enumeration are refused either way.
     :param bool retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
+    :param int particle_chunk_size: at most how many particles have their graph in memory at once;
+        None for all. The programs then run twice, and the gradients are those of all K particles.
+        For :meth:`loss` and :meth:`loss_and_grads`, hence ``SVI``.
     :raises ValueError: where an argument is out of range. When run: where sites or plates do not
         match between model and guide, where a site is marked for enumeration, where a plate is
         subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
@@ -99,11 +104,14 @@ class MultiSampleELBO(ELBO):
         max_plate_nesting: float = math.inf,
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
+        particle_chunk_size: int | None = None,
     ) -> None:
         name = type(self).__name__
         check_integer(name, "num_particles", num_particles, 1)
         if max_plate_nesting != math.inf:
             check_integer(name, "max_plate_nesting (unless infinite)", max_plate_nesting, 0)
+        if particle_chunk_size is not None:
+            check_integer(name, "particle_chunk_size", particle_chunk_size, 2)
         if gradient not in GRADIENT_RULES:
             raise ValueError(
                 f"{name}: expected gradient to be one of {sorted(GRADIENT_RULES)}, "
@@ -118,6 +126,7 @@ class MultiSampleELBO(ELBO):
         # Pyro's constructor would add the particle plate to it.
         self.max_plate_nesting = max_plate_nesting
         self.gradient = gradient
+        self.particle_chunk_size = particle_chunk_size
         self._memory = _ProgramMemory()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,14 +200,19 @@ class MultiSampleELBO(ELBO):
         :param guide: the guide, likewise.
         :param args: passed to both, as are ``kwargs``.
         """
-        particles = self.trace_particles(model, guide, args, kwargs)
-        loss = float(-pathwise_objective(self, particles) - particles.outer)
+        if self._is_chunked():
+            loss, particles = self._loss_in_chunks(model, guide, args, kwargs)
+        else:
+            particles = self.trace_particles(model, guide, args, kwargs)
+            loss = self._loss_of(particles.log_w, particles)
         if math.isnan(loss):
             self._refuse_loss(loss, particles)
         return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        if self._is_chunked():
+            return self._loss_and_grads_in_chunks(model, guide, args, kwargs)
         particles = self.trace_particles(model, guide, args, kwargs)
         differentiable_loss = self._differentiable_loss(particles)
         loss = differentiable_loss.item()
@@ -216,6 +230,12 @@ class MultiSampleELBO(ELBO):
         Under ``pyro.enable_validation(False)`` it looks at no value, so that it can be captured
         as a graph.
         """
+        if self._is_chunked():
+            raise NotImplementedError(
+                f"{type(self).__name__}: particle_chunk_size={self.particle_chunk_size} expects "
+                "loss_and_grads or SVI: one differentiable tensor would hold the graph of all "
+                "particles."
+            )
         particles = self.trace_particles(model, guide, args, kwargs)
         loss = self._differentiable_loss(particles)
         if is_validation_enabled() and not loss.isfinite():
@@ -249,27 +269,30 @@ class MultiSampleELBO(ELBO):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         subsamples: SharedSubsamples | None = None,
+        num_particles: int | None = None,
     ) -> Particles:
         """Runs the guide, and the model against it, for K particles.
 
         :param tuple args: positional arguments of both programs.
         :param dict kwargs: keyword arguments of both programs.
         :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+        :param int num_particles: in place of the estimator's own.
         """
         kwargs = kwargs or {}
+        num_particles = self.num_particles if num_particles is None else num_particles
         for program, value in (("model", model), ("guide", guide)):
             if not callable(value):
                 raise ValueError(
                     f"{type(self).__name__}: expected a callable {program}, got {value!r}."
                 )
         memory = self._recall(model, guide)
-        vectorized = self.vectorize_particles and self.num_particles > 1
+        vectorized = self.vectorize_particles and num_particles > 1
         traces = run_particles(
             model,
             guide,
             args,
             kwargs,
-            num_particles=self.num_particles,
+            num_particles=num_particles,
             max_plate_nesting=(
                 self._plate_nesting(model, guide, args, kwargs)
                 if vectorized
@@ -295,24 +318,70 @@ class MultiSampleELBO(ELBO):
 
         sites = [site for row in by_particle for site in row]
         common = find_common_plates(sites, depends)
-        if self.num_particles > 1:
+        if num_particles > 1:
             check_subsampling(sites, common, depends)
             if not common:
                 warn_of_joint_weights(sites, memory.warned_plates)
         return gather_particles(traces, by_particle, common, depends)
 
+    def _is_chunked(self) -> bool:
+        size = self.particle_chunk_size
+        return size is not None and size < self.num_particles
+
+    def _loss_in_chunks(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[float, Particles]:
+        log_w, particles, _ = first_pass(*self._chunks(model, guide, args, kwargs))
+        return self._loss_of(log_w, particles), particles
+
+    def _loss_and_grads_in_chunks(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float:
+        trace, sizes = self._chunks(model, guide, args, kwargs)
+        log_w, particles, states = first_pass(trace, sizes)
+        loss = self._loss_of(log_w, particles)
+        if not math.isfinite(loss):
+            self._refuse_loss(loss, particles)
+        del particles  # nothing of one chunk is to live while another runs
+        for index, particles in second_pass(trace, sizes, states):
+            self._check_rule(particles)
+            chunk = ChunkOfBound(self, log_w, index, particles.score is not None)
+            surrogate = -GRADIENT_RULES[self.gradient].objective(chunk, particles)
+            if index.start == 0:
+                surrogate = surrogate - particles.outer
+            if surrogate.requires_grad:
+                surrogate.backward(retain_graph=self.retain_graph)
+            del particles, surrogate
+        return loss
+
+    def _chunks(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TraceChunk, list[int]]:
+        memory = self._recall(model, guide)
+        if memory.plate_nesting is None:
+            # What happens in a first run only, such as drawing initial values, happens here.
+            memory.plate_nesting = self._guess_plate_nesting(model, guide, args, kwargs)
+        sizes = chunk_sizes(self.num_particles, self.particle_chunk_size or self.num_particles)
+        return partial(self.trace_particles, model, guide, args, kwargs), sizes
+
+    def _loss_of(self, log_w: Tensor, particles: Particles) -> float:
+        bound = bound_value(self, log_w.detach())
+        return float(-(particles.scale * bound).sum() - torch.as_tensor(particles.outer).detach())
+
     def _needs_leaves(self) -> bool:
         return GRADIENT_RULES[self.gradient].leaves or self.guide_bound is not self
 
     def _differentiable_loss(self, particles: Particles) -> Tensor:
-        rule = GRADIENT_RULES[self.gradient]
+        self._check_rule(particles)
+        return -GRADIENT_RULES[self.gradient].objective(self, particles) - particles.outer
+
+    def _check_rule(self, particles: Particles) -> None:
         if self._needs_leaves() and particles.score is not None and not particles.draws:
             names = [name for name, _ in score_terms(particles.guide_traces[0])]
             raise ValueError(
                 f"gradient={self.gradient!r} expects a reparameterised site in the guide, got "
                 f"only {names}, which are not: use gradient='pathwise'."
             )
-        return -rule.objective(self, particles) - particles.outer
 
     def _refuse_loss(self, loss: float, particles: Particles) -> NoReturn:
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
@@ -329,12 +398,17 @@ class MultiSampleELBO(ELBO):
             return self.max_plate_nesting
         memory = self._recall(model, guide)
         if memory.plate_nesting is None:
-            probe = copy(self)
-            probe.vectorize_particles = False
-            with torch.no_grad():
-                probe._guess_max_plate_nesting(model, guide, args, kwargs)
-            memory.plate_nesting = probe.max_plate_nesting
+            memory.plate_nesting = self._guess_plate_nesting(model, guide, args, kwargs)
         return memory.plate_nesting
+
+    @torch.no_grad()
+    def _guess_plate_nesting(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float:
+        probe = copy(self)
+        probe.vectorize_particles = False
+        probe._guess_max_plate_nesting(model, guide, args, kwargs)
+        return probe.max_plate_nesting
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} traces by trace_particles.")
