@@ -40,6 +40,7 @@ class CombinedELBO(MultiSampleELBO):
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         weights = torch.softmax(log_w, 0)
         first = self.beta / log_w.shape[0] + (1 - self.beta) * weights
         return first, (1 - self.beta) * weights * (1 - weights)

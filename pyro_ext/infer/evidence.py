@@ -139,14 +139,7 @@ def estimate_evidence(
     check_integer("estimate_evidence", "num_samples", num_samples, 1)
     chunk_size = min(num_samples, 100) if chunk_size is None else chunk_size
     check_integer("estimate_evidence", "chunk_size", chunk_size, 1)
-    orders = tuple(jackknife_orders)
-    for order in orders:
-        check_integer("estimate_evidence", "each of jackknife_orders", order, 0)
-        if order >= num_samples:
-            raise ValueError(
-                f"estimate_evidence: expected jackknife_orders below num_samples={num_samples}, "
-                f"got {orders}; for one draw, pass jackknife_orders=()."
-            )
+    orders = _checked_orders(jackknife_orders, num_samples)
     # Never fewer than two at once: it takes two particles to see what depends on the particle.
     elbo = ImportanceWeightedELBO(
         max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
@@ -165,6 +158,23 @@ def estimate_evidence(
         outer=outer,
         num_samples=num_samples,
     )
+
+
+def _checked_orders(jackknife_orders: Iterable[int], num_samples: int) -> tuple[int, ...]:
+    if not isinstance(jackknife_orders, Iterable):
+        raise ValueError(
+            f"estimate_evidence: expected jackknife_orders to hold integers, got "
+            f"{jackknife_orders!r}."
+        )
+    orders = tuple(jackknife_orders)
+    for order in orders:
+        check_integer("estimate_evidence", "each of jackknife_orders", order, 0)
+        if order >= num_samples:
+            raise ValueError(
+                f"estimate_evidence: expected jackknife_orders below num_samples={num_samples}, "
+                f"got {orders}; for one draw, pass jackknife_orders=()."
+            )
+    return orders
 
 
 def _warn_of_points(particles: Particles) -> None:

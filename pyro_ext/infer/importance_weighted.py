@@ -35,10 +35,12 @@ class ImportanceWeightedELBO(MultiSampleELBO):
         return log_mean_exp(log_w)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         weights = torch.softmax(log_w, 0)
         return weights, weights * (1 - weights)
 
     def signal(self, log_w: Tensor) -> Tensor:
+        """In O(K); see :meth:`MultiSampleELBO.signal`."""
         K = log_w.shape[0]
         if K == 1:
             return self.bound(log_w).unsqueeze(0)

@@ -51,4 +51,5 @@ class JackknifeELBO(MultiSampleELBO):
         return jackknife(log_w, self.order)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         return jackknife_first_and_second(log_w, self.order)

@@ -376,11 +376,12 @@ class MultiSampleELBO(ELBO):
         return -GRADIENT_RULES[self.gradient].objective(self, particles) - particles.outer
 
     def _check_rule(self, particles: Particles) -> None:
-        if self._needs_leaves() and particles.score is not None and not particles.draws:
+        rule = GRADIENT_RULES[self.gradient]
+        if rule.leaves and particles.score is not None and not particles.draws:
             names = [name for name, _ in score_terms(particles.guide_traces[0])]
             raise ValueError(
-                f"gradient={self.gradient!r} expects a reparameterised site in the guide, got "
-                f"only {names}, which are not: use gradient='pathwise'."
+                f"gradient={self.gradient!r} expects a reparameterised site with parameters in "
+                f"the guide, got only {names}, which are not: use gradient='pathwise'."
             )
 
     def _refuse_loss(self, loss: float, particles: Particles) -> NoReturn:

@@ -46,6 +46,7 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
         return log_mean_exp(self._grouped(log_w), dim=1).mean(0)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         weights = self._grouped(log_w).softmax(1)
         first = weights / self.num_groups
         return first.reshape(log_w.shape), (first * (1 - weights)).reshape(log_w.shape)

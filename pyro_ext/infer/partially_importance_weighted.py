@@ -34,4 +34,5 @@ class PartiallyImportanceWeightedELBO(ImportanceWeightedELBO):
 
     @property
     def guide_bound(self) -> MultiSampleELBO:
+        """The bound with ``num_groups`` groups."""
         return self._guide_bound

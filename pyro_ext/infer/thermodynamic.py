@@ -66,6 +66,7 @@ class ThermodynamicELBO(MultiSampleELBO):
         return torch.stack(means).sum(0)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         first, second = torch.zeros_like(log_w), torch.zeros_like(log_w)
         for beta, width, v in self._partitions(log_w):
             deviation = log_w - (v * log_w).sum(0)
@@ -75,6 +76,7 @@ class ThermodynamicELBO(MultiSampleELBO):
         return first, second
 
     def signal(self, log_w: Tensor) -> Tensor:
+        """The covariance of the class's description, in place of a baseline."""
         deviations = [
             width * v * (log_w - (v * log_w).sum(0)) for _, width, v in self._partitions(log_w)
         ]

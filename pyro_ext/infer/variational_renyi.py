@@ -43,5 +43,6 @@ class VariationalRenyiELBO(MultiSampleELBO):
         return log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.first_and_second`."""
         weights = torch.softmax((1 - self.alpha) * log_w, 0)
         return weights, (1 - self.alpha) * weights * (1 - weights)

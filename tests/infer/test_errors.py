@@ -248,6 +248,10 @@ CONSTRUCTORS = {
         lambda: estimate_evidence(model, guide, X, chunk_size=0),
         "chunk_size to be an int",
     ),
+    "one order": (
+        lambda: estimate_evidence(model, guide, X, jackknife_orders=1),
+        "jackknife_orders to hold integers, got 1",
+    ),
     "order of the evidence": (
         lambda: estimate_evidence(model, guide, X, num_samples=2, jackknife_orders=(2,)),
         r"jackknife_orders below num_samples=2, got \(2,\)",

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -516,7 +518,32 @@ def test_only_discrete_sites_are_refused(rule):
     elbo = ImportanceWeightedELBO(3, gradient=rule)
     assert math.isfinite(elbo.loss(model, guide))
     with pytest.raises(
-        ValueError, match=r"expects a reparameterised site in the guide, got only \['z'"
+        ValueError, match=r"a reparameterised site with parameters in the guide, got only \['z'"
     ):
         elbo.loss_and_grads(model, guide)
     assert logit.grad is None
+
+
+def test_piwae_takes_a_guide_of_discrete_sites_alone():
+    logit = torch.tensor(0.4, **F64, requires_grad=True)
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=logit))
+
+    def model():
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, **F64)))
+
+    found = [
+        gradient(cls(4, 2, max_plate_nesting=0), model, guide, [logit], 0)
+        for cls in (PartiallyImportanceWeightedELBO, MultiplyImportanceWeightedELBO)
+    ]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
+def test_signal_to_noise_falls_for_the_plain_gradient_and_rises_for_dreg():
+    path = Path(__file__).parents[2] / "benchmarks" / "signal_to_noise.py"
+    benchmark = runpy.run_path(str(path))
+    ratios = benchmark["signal_to_noise"]()
+    assert benchmark["slope"](ratios["pathwise"]) == pytest.approx(-0.5, abs=0.1)
+    assert benchmark["slope"](ratios["dreg"]) == pytest.approx(0.5, abs=0.1)
