@@ -2,8 +2,9 @@
 
     python benchmarks/signal_to_noise.py
 
-On a conjugate model it falls as 1 / sqrt(K) for the plain gradient of the importance-weighted bound
-(Rainforth et al. 2018) and rises as sqrt(K) for the doubly reparameterised one (Tucker et al. 2019).
+On a conjugate model it falls as 1 / sqrt(K) for the plain gradient of the importance-weighted
+bound (Rainforth et al. 2018) and rises as sqrt(K) for the doubly reparameterised one (Tucker et
+al. 2019).
 """
 
 import math
