@@ -8,12 +8,14 @@ from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.infer.multiply_importance_weighted import MultiplyImportanceWeightedELBO
 from pyro_ext.infer.partially_importance_weighted import PartiallyImportanceWeightedELBO
 from pyro_ext.infer.particles import Particles
+from pyro_ext.infer.signal_to_noise import GradientDiagnostics, gradient_diagnostics
 from pyro_ext.infer.thermodynamic import ThermodynamicELBO
 from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
 
 __all__ = [
     "CombinedELBO",
     "Evidence",
+    "GradientDiagnostics",
     "ImportanceWeightedELBO",
     "JackknifeELBO",
     "MultiSampleELBO",
@@ -23,4 +25,5 @@ __all__ = [
     "ThermodynamicELBO",
     "VariationalRenyiELBO",
     "estimate_evidence",
+    "gradient_diagnostics",
 ]
