@@ -88,7 +88,8 @@ class ChunkOfBound:
 
     def bound(self, log_w: Tensor) -> Tensor:
         """A function with the bound's derivatives in the chunk's log weights."""
-        return (self._first_and_second[0] * log_w).sum(0)
+        # Weights of zero have zero coefficients: 0 x inf would be NaN.
+        return (self._first_and_second[0] * log_w.masked_fill(log_w.isinf(), 0.0)).sum(0)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """The chunk's share of the bound's derivatives."""

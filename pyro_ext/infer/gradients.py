@@ -139,7 +139,12 @@ def _total(particles: Particles, per_plate: Tensor) -> Tensor:
 
 
 def _weighted(particles: Particles, weights: Tensor) -> Tensor:
-    return _total(particles, (weights * particles.log_w).sum(0))
+    return _total(particles, (weights * _finite(particles.log_w)).sum(0))
+
+
+def _finite(log_density: Tensor) -> Tensor:
+    """Drops the particles of weight zero, whose coefficients are zero: 0 x inf would be NaN."""
+    return log_density.masked_fill(log_density.isinf(), 0.0)
 
 
 def _score_weighted(particles: Particles, weights: Tensor) -> Tensor | float:
@@ -173,7 +178,7 @@ def _along_paths(
     first = guide_first
     if bound.guide_bound is not bound:
         first, _ = bound.first_and_second(particles.log_w.detach())
-    explicit = (first * particles.log_p - guide_first * log_q).sum(0)
+    explicit = (first * _finite(particles.log_p) - guide_first * _finite(log_q)).sum(0)
     surrogate = _total(particles, explicit) + _reward(bound, particles)
     for draw, gradient in zip(particles.draws, gradients, strict=True):
         surrogate = surrogate + (gradient * draw.value).sum()

@@ -3,10 +3,12 @@
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from pyro.distributions import Delta, TransformedDistribution
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -21,10 +23,12 @@ class SiteError(ValueError):
 class SiteRecord(NamedTuple):
     """What is known of a sample site only while the program runs."""
 
+    fn: Any
+    value: Any
+    mask: Any
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
-    is_masked: bool
     plate_sizes: dict[str, int]
     user_scales: tuple[Any, ...]
 
@@ -60,10 +64,12 @@ class SiteRecorder(Messenger):
             self._refuse_batch_dim_without_plate(msg)
             self._has_latent = True
         self.sites[name] = SiteRecord(
+            fn=msg["fn"],
+            value=msg["value"],
+            mask=msg["mask"],
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
             is_auxiliary=bool(infer.get("is_auxiliary") or infer.get("_deterministic")),
-            is_masked=msg["mask"] is not None or getattr(msg["fn"], "_mask", None) is not None,
             plate_sizes={f.name: f.full_size for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
         )
@@ -78,8 +84,7 @@ class SiteRecorder(Messenger):
         if isinstance(msg["value"], Tensor):
             shapes.append(msg["value"].shape[: msg["value"].dim() - event_dim])
         shapes += [x.shape for x in (msg["mask"], msg["scale"]) if isinstance(x, Tensor)]
-        dim = self.particle_dim
-        return any(len(shape) >= -dim and shape[dim] != 1 for shape in shapes)
+        return any(has_dim(shape, self.particle_dim) for shape in shapes)
 
     def _refuse_batch_dim_without_plate(self, msg: Any) -> None:
         # Nothing was drawn before the first latent site, so that no dim of it is the particles'.
@@ -108,7 +113,7 @@ class SiteRecorder(Messenger):
                 f"Site '{name}' lies in the plates (name: size) {in_guide.plate_sizes} in the "
                 f"guide but in {record.plate_sizes} in the model: expected the same in both."
             )
-        elif record.is_masked and not in_guide.is_masked and not record.is_observed:
+        elif _is_masked(record) and not _is_masked(in_guide) and not is_delta(in_guide.fn):
             warnings.warn(
                 f"Site '{name}' is masked in the model but not in the guide: its log q counts "
                 "where its log p does not. Expected the same mask around both.",
@@ -131,6 +136,15 @@ class SiteRecorder(Messenger):
                         "latent sites are deterministic functions of it, and only then, mark it "
                         "with infer={'is_auxiliary': True}."
                     )
+
+
+def _is_masked(record: SiteRecord) -> bool:
+    """Whether a latent site is masked in part. It looks at the mask, under validation only."""
+    masks = (record.mask, getattr(record.fn, "_mask", None))
+    tensors = [mask for mask in masks if isinstance(mask, Tensor)]
+    if record.is_observed or not is_validation_enabled():
+        return False
+    return any(not bool(mask.all()) for mask in tensors)
 
 
 def _user_scales() -> tuple[Any, ...]:
@@ -207,3 +221,8 @@ def is_delta(fn: Any) -> bool:
 def is_masked_out(site: Any) -> bool:
     """Whether a site adds nothing to the density, as ``pyro.deterministic`` does."""
     return site["mask"] is False or getattr(site["fn"], "_mask", None) is False
+
+
+def has_dim(shape: Sequence[int], dim: int) -> bool:
+    """Whether a shape has a size other than 1 at a dim that is counted from the right."""
+    return len(shape) >= -dim and shape[dim] != 1

@@ -311,7 +311,7 @@ class MultiSampleELBO(ELBO):
 
         def depends(site: DensitySite) -> bool:
             if vectorized:
-                return traces.record(site.program, site.name).has_particle_dim
+                return traces.depends_on_particle(site.program, site.name)
             if site[:2] not in memory.provenance.observed:
                 memory.provenance = track_provenance(model, guide, args, kwargs)
             return site[:2] in memory.provenance.dependent or differs_between(by_particle, site)
@@ -340,8 +340,9 @@ class MultiSampleELBO(ELBO):
         trace, sizes = self._chunks(model, guide, args, kwargs)
         log_w, particles, states = first_pass(trace, sizes)
         loss = self._loss_of(log_w, particles)
-        if not math.isfinite(loss):
-            self._refuse_loss(loss, particles)
+        for value in (loss, self.guide_bound._loss_of(log_w, particles)):
+            if not math.isfinite(value):
+                self._refuse_loss(value, particles)
         del particles  # nothing of one chunk is to live while another runs
         for index, particles in second_pass(trace, sizes, states):
             self._check_rule(particles)

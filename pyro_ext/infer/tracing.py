@@ -19,6 +19,7 @@ from pyro_ext.infer.handlers import (
     SiteError,
     SiteRecord,
     SiteRecorder,
+    has_dim,
     is_masked_out,
 )
 
@@ -39,6 +40,18 @@ class ParticleTraces:
     def record(self, program: str, name: str) -> SiteRecord:
         """What was recorded of a site; a guide that runs the model itself records its sites."""
         return self.records.get((program, name)) or self.records["guide", name]
+
+    @torch.no_grad()
+    def depends_on_particle(self, program: str, name: str) -> bool:
+        """Whether an observed site has the particle dim before the particle plate gives it one.
+
+        A batch shape may lack the dim though a transform of the distribution has it; the shape of
+        the log-probability does not.
+        """
+        record = self.record(program, name)
+        if record.has_particle_dim or self.particle_dim is None:
+            return True
+        return has_dim(record.fn.log_prob(record.value).shape, self.particle_dim)
 
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
         """One particle's entry of a log-probability or value out of the first traces."""

@@ -540,6 +540,45 @@ def test_piwae_takes_a_guide_of_discrete_sites_alone():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
+def test_particles_of_weight_zero_leave_the_gradient_finite(rule, size):
+    a = torch.tensor(0.3, **F64, requires_grad=True)
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), **F64), 1.0))
+            pyro.factor("cut", torch.where(z > 0, 0.0, -math.inf))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([1.0, 2.0], **F64))
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    elbo = ImportanceWeightedELBO(8, gradient=rule, particle_chunk_size=size, max_plate_nesting=1)
+    assert math.isfinite(elbo.loss_and_grads(model, guide))
+    assert a.grad.isfinite()
+    assert a.grad != 0
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_group_of_zero_weights_is_refused_for_the_guide(size):
+    a = torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        particle = torch.arange(z.numel()).reshape(z.shape)
+        pyro.factor("cut", torch.where(particle < 2, -math.inf, 0.0) + 0 * z)
+
+    def guide():
+        pyro.sample("z", dist.Normal(a, 1.0))
+
+    elbo = PartiallyImportanceWeightedELBO(8, 4, particle_chunk_size=size, max_plate_nesting=0)
+    with pytest.raises(ValueError, match="site 'cut' of the model is infinite"):
+        elbo.loss_and_grads(model, guide)
+    assert a.grad is None
+
+
 @pytest.mark.slow
 def test_signal_to_noise_falls_for_the_plain_gradient_and_rises_for_dreg():
     path = Path(__file__).parents[2] / "benchmarks" / "signal_to_noise.py"

@@ -427,6 +427,34 @@ def test_looped_dependence_follows_the_arguments():
         assert plate_names(elbo.trace_particles(model, guide, (True,))) == []
 
 
+@VECTORIZE
+def test_dependence_through_a_transform_that_hides_its_batch_shape(vectorize):
+    def model():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        loc = z.unsqueeze(-1) * X.new_ones(2)
+        base = dist.Normal(X.new_zeros(2), 1.0).to_event(1)
+        shift = dist.transforms.LowerCholeskyAffine(loc, torch.eye(2, dtype=X.dtype))
+        with pyro.plate("data", 4, subsample_size=2):
+            fn = dist.TransformedDistribution(base, [shift])
+            pyro.sample("x", fn, obs=X.new_zeros(2, 2))
+
+    def guide():
+        pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+
+    elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize, max_plate_nesting=1)
+    with pytest.raises(ValueError, match=r"'data' is subsampled \(2 of 4\)"):
+        elbo.loss(model, guide)
+
+
+@pytest.mark.parametrize("mask", [True, False, torch.ones(len(X), dtype=torch.bool)], ids=str)
+def test_masks_that_change_nothing_for_the_guide_are_not_warned_of(mask):
+    def model():
+        with pyro.plate("data", len(X)), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+
+    ImportanceWeightedELBO(3).loss(model, NormalNormal(X).guide)
+
+
 def test_a_latent_masked_in_the_model_alone_is_warned_of():
     mask = torch.arange(len(X)) < 4
 
