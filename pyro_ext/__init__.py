@@ -1,5 +1,3 @@
 """Multi-sample variational inference for Pyro, and evidence that can be trusted."""
 
-from importlib.metadata import version
-
-__version__ = version("pyro_ext")
+__version__ = "0.1.0"
