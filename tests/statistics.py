@@ -4,7 +4,7 @@
 def assert_mean(draws, expected, num_errors=4.5):
     """The mean of dim 0 equals ``expected`` within 4.5 standard errors."""
     error = draws.std(0) / len(draws) ** 0.5
-    rounding = 1e-12
+    rounding = 1e-12  # where two estimators are the same number, the error is nothing else
     assert ((draws.mean(0) - expected).abs() <= num_errors * error + rounding).all(), (
         f"mean {draws.mean(0)}, expected {expected}, standard error {error}"
     )

@@ -67,39 +67,61 @@ def second_pass(
     set_random_state(end)
 
 
-class ChunkOfBound:
-    """A bound of K particles as one chunk of them sees it: a linear function of its log weights.
+class LinearBound:
+    """A bound of K particles for given log weights: the linear function with its derivatives.
 
-    :param bound: the bound.
-    :param torch.Tensor log_w: the log weights of all K particles, detached.
-    :param slice particles: which of them are in the chunk.
-    :param bool has_score: whether the guide has non-reparameterised sites.
+    Being linear, it can be taken in parts, one chunk of particles at a time.
+
+    :param tuple first_and_second: the bound's derivatives, each of shape ``(K, *common)``.
+    :param torch.Tensor signal: its signal, likewise; None if no site needs one.
+    :param LinearBound guide_bound: that of the guide; None if it is this one.
     """
 
-    def __init__(self, bound: Bound, log_w: Tensor, particles: slice, has_score: bool) -> None:
-        first, second = bound.first_and_second(log_w)
-        self._first_and_second = first[particles], second[particles]
-        self._signal = bound.signal(log_w)[particles] if has_score else None
-        self._guide_bound = (
-            self
-            if bound.guide_bound is bound
-            else ChunkOfBound(bound.guide_bound, log_w, particles, has_score)
+    def __init__(
+        self,
+        first_and_second: tuple[Tensor, Tensor],
+        signal: Tensor | None,
+        guide_bound: "LinearBound | None",
+    ) -> None:
+        self._first_and_second = first_and_second
+        self._signal = signal
+        self._guide_bound = guide_bound
+
+    def part(self, particles: slice) -> "LinearBound":
+        """The same for some of the particles."""
+        first, second = self._first_and_second
+        return LinearBound(
+            (first[particles], second[particles]),
+            None if self._signal is None else self._signal[particles],
+            None if self._guide_bound is None else self._guide_bound.part(particles),
         )
 
     def bound(self, log_w: Tensor) -> Tensor:
-        """A function with the bound's derivatives in the chunk's log weights."""
+        """The linear function; its value means nothing."""
         # Weights of zero have zero coefficients: 0 x inf would be NaN.
         return (self._first_and_second[0] * log_w.masked_fill(log_w.isinf(), 0.0)).sum(0)
 
     def first_and_second(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
-        """The chunk's share of the bound's derivatives."""
+        """The derivatives, whatever the log weights."""
         return self._first_and_second
 
     def signal(self, log_w: Tensor) -> Any:
-        """The chunk's share of the bound's signal."""
+        """The signal, whatever the log weights."""
         return self._signal
 
     @property
-    def guide_bound(self) -> "ChunkOfBound":
-        """The chunk of the bound that the guide is trained on."""
-        return self._guide_bound
+    def guide_bound(self) -> "LinearBound":
+        """The bound that the guide is trained on."""
+        return self if self._guide_bound is None else self._guide_bound
+
+
+def linearize(bound: Bound, log_w: Tensor, has_score: bool) -> LinearBound:
+    """The linear function with the derivatives of a bound at the log weights of all particles.
+
+    :param bool has_score: whether the guide has non-reparameterised sites.
+    """
+    return LinearBound(
+        bound.first_and_second(log_w),
+        bound.signal(log_w) if has_score else None,
+        None if bound.guide_bound is bound else linearize(bound.guide_bound, log_w, has_score),
+    )

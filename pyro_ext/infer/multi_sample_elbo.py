@@ -13,7 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.chunks import ChunkOfBound, TraceChunk, chunk_sizes, first_pass, second_pass
+from pyro_ext.infer.chunks import TraceChunk, chunk_sizes, first_pass, linearize, second_pass
 from pyro_ext.infer.consistency import check_vectorization
 from pyro_ext.infer.dependence import Provenance, differs_between, track_provenance
 from pyro_ext.infer.gradients import GRADIENT_RULES, bound_value
@@ -343,11 +343,12 @@ class MultiSampleELBO(ELBO):
         for value in (loss, self.guide_bound._loss_of(log_w, particles)):
             if not math.isfinite(value):
                 self._refuse_loss(value, particles)
+        linear = linearize(self, log_w, particles.score is not None)
         del particles  # nothing of one chunk is to live while another runs
         for index, particles in second_pass(trace, sizes, states):
             self._check_rule(particles)
-            chunk = ChunkOfBound(self, log_w, index, particles.score is not None)
-            surrogate = -GRADIENT_RULES[self.gradient].objective(chunk, particles)
+            rule = GRADIENT_RULES[self.gradient]
+            surrogate = -rule.objective(linear.part(index), particles)
             if index.start == 0:
                 surrogate = surrogate - particles.outer
             if surrogate.requires_grad:
