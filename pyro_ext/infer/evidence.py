@@ -184,8 +184,8 @@ def _warn_of_points(particles: Particles) -> None:
             continue
         draws = site["value"]
         if len(particles.guide_traces) > 1:
-            values: list[Any] = [trace.nodes[name]["value"] for trace in particles.guide_traces]
-            draws = torch.stack(values)
+            traces: Any = [trace for trace in particles.guide_traces if name in trace.nodes]
+            draws = torch.stack([trace.nodes[name]["value"] for trace in traces])
         if bool((draws == draws[:1]).all()):
             warnings.warn(
                 f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
@@ -216,8 +216,8 @@ def _draw_log_weights(
     with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
         for start in range(0, num_samples, chunk_size):
             rest = num_samples - start
-            elbo.num_particles = max(2, min(chunk_size, rest))
-            particles = elbo.trace_particles(*programs, args, kwargs, subsamples)
+            num_particles = max(2, min(chunk_size, rest))
+            particles = elbo.trace_particles(*programs, args, kwargs, subsamples, num_particles)
             log_w = particles.log_w[:rest].to(accumulation_dtype(particles.log_w.device))
             if log_w.isnan().any():
                 raise_not_finite("estimate_evidence: a log weight", math.nan, particles)
