@@ -89,3 +89,40 @@ class TwoLayer:
         with pyro.plate("data", len(self.x)):
             z1 = pyro.sample("z1", dist.Normal(b * self.x, scale))
             pyro.sample("z2", dist.Normal(w * z1 / 2, scale))
+
+
+class Hierarchical:
+    """theta ~ N(0, 1), z_n | theta ~ N(theta, 1), x_n | z_n ~ N(z_n, 1), z and x in one plate."""
+
+    def __init__(self, x, subsample_size=None, exact_guide=False):
+        self.x = x
+        self.subsample_size = subsample_size
+        self.exact_guide = exact_guide
+
+    def plate(self):
+        return pyro.plate("data", len(self.x), subsample_size=self.subsample_size)
+
+    def model(self):
+        theta = pyro.sample("theta", dist.Normal(self.x.new_zeros(()), 1.0))
+        with self.plate() as index:
+            z = pyro.sample("z", dist.Normal(theta, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=self.x[index])
+
+    def guide(self):
+        N = len(self.x)
+        if self.exact_guide:
+            initial = (self.x.sum().item() / (N + 2), math.sqrt(2 / (N + 2)), 0.5, math.sqrt(0.5))
+        else:
+            initial = (0.1, 0.6, 0.4, 1.3)
+        loc, scale, slope, local_scale = (
+            pyro.param(name, self.x.new_tensor(value))
+            for name, value in zip(("loc", "scale", "slope", "local"), initial, strict=True)
+        )
+        theta = pyro.sample("theta", dist.Normal(loc, scale))
+        with self.plate() as index:
+            pyro.sample("z", dist.Normal(slope * (theta + self.x[index]), local_scale))
+
+    def log_evidence(self):
+        N = len(self.x)
+        covariance = 2 * torch.eye(N, dtype=self.x.dtype, device=self.x.device) + 1
+        return dist.MultivariateNormal(self.x.new_zeros(N), covariance).log_prob(self.x)

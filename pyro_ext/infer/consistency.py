@@ -23,6 +23,7 @@ def check_vectorization(
     *,
     num_particles: int,
     max_plate_nesting: float,
+    local_plate: str | None,
 ) -> None:
     """Re-scores the last of K vectorised particles alone and compares site by site.
 
@@ -45,6 +46,7 @@ def check_vectorization(
             max_plate_nesting=max_plate_nesting,
             vectorized=True,
             subsamples=subsamples,
+            local_plate=local_plate,
         )
         with subsamples:
             alone = poutine.trace(guide).get_trace(*args, **kwargs)

@@ -17,6 +17,12 @@ Where a draw's log q enters log w with a factor c (a mask or a scale), so does t
 non-reparameterised site d with log-probability s adds signal_k s, differentiated also through the
 draws before it; its expectation given z_k moves with z_k, which adds f_k ds/dz_k to the right
 side of the identity.
+
+With a local plate, the draws outside of it are made once, and the objective is linear in their log
+ratio. For the bound inside, they are parameters; the identity holds for any parameter, but it
+makes the estimate noisy at the posterior, where the pathwise derivative in such a draw is zero.
+So a draw outside gets the total pathwise derivative, f_k through log w_k, and f_k - f_kk acts
+from the draws inside into the guide's parameters only.
 """
 
 import math
@@ -51,7 +57,8 @@ class GradientRule(NamedTuple):
     """A gradient estimator, for any bound.
 
     :ivar objective: maps a bound and the particles to a scalar tensor with the value of the bound,
-        scaled and summed over the common plates, and with the gradient of the rule.
+        scaled, summed over the common plates and with the outer terms added, and with the gradient
+        of the rule.
     :ivar leaves: whether reparameterised draws have to be traced as leaves.
     """
 
@@ -65,12 +72,9 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
     if bound.guide_bound is bound:
-        value = _total(particles, bound_value(bound, particles.log_w))
+        value = _total(particles, bound_value(bound, particles.log_w)) + particles.outer
         return value + _without_value(_reward(bound, particles))
-    first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
-    along_paths = _weighted(particles, first) + _reward(bound, particles)
-    gradients = _leaf_gradients(particles.draws, along_paths)
-    return _along_paths(bound, particles, first, particles.log_q, gradients)
+    return _once_reparameterized(bound, particles, particles.log_q, particles.outer)
 
 
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor:
@@ -81,10 +85,7 @@ def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor
     Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
     Estimators for Variational Inference.
     """
-    first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
-    along_paths = _weighted(particles, first) + _reward(bound, particles)
-    gradients = _leaf_gradients(particles.draws, along_paths)
-    return _along_paths(bound, particles, first, particles.log_q_rest, gradients)
+    return _once_reparameterized(bound, particles, particles.log_q_rest, particles.outer_rest)
 
 
 def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tensor:
@@ -95,21 +96,20 @@ def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tens
     """
     first, second = bound.guide_bound.first_and_second(particles.log_w.detach())
     replaced = _weighted(particles, second) + _score_weighted(particles, first)
-    along_paths = _weighted(particles, first) + _reward(bound, particles)
-    factors = [_density_factor(draw, particles.scale) for draw in particles.draws]
-    if all(factor is None for factor in factors):
-        gradients = _leaf_gradients(particles.draws, along_paths - replaced)
+    along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
+    outer_draws, draws = particles.outer_draws, particles.draws
+    factors = [_density_factor(draw, particles.scale) for draw in draws]
+    if not outer_draws and all(factor is None for factor in factors):
+        gradients = _leaf_gradients(draws, along_paths - replaced)
     else:
-        gradients = [
-            path - (explicit if factor is None else factor * explicit)
-            for path, explicit, factor in zip(
-                _leaf_gradients(particles.draws, along_paths),
-                _leaf_gradients(particles.draws, replaced),
-                factors,
-                strict=True,
-            )
-        ]
-    return _along_paths(bound, particles, first, particles.log_q_rest, gradients)
+        gradients = _leaf_gradients(outer_draws + draws, along_paths)
+        explicit = _leaf_gradients(draws, replaced)
+        for i, (factor, gradient) in enumerate(zip(factors, explicit, strict=True)):
+            i += len(outer_draws)
+            gradients[i] = gradients[i] - (gradient if factor is None else factor * gradient)
+    return _along_paths(
+        bound, particles, first, particles.log_q_rest, particles.outer_rest, gradients
+    )
 
 
 GRADIENT_RULES = {
@@ -154,13 +154,33 @@ def _score_weighted(particles: Particles, weights: Tensor) -> Tensor | float:
 
 
 def _reward(bound: Bound, particles: Particles) -> Tensor | float:
-    if particles.score is None:
-        return 0.0
-    return _score_weighted(particles, bound.guide_bound.signal(particles.log_w.detach()))
+    """The score-function terms; sites outside of the local plate are rewarded by everything."""
+    bound, log_w = bound.guide_bound, particles.log_w.detach()
+    reward: Tensor | float = 0.0
+    if particles.score is not None:
+        reward = _score_weighted(particles, bound.signal(log_w))
+    if particles.outer_scores:
+        inside = particles.scale * bound.bound(log_w)
+        for score in particles.outer_scores:
+            everything = particles.reward_outside(inside, score.plates)
+            reward = reward + (everything * score.value).sum()
+    return reward
+
+
+def _detached(x: Tensor | float) -> Tensor | float:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _without_value(surrogate: Tensor | float) -> Tensor | float:
-    return surrogate - surrogate.detach() if isinstance(surrogate, Tensor) else 0.0
+    return surrogate - _detached(surrogate)
+
+
+def _once_reparameterized(bound: Bound, particles: Particles, log_q: Tensor, outer: Any) -> Tensor:
+    """The objective with f_k on every path."""
+    first, _ = bound.guide_bound.first_and_second(particles.log_w.detach())
+    along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
+    gradients = _leaf_gradients(particles.outer_draws + particles.draws, along_paths)
+    return _along_paths(bound, particles, first, log_q, outer, gradients)
 
 
 def _along_paths(
@@ -168,23 +188,24 @@ def _along_paths(
     particles: Particles,
     guide_first: Tensor,
     log_q: Tensor,
+    outer: Any,
     gradients: Sequence[Tensor],
 ) -> Tensor:
-    """The bound's value with the gradients of the leaves pushed into the draws.
+    """The objective's value with the gradients of the leaves pushed into the draws.
 
     The leaves end every path of the explicit terms, which are those of the model and of as much
-    of the guide as ``log_q`` holds.
+    of the guide as ``log_q`` and ``outer`` hold.
     """
     first = guide_first
     if bound.guide_bound is not bound:
         first, _ = bound.first_and_second(particles.log_w.detach())
     explicit = (first * _finite(particles.log_p) - guide_first * _finite(log_q)).sum(0)
-    surrogate = _total(particles, explicit) + _reward(bound, particles)
-    for draw, gradient in zip(particles.draws, gradients, strict=True):
+    surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
+    draws = particles.outer_draws + particles.draws
+    for draw, gradient in zip(draws, gradients, strict=True):
         surrogate = surrogate + (gradient * draw.value).sum()
-    return _total(particles, bound_value(bound, particles.log_w.detach())) + _without_value(
-        surrogate
-    )
+    value = _total(particles, bound_value(bound, particles.log_w.detach()))
+    return value + _detached(particles.outer) + _without_value(surrogate)
 
 
 def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:

@@ -15,6 +15,8 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+PARTICLE_PLATE = "num_particles_vectorized"
+
 
 class SiteError(ValueError):
     """A site of the model does not match the guide, or cannot be handled."""
@@ -41,12 +43,20 @@ class SiteRecorder(Messenger):
 
     :param int particle_dim: the negative dim of the particle plate; None if there is none.
     :param SiteRecorder guide: the recorder of the guide that the model is replayed against.
+    :param str local_plate: the name of the plate that holds the particles; None if they are
+        around every site.
     """
 
-    def __init__(self, particle_dim: int | None, guide: "SiteRecorder | None" = None) -> None:
+    def __init__(
+        self,
+        particle_dim: int | None,
+        guide: "SiteRecorder | None" = None,
+        local_plate: str | None = None,
+    ) -> None:
         super().__init__()
         self.particle_dim = particle_dim
         self.guide = guide
+        self.local_plate = local_plate
         self.sites: dict[str, SiteRecord] = {}
         self._has_latent = False
 
@@ -75,6 +85,10 @@ class SiteRecorder(Messenger):
         )
         if self.guide is not None:
             self._check_against_guide(name, self.guide.sites.get(name))
+        is_outside = self.local_plate is not None and not lies_in(msg, self.local_plate)
+        if is_outside and self.particle_dim is not None and self.sites[name].has_particle_dim:
+            program = "guide" if self.guide is None else "model"
+            raise SiteError(outside_of_local_plate(program, name))
 
     def _has_particle_dim(self, msg: Any) -> bool:
         if self.particle_dim is None:
@@ -181,6 +195,7 @@ class Draw(NamedTuple):
     fn: Any
     scale: Any
     mask: Any
+    is_outer: bool
 
 
 class LeafDraws(Messenger):
@@ -189,10 +204,14 @@ class LeafDraws(Messenger):
     Later sites and the model see the leaf, so that one run yields both the derivatives at the
     draws and, through the pairs, the paths to the guide's parameters. A Delta is no draw but a
     function of earlier ones: it stays as it is.
+
+    :param str local_plate: the name of the plate that holds the particles; None if they are
+        around every site.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, local_plate: str | None) -> None:
         super().__init__()
+        self.local_plate = local_plate
         self.draws: list[Draw] = []
         self._seen: set[str] = set()
 
@@ -207,8 +226,25 @@ class LeafDraws(Messenger):
             and value.grad_fn is not None
             and not is_delta(fn)
         ):
-            msg["value"] = value.detach().requires_grad_()
-            self.draws.append(Draw(msg["name"], value, msg["value"], fn, msg["scale"], msg["mask"]))
+            leaf = msg["value"] = value.detach().requires_grad_()
+            is_outer = self.local_plate is not None and not lies_in(msg, self.local_plate)
+            self.draws.append(
+                Draw(msg["name"], value, leaf, fn, msg["scale"], msg["mask"], is_outer)
+            )
+
+
+def lies_in(site: Any, plate: str) -> bool:
+    """Whether a site or message is inside the plate of a name."""
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def outside_of_local_plate(program: str, name: str) -> str:
+    """The message for a site that depends on local draws but lies outside of their plate."""
+    return (
+        f"Site '{name}' of the {program} depends on the draws inside of local_plate but lies "
+        "outside of it: expected sites outside, drawn once, not to see those inside, drawn once a "
+        "particle. Put it into the plate, or do without local_plate."
+    )
 
 
 def is_delta(fn: Any) -> bool:

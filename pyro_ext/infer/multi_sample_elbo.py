@@ -2,9 +2,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
-from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.chunks import TraceChunk, chunk_sizes, first_pass, linearize, second_pass
 from pyro_ext.infer.consistency import check_vectorization
-from pyro_ext.infer.dependence import Provenance, differs_between, track_provenance
+from pyro_ext.infer.dependence import differs_between, track_provenance
 from pyro_ext.infer.gradients import GRADIENT_RULES, bound_value
-from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.handlers import SharedSubsamples, lies_in
+from pyro_ext.infer.local_plate import check_local_plate
 from pyro_ext.infer.not_finite import raise_not_finite
-from pyro_ext.infer.particles import Particles, gather_particles, score_terms
+from pyro_ext.infer.particles import Particles, gather_particles, score_sites
 from pyro_ext.infer.plates import (
     DensitySite,
     check_subsampling,
@@ -27,19 +27,9 @@ from pyro_ext.infer.plates import (
     find_common_plates,
     warn_of_joint_weights,
 )
+from pyro_ext.infer.program_memory import ProgramMemory
 from pyro_ext.infer.tracing import run_particles
 from pyro_ext.ops import leave_one_out_mean
-
-
-@dataclass
-class _ProgramMemory:
-    """What has been found out about the pair of programs that was run last."""
-
-    model: Any = None
-    guide: Any = None
-    plate_nesting: float | None = None
-    provenance: Provenance = field(default_factory=Provenance)
-    warned_plates: set[str] = field(default_factory=set)
 
 
 class MultiSampleELBO(ELBO):
@@ -75,6 +65,11 @@ class MultiSampleELBO(ELBO):
     :param int particle_chunk_size: at most how many particles have their graph in memory at once;
         None for all. The programs then run twice, and the gradients are those of all K particles.
         For :meth:`loss` and :meth:`loss_and_grads`, hence ``SVI``.
+    :param str local_plate: the name of a plate, for models with global latent variables and local
+        ones in that plate: one draw of all sites outside of it, K of those inside, and a bound
+        for each point of the plate. The plate may then be subsampled. See
+        Geffner and Domke (2022), Variational Inference with Locally Enhanced Bounds for
+        Hierarchical Models.
     :raises ValueError: where an argument is out of range. When run: where sites or plates do not
         match between model and guide, where a site is marked for enumeration, where a plate is
         subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
@@ -105,6 +100,7 @@ class MultiSampleELBO(ELBO):
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
         particle_chunk_size: int | None = None,
+        local_plate: str | None = None,
     ) -> None:
         name = type(self).__name__
         check_integer(name, "num_particles", num_particles, 1)
@@ -117,6 +113,15 @@ class MultiSampleELBO(ELBO):
                 f"{name}: expected gradient to be one of {sorted(GRADIENT_RULES)}, "
                 f"got {gradient!r}."
             )
+        if not (local_plate is None or isinstance(local_plate, str)):
+            raise ValueError(
+                f"{name}: expected local_plate to be the name of a plate, got {local_plate!r}."
+            )
+        if local_plate is not None and particle_chunk_size is not None:
+            raise NotImplementedError(
+                f"{name}: local_plate expects particle_chunk_size=None: each chunk would draw its "
+                "own globals."
+            )
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
@@ -127,10 +132,11 @@ class MultiSampleELBO(ELBO):
         self.max_plate_nesting = max_plate_nesting
         self.gradient = gradient
         self.particle_chunk_size = particle_chunk_size
-        self._memory = _ProgramMemory()
+        self.local_plate = local_plate
+        self._memory = ProgramMemory()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memory": _ProgramMemory()}
+        return {**self.__dict__, "_memory": ProgramMemory()}
 
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
@@ -260,6 +266,7 @@ class MultiSampleELBO(ELBO):
                 kwargs,
                 num_particles=self.num_particles,
                 max_plate_nesting=self._plate_nesting(model, guide, args, kwargs),
+                local_plate=self.local_plate,
             )
 
     def trace_particles(
@@ -301,6 +308,7 @@ class MultiSampleELBO(ELBO):
             vectorized=vectorized,
             leaves=torch.is_grad_enabled() and self._needs_leaves(),
             subsamples=subsamples,
+            local_plate=self.local_plate,
         )
 
         pairs = zip(traces.model_traces, traces.guide_traces, strict=True)
@@ -317,12 +325,22 @@ class MultiSampleELBO(ELBO):
             return site[:2] in memory.provenance.dependent or differs_between(by_particle, site)
 
         sites = [site for row in by_particle for site in row]
+        if self.local_plate is not None:
+            check_local_plate(self.local_plate, by_particle)
+            sites = [site for site in sites if lies_in(site.node, self.local_plate)]
+        inside = {(site.program, site.name) for site in sites}
         common = find_common_plates(sites, depends)
+
+        def is_outer(site: DensitySite) -> bool:
+            if site[:2] not in inside:
+                return True
+            return site.is_observed and not site.plates.issuperset(common) and not depends(site)
+
         if num_particles > 1:
             check_subsampling(sites, common, depends)
             if not common:
                 warn_of_joint_weights(sites, memory.warned_plates)
-        return gather_particles(traces, by_particle, common, depends)
+        return gather_particles(traces, by_particle, common, is_outer, self.local_plate)
 
     def _is_chunked(self) -> bool:
         size = self.particle_chunk_size
@@ -348,9 +366,9 @@ class MultiSampleELBO(ELBO):
         for index, particles in second_pass(trace, sizes, states):
             self._check_rule(particles)
             rule = GRADIENT_RULES[self.gradient]
+            if index.start > 0:
+                particles = replace(particles, outer_terms=())
             surrogate = -rule.objective(linear.part(index), particles)
-            if index.start == 0:
-                surrogate = surrogate - particles.outer
             if surrogate.requires_grad:
                 surrogate.backward(retain_graph=self.retain_graph)
             del particles, surrogate
@@ -375,12 +393,13 @@ class MultiSampleELBO(ELBO):
 
     def _differentiable_loss(self, particles: Particles) -> Tensor:
         self._check_rule(particles)
-        return -GRADIENT_RULES[self.gradient].objective(self, particles) - particles.outer
+        return -GRADIENT_RULES[self.gradient].objective(self, particles)
 
     def _check_rule(self, particles: Particles) -> None:
         rule = GRADIENT_RULES[self.gradient]
-        if rule.leaves and particles.score is not None and not particles.draws:
-            names = [name for name, _ in score_terms(particles.guide_traces[0])]
+        draws = particles.outer_draws + particles.draws
+        names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
+        if rule.leaves and names and not draws:
             raise ValueError(
                 f"gradient={self.gradient!r} expects a reparameterised site with parameters in "
                 f"the guide, got only {names}, which are not: use gradient='pathwise'."
@@ -389,9 +408,9 @@ class MultiSampleELBO(ELBO):
     def _refuse_loss(self, loss: float, particles: Particles) -> NoReturn:
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
 
-    def _recall(self, model: Callable, guide: Callable) -> _ProgramMemory:
-        if not (_is_same(self._memory.model, model) and _is_same(self._memory.guide, guide)):
-            self._memory = _ProgramMemory(model, guide)
+    def _recall(self, model: Callable, guide: Callable) -> ProgramMemory:
+        if not self._memory.is_of(model, guide):
+            self._memory = ProgramMemory(model, guide)
         return self._memory
 
     def _plate_nesting(
@@ -415,8 +434,3 @@ class MultiSampleELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} traces by trace_particles.")
-
-
-def _is_same(program: Any, other: Any) -> bool:
-    # A bound method is a new object at each access; other callables may not compare to a bool.
-    return program is other or (isinstance(program, MethodType) and bool(program == other))

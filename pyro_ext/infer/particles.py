@@ -9,8 +9,8 @@ from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_ext.infer.handlers import Draw, SiteRecord
-from pyro_ext.infer.plates import DensitySite, Plate
+from pyro_ext.infer.handlers import Draw, SiteRecord, lies_in
+from pyro_ext.infer.plates import DensitySite, Plate, plates_of
 from pyro_ext.infer.tracing import ParticleTraces
 
 
@@ -29,13 +29,16 @@ class Particles:
     :ivar scale: size over subsample size of the common plates, times a user's scale that is the
         same at every site; a number, or a tensor that broadcasts against ``common``. It belongs
         outside the bound.
-    :ivar outer: the sum of the log ratios that neither depend on the particle nor lie in all of
-        the common plates; a number or a scalar tensor, to be added to the bound.
+    :ivar outer_terms: the log ratios that neither depend on the particle nor lie in all of the
+        common plates, to be added to the bound. With a local plate, those of all sites outside.
+    :ivar outer_scores: log q of the non-reparameterised sites of the guide outside of the local
+        plate, neither scaled nor masked.
     :ivar score: ``(K, *common)``, log q of the non-reparameterised sites of the guide, neither
         scaled nor masked; None if there are none.
     :ivar plates: the common plates, left to right.
     :ivar draws: pairs of a reparameterised draw and its leaf, in the order of sampling; empty
         unless leaves were asked for.
+    :ivar outer_draws: likewise, of the sites outside of the local plate.
     :ivar model_traces: one trace if the particles are vectorised, else one for each.
     :ivar guide_traces: likewise.
     """
@@ -44,10 +47,12 @@ class Particles:
     log_q: Tensor
     log_q_rest: Tensor
     scale: Any
-    outer: Any
+    outer_terms: tuple["OuterTerm", ...]
+    outer_scores: tuple["OuterTerm", ...]
     score: Tensor | None
     plates: tuple[Plate, ...]
     draws: tuple[Draw, ...]
+    outer_draws: tuple[Draw, ...]
     model_traces: tuple[Trace, ...]
     guide_traces: tuple[Trace, ...]
 
@@ -56,30 +61,68 @@ class Particles:
         """``(K, *common)``, the log importance weights log p(x, z) - log q(z)."""
         return self.log_p - self.log_q
 
+    def reward_outside(self, objective: Tensor, plates: frozenset[Plate]) -> Tensor:
+        """The whole objective, summed to some plates: what sites in them are rewarded by.
+
+        :param torch.Tensor objective: its part in the common plates, of shape ``common``.
+        """
+        dims = [plate.dim or 0 for plate in self.plates]
+        shape = [1] * -min(dims, default=0)
+        for dim, size in zip(dims, objective.shape, strict=True):
+            shape[dim] = size
+        inside = OuterTerm(objective.reshape(shape), frozenset(self.plates))
+        return sum(
+            (term.sum_to(plates).detach() for term in self.outer_terms), inside.sum_to(plates)
+        )
+
+    @property
+    def outer(self) -> Any:
+        """The sum of the outer terms: a scalar tensor, or 0 if there are none."""
+        return sum(term.value.sum() for term in self.outer_terms)
+
+    @property
+    def outer_rest(self) -> Any:
+        """The same without log q of the draws replaced by leaves."""
+        return sum(term.value.sum() for term in self.outer_terms if not term.is_leaf)
+
+
+class OuterTerm(NamedTuple):
+    """A term that no particle changes, with the plates around it."""
+
+    value: Tensor
+    plates: frozenset[Plate]
+    is_leaf: bool = False
+
+    def sum_to(self, plates: frozenset[Plate]) -> Tensor:
+        """Sums over the plates other than those given."""
+        dims = [p.dim for p in self.plates - plates if p.dim and -p.dim <= self.value.dim()]
+        return self.value.sum(dims, keepdim=True) if dims else self.value
+
 
 def gather_particles(
     traces: ParticleTraces,
     sites: Sequence[Sequence[DensitySite]],
     common: tuple[Plate, ...],
-    depends: Callable[[DensitySite], bool],
+    is_outer: Callable[[DensitySite], bool],
+    local_plate: str | None,
 ) -> Particles:
     """Sums the log-probabilities of the traces to one entry for each particle and common plate.
 
     :param ParticleTraces traces: the traces of K particles.
     :param sites: the density sites of each pair of traces.
     :param common: the common plates, left to right.
-    :param depends: tells of an observed site outside of them whether it depends on the particle.
+    :param is_outer: tells of a site whether its log ratio is not part of the log weights.
+    :param str local_plate: the plate that holds the particles; None if they are around all.
     """
     by_key = {(site.program, site.name): site for row in sites for site in row}
-    outside = {
-        key
-        for key, site in by_key.items()
-        if site.is_observed and not site.plates.issuperset(common) and not depends(site)
-    }
-    outer: Any = 0.0
+    outside = {key for key, site in by_key.items() if is_outer(site)}
+    leaves = {("guide", draw.name) for draw in traces.draws}
+    outer_terms = []
     for program, name in outside:
-        log_prob = traces.one_particle(by_key[program, name].log_prob)
-        outer = outer + (1 if program == "model" else -1) * _at_least_single(log_prob).sum()
+        site = by_key[program, name]
+        log_prob = _at_least_single(traces.one_particle(site.log_prob))
+        value = log_prob if program == "model" else -log_prob
+        outer_terms.append(OuterTerm(value, site.plates, (program, name) in leaves))
 
     dims = [plate.dim for plate in common if plate.dim is not None]
     layout = _Layout(
@@ -97,7 +140,6 @@ def gather_particles(
         )
 
     log_p, log_q = log_density("model", outside), log_density("guide", outside)
-    leaves = {("guide", draw.name) for draw in traces.draws}
     log_q_rest = log_density("guide", outside | leaves) if leaves else log_q
     plate_scale = math.prod(plate.subsampling_scale for plate in common)
     user_scale = _uniform_scale([traces.record(*key) for key in by_key.keys() - outside], dims)
@@ -107,28 +149,41 @@ def gather_particles(
         divisor = scale.masked_fill(scale == 0, 1) if isinstance(scale, Tensor) else scale
         log_p, log_q, log_q_rest = log_p / divisor, log_q / divisor, log_q_rest / divisor
 
-    scores = [[term for _, term in score_terms(trace)] for trace in traces.guide_traces]
+    def has_particles(node: Any) -> bool:
+        return local_plate is None or lies_in(node, local_plate)
+
+    scores = [
+        [term for node, term in score_sites(trace) if has_particles(node)]
+        for trace in traces.guide_traces
+    ]
+    outer_scores = (
+        OuterTerm(term, plates_of(node))
+        for node, term in score_sites(traces.guide_traces[0])
+        if not has_particles(node)
+    )
     return Particles(
         log_p=log_p,
         log_q=log_q,
         log_q_rest=log_q_rest,
         scale=scale,
-        outer=outer,
+        outer_terms=tuple(outer_terms),
+        outer_scores=tuple(outer_scores),
         score=layout.stack(scores) if any(scores) else None,
         plates=common,
-        draws=traces.draws,
+        draws=tuple(draw for draw in traces.draws if not draw.is_outer),
+        outer_draws=tuple(draw for draw in traces.draws if draw.is_outer),
         model_traces=traces.model_traces,
         guide_traces=traces.guide_traces,
     )
 
 
-def score_terms(guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
-    """Name and score-function term of each non-reparameterised site of a guide's trace."""
-    for name, site in guide_trace.nodes.items():
+def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
+    """Node and score-function term of each non-reparameterised site of a guide's trace."""
+    for site in guide_trace.nodes.values():
         if site["type"] == "sample":
             term = site["score_parts"].score_function
             if not is_identically_zero(term):
-                yield name, term
+                yield site, term
 
 
 class _Layout(NamedTuple):

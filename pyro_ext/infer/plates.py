@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_ext.infer.handlers import is_masked_out
-from pyro_ext.infer.tracing import PARTICLE_PLATE
+from pyro_ext.infer.handlers import PARTICLE_PLATE, is_masked_out
 
 
 class Plate(NamedTuple):
@@ -60,15 +59,20 @@ def density_sites(program: str, trace: Trace) -> list[DensitySite]:
             program,
             name,
             node,
-            frozenset(
-                Plate(f.name, f.dim, f.size, f.full_size or f.size, f.counter)
-                for f in node["cond_indep_stack"]
-                if f.name != PARTICLE_PLATE
-            ),
+            plates_of(node),
         )
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and not is_masked_out(node)
     ]
+
+
+def plates_of(node: Any) -> frozenset[Plate]:
+    """The plates around a site but the particle plate."""
+    return frozenset(
+        Plate(f.name, f.dim, f.size, f.full_size or f.size, f.counter)
+        for f in node["cond_indep_stack"]
+        if f.name != PARTICLE_PLATE
+    )
 
 
 def find_common_plates(
@@ -99,8 +103,10 @@ def check_subsampling(
                 f"Plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}) but "
                 f"{_why_not_common(plate, sites)}; with more than one particle its scale would "
                 "enter a nonlinear bound, which would then be wrong. Expected a vectorised plate "
-                "around every latent site, or the full data: move global latents into pyro.param, "
-                "do not subsample, or use num_particles=1."
+                "around every latent site, or the full data. For global latents and local ones in "
+                f"a plate, local_plate='{plate.name}' draws the globals once and has a bound for "
+                "each point; else move globals into pyro.param, do not subsample, or use "
+                "num_particles=1."
             )
 
 

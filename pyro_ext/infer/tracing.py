@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.enum import get_importance_trace
@@ -21,9 +20,9 @@ from pyro_ext.infer.handlers import (
     SiteRecorder,
     has_dim,
     is_masked_out,
+    outside_of_local_plate,
 )
-
-PARTICLE_PLATE = "num_particles_vectorized"
+from pyro_ext.infer.local_plate import ParticlePlate, SharedGlobals
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ def run_particles(
     vectorized: bool,
     leaves: bool = False,
     subsamples: SharedSubsamples | None = None,
+    local_plate: str | None = None,
 ) -> ParticleTraces:
     """Traces the guide, and the model against it, once for each particle.
 
@@ -80,6 +80,7 @@ def run_particles(
     :param bool vectorized: whether the K particles run at once in a plate to the left.
     :param bool leaves: whether reparameterised draws are replaced by leaves.
     :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+    :param str local_plate: the name of the only plate to run K times; None to run all.
     :raises ValueError: where a site does not match between model and guide, or is enumerated;
         where the model or guide fails with K particles but runs with one.
     """
@@ -93,13 +94,14 @@ def run_particles(
             max_plate_nesting=max_plate_nesting,
             leaves=leaves,
             subsamples=subsamples or SharedSubsamples(),
+            local_plate=local_plate,
         )
     particle_dim = -int(max_plate_nesting) - 1
-    plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)
-    in_guide = SiteRecorder(particle_dim)
-    in_model = SiteRecorder(particle_dim, in_guide)
+    plate = ParticlePlate(num_particles, particle_dim, local_plate)
+    in_guide = SiteRecorder(particle_dim, local_plate=local_plate)
+    in_model = SiteRecorder(particle_dim, in_guide, local_plate)
     with ExitStack() as stack:
-        handler = stack.enter_context(LeafDraws()) if leaves else None
+        handler = stack.enter_context(LeafDraws(local_plate)) if leaves else None
         if subsamples is not None:
             stack.enter_context(subsamples)
         try:
@@ -140,6 +142,8 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
         shape = node["log_prob"].shape
         dims = {frame.dim for frame in node["cond_indep_stack"]}
         stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
+        if particle_dim in stray:
+            raise SiteError(outside_of_local_plate(program, name))
         if stray:
             raise SiteError(
                 f"Site '{name}' of the {program} has a log-probability of shape {tuple(shape)}, "
@@ -159,15 +163,19 @@ def _trace_sequentially(
     max_plate_nesting: float,
     leaves: bool,
     subsamples: SharedSubsamples,
+    local_plate: str | None,
 ) -> ParticleTraces:
     model_traces, guide_traces, draws = [], [], []
+    shared_globals = None if local_plate is None else SharedGlobals(local_plate)
     records: dict[tuple[str, str], SiteRecord] = {}
     for _ in range(num_particles):
         in_guide = SiteRecorder(None)
         in_model = SiteRecorder(None, in_guide)
         with ExitStack() as stack:
-            handler = stack.enter_context(LeafDraws()) if leaves else None
+            handler = stack.enter_context(LeafDraws(local_plate)) if leaves else None
             stack.enter_context(subsamples)
+            if shared_globals is not None:
+                stack.enter_context(shared_globals)
             try:
                 model_trace, guide_trace = get_importance_trace(
                     "flat", max_plate_nesting, in_model(model), in_guide(guide), args, kwargs
