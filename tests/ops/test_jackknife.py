@@ -82,7 +82,9 @@ def test_value_and_derivatives_match_enumeration_in_400_digits(log_w, order, dev
 
 
 @pytest.mark.parametrize("name", weights(3))
-@pytest.mark.parametrize(("K", "order"), [(5000, 1), (256, 2)])
+@pytest.mark.parametrize(
+    ("K", "order"), [(5000, 1), (96, 2), pytest.param(256, 2, marks=pytest.mark.slow)]
+)
 def test_many_particles(name, K, order, device):
     log_w = weights(K)[name].to(device)
     value, _, _ = exact_jackknife(log_w.tolist(), order)
