@@ -1,5 +1,7 @@
 """Pure tensor mathematics; imports torch alone."""
 
+from pyro_ext.ops.bits_per_dim import bits_per_dim
+from pyro_ext.ops.discretized_logistic import discretized_logistic_mixture_log_prob
 from pyro_ext.ops.jackknife import (
     MAX_SUBSETS,
     TooManySubsetsError,
@@ -20,6 +22,8 @@ __all__ = [
     "MIN_DRAWS",
     "TooManySubsetsError",
     "accumulation_dtype",
+    "bits_per_dim",
+    "discretized_logistic_mixture_log_prob",
     "jackknife",
     "jackknife_coefficients",
     "jackknife_first_and_second",

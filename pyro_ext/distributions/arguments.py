@@ -1,0 +1,41 @@
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_one_of_pair(owner: str, **pair: Any) -> None:
+    """Raises a ValueError unless exactly one of two alternative parameters is given.
+
+    :param str owner: the distribution, for the message.
+    :param pair: the two parameters by name; None if not given.
+    """
+    given = [name for name, value in pair.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "neither"
+        raise ValueError(f"{owner}: expected exactly one of {' and '.join(pair)}, got {found}.")
+
+
+def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> dict[str, Tensor]:
+    """Broadcasts parameters that have their components on the last dim.
+
+    :param str owner: the distribution, for the message.
+    :param int num_dims: the smallest number of dims that is expected.
+    :param tensors: the parameters by name.
+    :returns: the same by name, of one shape.
+    :raises ValueError: where a parameter is no tensor, has too few dims or another number of
+        components, or where the shapes do not broadcast.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.dim() < num_dims:
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            dims = "(..., K)" if num_dims == 1 else "(..., 3, K)"
+            raise ValueError(f"{owner}: expected {name} to be a tensor of {dims}, got {found}.")
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len({shape[-1] for shape in shapes.values()}) > 1:
+        raise ValueError(f"{owner}: expected the same number of components, got {shapes}.")
+    try:
+        broadcast = torch.broadcast_tensors(*tensors.values())
+    except RuntimeError:
+        raise ValueError(f"{owner}: expected shapes that broadcast, got {shapes}.") from None
+    return dict(zip(tensors, broadcast, strict=True))

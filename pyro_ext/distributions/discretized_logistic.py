@@ -1,0 +1,167 @@
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, constraints
+from torch.distributions.utils import broadcast_all
+
+from pyro_ext.distributions.arguments import broadcast_components
+from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels, one_of_scales
+
+
+class DiscretizedLogistic(ScalarIntegerPixels):
+    r"""A logistic distribution that is rounded to the integers ``low..high``.
+
+    .. math::
+
+        P(x) = \sigma\Bigl(\frac{x + 1/2 - \mu}{s}\Bigr) - \sigma\Bigl(\frac{x - 1/2 - \mu}{s}\Bigr)
+
+    The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
+    rounding at any scale: no floor, no threshold, no clamp of the scale.
+
+    Sources: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improving Variational
+    Inference with Inverse Autoregressive Flow; Salimans, Karpathy, Chen and Kingma (2017),
+    PixelCNN++.
+
+    :param loc: the location, a tensor or number in the units of the pixels.
+    :param scale: the scale, positive, in the same units. Exactly one of ``scale`` and
+        ``log_scale`` is to be given.
+    :param log_scale: the logarithm of the scale.
+    :param int low: the smallest integer.
+    :param int high: the largest integer.
+    :raises ValueError: if both or neither of the pair are given, if not low < high, and, under
+        validation, if a scale is not positive or a value is no integer ``low..high``.
+
+    >>> import torch
+    >>> pixel = DiscretizedLogistic(torch.tensor([3.0, 20.0]), scale=1.5, low=0, high=16)
+    >>> pixel.log_prob(torch.tensor([3, 16])).exp()
+    tensor([0.1651, 0.9526])
+    >>> pixel.enumerate_support().shape
+    torch.Size([17, 2])
+    """
+
+    arg_constraints: ClassVar = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+        "log_scale": constraints.real,
+    }
+
+    def __init__(
+        self,
+        loc: Tensor | float,
+        scale: Tensor | float | None = None,
+        log_scale: Tensor | float | None = None,
+        low: int = 0,
+        high: int = 255,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        given = one_of_scales(type(self).__name__, scale, log_scale)
+        tensors = broadcast_all(loc, *given.values())
+        parameters = dict(zip(["loc", *given], tensors, strict=True))
+        self._set_up(parameters, (low, high), (), 0, validate_args)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: "DiscretizedLogistic | None" = None
+    ) -> "DiscretizedLogistic":
+        """The same distribution for a larger batch shape; shares memory."""
+        return self._expand_to(
+            self._get_checked_instance(DiscretizedLogistic, _instance), batch_shape
+        )
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws that follow the masses: rounded, then clipped.
+
+        :param sample_shape: shape of the draws, before the batch shape.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self._draw(self.loc.detach().expand(shape), self.scale.detach())
+
+    def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale = (x[..., None, None] for x in (self.loc, self.log_scale))
+        return self.loc.new_zeros(1), loc, log_scale
+
+
+class DiscretizedLogisticMixture(ScalarIntegerPixels):
+    r"""A mixture of logistic distributions that is rounded to the integers ``low..high``.
+
+    .. math::
+
+        P(x) = \sum_{k=1}^{K} \pi_k \Bigl[ \sigma\Bigl(\frac{x + 1/2 - \mu_k}{s_k}\Bigr)
+        - \sigma\Bigl(\frac{x - 1/2 - \mu_k}{s_k}\Bigr) \Bigr]
+
+    The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
+    rounding at any scale: no floor, no threshold, no clamp of the scale.
+
+    Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
+    Discretized Logistic Mixture Likelihood and Other Modifications.
+
+    :param torch.Tensor logits: log weights of the components up to a constant, ``(..., K)``; the
+        batch shape is what stands before K.
+    :param torch.Tensor loc: the locations in the units of the pixels, ``(..., K)``.
+    :param torch.Tensor scale: the scales, positive, in the same units, ``(..., K)``. Exactly one of
+        ``scale`` and ``log_scale`` is to be given.
+    :param torch.Tensor log_scale: the logarithms of the scales, ``(..., K)``.
+    :param int low: the smallest integer.
+    :param int high: the largest integer.
+    :raises ValueError: if both or neither of the pair are given, if the numbers of components
+        differ, if not low < high, and, under validation, if a scale is not positive or a value is
+        no integer ``low..high``.
+
+    A decoder's output for images of 28 x 28 pixels with 5 components:
+
+    >>> import torch
+    >>> logits, loc, log_scale = torch.zeros(3, 10, 1, 28, 28, 5)
+    >>> pixels = DiscretizedLogisticMixture(logits, 127.5 + loc, log_scale=3 + log_scale)
+    >>> pixels.to_event(3).log_prob(torch.zeros(10, 1, 28, 28, dtype=torch.uint8)).shape
+    torch.Size([10])
+    """
+
+    arg_constraints: ClassVar = {
+        "logits": constraints.real_vector,
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+        "log_scale": constraints.real_vector,
+    }
+
+    def __init__(
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        scale: Tensor | None = None,
+        log_scale: Tensor | None = None,
+        low: int = 0,
+        high: int = 255,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        given = one_of_scales(owner, scale, log_scale)
+        parameters = broadcast_components(owner, logits=logits, loc=loc, **given)
+        self._set_up(parameters, (low, high), (), 1, validate_args)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: "DiscretizedLogisticMixture | None" = None
+    ) -> "DiscretizedLogisticMixture":
+        """The same distribution for a larger batch shape; shares memory."""
+        return self._expand_to(
+            self._get_checked_instance(DiscretizedLogisticMixture, _instance), batch_shape
+        )
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws that follow the masses: of a component, rounded, then clipped.
+
+        :param sample_shape: shape of the draws, before the batch shape.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        logits = self.logits.detach().to(self._dtype)
+        component = Categorical(logits=logits).sample(torch.Size(sample_shape)).unsqueeze(-1)
+        loc, scale = (
+            x.detach().expand(*shape, -1).gather(-1, component).squeeze(-1)
+            for x in (self.loc, self.scale)
+        )
+        return self._draw(loc, scale)
+
+    def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.logits, self.loc.unsqueeze(-2), self.log_scale.unsqueeze(-2)

@@ -1,0 +1,198 @@
+"""What the distributions of integers ``low..high`` that are made of logistics share."""
+
+import numbers
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import Any, NoReturn
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
+
+from pyro_ext.distributions.arguments import check_one_of_pair
+from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
+
+# The edges of bins beyond it, half-integers, are not exact in float32.
+_LARGEST_INTEGER = 2**22
+
+
+class IntegerPixels(TorchDistribution):
+    """Base of the discretized logistic family; a subclass says what its mixture is."""
+
+    low: int
+    high: int
+
+    def _set_up(
+        self,
+        parameters: dict[str, Tensor],
+        range_: tuple[int, int],
+        event_shape: tuple[int, ...],
+        num_trailing_dims: int,
+        validate_args: bool | None,
+    ) -> None:
+        for name, bound in zip(("low", "high"), range_, strict=True):
+            if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
+                raise ValueError(
+                    f"{type(self).__name__}: expected an integer {name}, got {bound!r}."
+                )
+            setattr(self, name, int(bound))
+        if not -_LARGEST_INTEGER <= self.low < self.high <= _LARGEST_INTEGER:
+            raise ValueError(
+                f"{type(self).__name__}: expected low < high, both at most {_LARGEST_INTEGER} in "
+                f"size, got low={self.low} and high={self.high}."
+            )
+        for name, x in parameters.items():
+            setattr(self, name, x)
+        loc = parameters["loc"]
+        batch_shape = loc.shape[: loc.dim() - num_trailing_dims]
+        super().__init__(batch_shape, torch.Size(event_shape), validate_args=validate_args)
+
+    def _expand_to(self, new: Any, batch_shape: Sequence[int]) -> Any:
+        batch_shape = torch.Size(batch_shape)
+        new.low, new.high = self.low, self.high
+        for name in self.arg_constraints:
+            if name in self.__dict__:
+                x = getattr(self, name)
+                setattr(new, name, x.expand(batch_shape + x.shape[len(self.batch_shape) :]))
+        super(IntegerPixels, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @abstractmethod
+    def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``(..., K)``, locations and log scales ``(..., C, K)``, given the channels."""
+        raise NotImplementedError
+
+    @constraints.dependent_property(is_discrete=True)
+    def support(self) -> Any:
+        """The integers ``low..high``."""
+        interval = constraints.integer_interval(self.low, self.high)
+        return constraints.independent(interval, len(self.event_shape))
+
+    @lazy_property
+    def scale(self) -> Tensor:
+        """The scales, in the units of the pixels."""
+        return self.log_scale.exp()
+
+    @lazy_property
+    def log_scale(self) -> Tensor:
+        """The logarithms of the scales."""
+        return self.scale.log()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log mass.
+
+        Without validation, an integer outside of ``low..high`` has ``-inf``, NaN has NaN, and
+        fractions are not checked.
+
+        :param torch.Tensor value: integers ``low..high`` of any dtype, uint8 included.
+        """
+        value = self._as_pixels(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._log_mass(value)
+
+    def _log_mass(self, value: Tensor) -> Tensor:
+        channels = value if self.event_shape else value.unsqueeze(-1)
+        mixture = self._mixture(channels)
+        return discretized_logistic_mixture_log_prob(channels, *mixture, self.low, self.high)
+
+    def _as_pixels(self, value: Tensor) -> Tensor:
+        # Comparisons of uint8 with negative numbers wrap around.
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return value.to(self._dtype)
+        return value
+
+    def _validate_sample(self, value: Tensor) -> None:
+        try:
+            super()._validate_sample(value)
+        except ValueError:
+            interval = constraints.integer_interval(self.low, self.high)
+            if isinstance(value, Tensor) and not (valid := interval.check(value)).all():
+                self._refuse(value, value[~valid][0].item())
+            raise
+
+    def _refuse(self, value: Tensor, bad: float) -> NoReturn:
+        hint = ""
+        if value.min() >= 0 and value.max() <= 1:
+            hint = f" Values in [0, 1] are not rescaled: expected {self.low}..{self.high}."
+        raise ValueError(
+            f"{type(self).__name__}: expected pixels to be integers in {self.low}..{self.high}, "
+            f"got {bad}.{hint}"
+        ) from None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.__dict__["loc"].dtype, torch.float32)
+
+    def _draw(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Logistic draws, rounded and clipped, so that they follow the masses."""
+        wide = accumulation_dtype(loc.device)
+        uniform = torch.rand(loc.shape, dtype=wide, device=loc.device)
+        draw = loc.to(self._dtype) + scale * uniform.logit().to(self._dtype)
+        return draw.round_().clamp_(self.low, self.high)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, low: {self.low}, high: {self.high})"
+
+
+class ScalarIntegerPixels(IntegerPixels):
+    """Those of one number, which can be summed over."""
+
+    has_enumerate_support = True
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """The probability of at most ``value``, which may be any real number."""
+        value = self._as_pixels(value)
+        logits, loc, log_scale = self._mixture(value.unsqueeze(-1))
+        edge = value.floor().unsqueeze(-1) + 0.5
+        below = torch.sigmoid((edge - loc.squeeze(-2)) * log_scale.squeeze(-2).neg().exp())
+        found = (logits.softmax(-1) * below).sum(-1)
+        return found.masked_fill(value >= self.high, 1.0).masked_fill(value < self.low, 0.0)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, by a sum over the support."""
+        return reduce(torch.add, ((x * mass).sum(0) for x, mass in self._masses()))
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance, by a sum over the support."""
+        mean = self.mean
+        squares = (((x - mean).square() * mass).sum(0) for x, mass in self._masses())
+        return reduce(torch.add, squares)
+
+    @property
+    def mode(self) -> Tensor:
+        """The smallest of the integers with the largest mass."""
+        found = [(x.expand_as(mass), mass) for x, mass in self._masses()]
+        best = [mass.max(0, keepdim=True) for _, mass in found]
+        values = torch.cat([x.gather(0, b.indices) for (x, _), b in zip(found, best, strict=True)])
+        largest = torch.cat([b.values for b in best])
+        return values.gather(0, largest.max(0, keepdim=True).indices).squeeze(0)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All integers ``low..high`` along a new first dim.
+
+        :param bool expand: whether to expand over the batch shape.
+        """
+        values = torch.arange(self.low, self.high + 1, dtype=self._dtype, device=self.loc.device)
+        values = values.reshape(-1, *(1 for _ in self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values
+
+    def _masses(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the support with their masses, few enough at a time to fit into memory."""
+        num_terms = max(1, self.batch_shape.numel() * self.loc.shape[-1])
+        for values in self.enumerate_support(expand=False).split(max(1, 2**20 // num_terms)):
+            yield values, self._log_mass(values).exp()
+
+
+def one_of_scales(
+    owner: str, scale: Tensor | float | None, log_scale: Tensor | float | None
+) -> dict[str, Any]:
+    """The one of the two that is given, by name."""
+    check_one_of_pair(owner, scale=scale, log_scale=log_scale)
+    return {"log_scale": log_scale} if scale is None else {"scale": scale}

@@ -1,0 +1,177 @@
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
+
+from pyro_ext.distributions.arguments import broadcast_components, check_one_of_pair
+from pyro_ext.ops import accumulation_dtype
+
+
+class NormalScaleMixture(TorchDistribution):
+    r"""A mixture of normal distributions with mean zero: the scale-mixture prior.
+
+    .. math:: p(x) = \sum_{k=1}^{K} \pi_k \, \mathcal{N}(x \mid 0, \sigma_k^2)
+
+    Draws are reparameterised in the scales and the weights, by implicit differentiation of the
+    distribution function F, :math:`dx = -dF / p(x)`, so that it can be a guide too. Densities are
+    evaluated in log space and in float64, whatever the dtype of the parameters.
+
+    Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
+    Networks, equation 7; Figurnov, Mohamed and Mnih (2018), Implicit Reparameterization Gradients.
+
+    :param torch.Tensor scales: the standard deviations, positive, of shape ``(..., K)``; the batch
+        shape is what stands before K.
+    :param torch.Tensor probs: the weights of the components, ``(..., K)``; normalised to sum to
+        one. Exactly one of ``probs`` and ``logits`` is to be given.
+    :param torch.Tensor logits: logarithms of the weights up to a constant, ``(..., K)``.
+    :raises ValueError: if both or neither of the pair are given, if the numbers of components
+        differ, and, under validation, if scales are not positive.
+
+    The prior of Blundell et al., a wide and a narrow normal:
+
+    >>> prior = NormalScaleMixture(torch.tensor([1.0, 0.0025]), probs=torch.tensor([0.25, 0.75]))
+    >>> prior.log_prob(torch.tensor([0.0, 0.5]))
+    tensor([ 4.7857, -2.4302])
+    >>> prior.expand([20, 10]).to_event(2).sample().shape
+    torch.Size([20, 10])
+    """
+
+    arg_constraints: ClassVar = {
+        "scales": constraints.independent(constraints.positive, 1),
+        "probs": constraints.simplex,
+        "logits": constraints.real_vector,
+    }
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(
+        self,
+        scales: Tensor,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        check_one_of_pair(type(self).__name__, probs=probs, logits=logits)
+        weights: Any
+        name, weights = ("logits", logits) if probs is None else ("probs", probs)
+        given = broadcast_components(type(self).__name__, **{"scales": scales, name: weights})
+        if name == "probs":
+            weights = given[name] / given[name].sum(-1, keepdim=True)
+        else:
+            weights = given[name] - given[name].logsumexp(-1, keepdim=True)
+        setattr(self, name, weights)
+        # As they were given: computing on what is expanded would cost as much as on the values.
+        self._given: tuple[Any, Any, Any] = scales, probs, logits
+        self.scales = given["scales"]
+        super().__init__(self.scales.shape[:-1], validate_args=validate_args)
+
+    @lazy_property
+    def logits(self) -> Tensor:
+        """The logarithms of the weights, ``(..., K)``."""
+        return self.probs.log()
+
+    @lazy_property
+    def probs(self) -> Tensor:
+        """The weights, ``(..., K)``; they sum to one."""
+        return self.logits.exp()
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: "NormalScaleMixture | None" = None
+    ) -> "NormalScaleMixture":
+        """The same distribution for a larger batch shape; shares memory."""
+        new = self._get_checked_instance(NormalScaleMixture, _instance)
+        batch_shape = torch.Size(batch_shape)
+        shape = (*batch_shape, self.scales.shape[-1])
+        new._given = self._given
+        new.scales = self.scales.expand(shape)
+        for name in ("probs", "logits"):
+            if name in self.__dict__:
+                setattr(new, name, getattr(self, name).expand(shape))
+        super(NormalScaleMixture, new).__init__(batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """Zero."""
+        return self.scales.new_zeros(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The weighted mean of the squared scales."""
+        return (self.probs * self.scales.square()).sum(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density.
+
+        :param torch.Tensor value: real numbers that broadcast with the batch shape.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._log_densities(value).logsumexp(-1).to(self._dtype)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """The probability of at most ``value``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        scales, log_weights = self._wide_parameters()
+        below = torch.special.ndtr(value.to(scales.dtype).unsqueeze(-1) / scales)
+        return (log_weights.exp() * below).sum(-1).to(self._dtype)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw with its first derivatives in the scales and the weights.
+
+        :param sample_shape: shape of the draws, before the batch shape.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        scales, log_weights = self._wide_parameters()
+        with torch.no_grad():
+            uniform = torch.rand(shape, dtype=scales.dtype, device=scales.device)
+            below = log_weights.exp().cumsum(-1)[..., :-1]
+            component = (uniform.unsqueeze(-1) > below).sum(-1, keepdim=True)
+            scale = scales.expand(*shape, -1).gather(-1, component).squeeze(-1)
+            draw = scale * torch.randn(shape, dtype=scales.dtype, device=scales.device)
+        if torch.is_grad_enabled() and (scales.requires_grad or log_weights.requires_grad):
+            draw = draw + self._first_order(draw, scales, log_weights)
+        return draw.to(self._dtype)
+
+    def _first_order(self, draw: Tensor, scales: Tensor, log_weights: Tensor) -> Tensor:
+        """Zero, with the gradient of the draw for a fixed value of the distribution function."""
+        with torch.no_grad():
+            log_densities = self._log_densities(draw)
+            log_density = log_densities.logsumexp(-1, keepdim=True)
+            z = draw.unsqueeze(-1) / scales
+            by_scale = (log_densities - log_density).exp() * z
+            # Of the two tails the smaller one: changes of the weights sum to zero.
+            log_tail = log_weights + torch.special.log_ndtr(-z.abs())
+            by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
+        moved = by_scale * (scales - scales.detach())
+        # Weights of zero do not move.
+        log_weights = log_weights.masked_fill(log_weights.isinf(), 0.0)
+        return (moved + by_log_weight * (log_weights - log_weights.detach())).sum(-1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.scales.dtype, torch.float32)
+
+    def _wide_parameters(self) -> tuple[Tensor, Tensor]:
+        """Scales and normalised log weights as they were given, in the widest dtype."""
+        wide = accumulation_dtype(self.scales.device)
+        scales, probs, logits = self._given
+        if probs is not None:
+            probs = probs.to(wide)
+            is_zero = probs == 0
+            logits = probs.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -math.inf)
+        return scales.to(wide), logits.to(wide).log_softmax(-1)
+
+    def _log_densities(self, value: Tensor) -> Tensor:
+        scales, log_weights = self._wide_parameters()
+        z = value.to(scales.dtype).unsqueeze(-1) / scales
+        constant = log_weights - scales.log() - math.log(2 * math.pi) / 2
+        return constant - z.square() / 2

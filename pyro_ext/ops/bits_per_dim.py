@@ -1,0 +1,23 @@
+import math
+
+from torch import Tensor
+
+
+def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
+    r"""A log-probability in nats as bits for each dimension.
+
+    .. math:: -\frac{\log p(x)}{D \log 2}
+
+    :param torch.Tensor log_prob: log p(x) in nats, of any shape; a float is fine.
+    :param int num_dims: the number of dimensions D >= 1, for an image its sub-pixels (height x
+        width x channels).
+    :returns: a tensor of the same shape; smaller is better.
+    :raises ValueError: if ``num_dims`` is less than one.
+
+    >>> import torch
+    >>> bits_per_dim(torch.tensor(-64 * math.log(17)), 64)  # 17 levels, all as likely
+    tensor(4.0875)
+    """
+    if num_dims < 1:
+        raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}.")
+    return log_prob / (-num_dims * math.log(2))
