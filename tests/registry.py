@@ -1,7 +1,16 @@
-"""The tables that the tests run over: one line adds an estimator."""
+"""The tables that the tests run over: one line adds an estimator or a distribution."""
 
+import math
 from functools import partial
 
+import torch
+
+from pyro_ext.distributions import (
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    NormalScaleMixture,
+    RGBDiscretizedLogisticMixture,
+)
 from pyro_ext.infer import (
     CombinedELBO,
     ImportanceWeightedELBO,
@@ -31,4 +40,56 @@ ESTIMATORS = {
     "multiply-importance-weighted": (grouped(MultiplyImportanceWeightedELBO), 1),
     "partially-importance-weighted": (grouped(PartiallyImportanceWeightedELBO), 1),
     "thermodynamic": (partial(ThermodynamicELBO, num_partitions=3), 1),
+}
+
+
+def uniform(low, high, shape, **options):
+    """Fixed numbers between two bounds, spread differently along every dim."""
+    count = torch.arange(1, 1 + math.prod(shape), **options)
+    return low + (high - low) * (count * 0.6180339887).frac().reshape(shape)
+
+
+def scale_mixture_parameters(shape, **options):
+    return {
+        "scales": uniform(0.2, 3.0, (*shape, 3), **options),
+        "logits": uniform(-1.0, 1.0, (*shape, 3), **options),
+    }
+
+
+def logistic_parameters(shape, **options):
+    return {
+        "loc": uniform(-3.0, 5.0, shape, **options),
+        "log_scale": uniform(-1.5, 1.5, shape, **options),
+    }
+
+
+def logistic_mixture_parameters(shape, **options):
+    return {
+        "logits": uniform(-1.0, 1.0, (*shape, 4), **options),
+        **logistic_parameters((*shape, 4), **options),
+    }
+
+
+def rgb_parameters(shape, **options):
+    return {
+        "logits": uniform(-1.0, 1.0, (*shape, 2), **options),
+        **logistic_parameters((*shape, 3, 2), **options),
+        "coeffs": uniform(-0.9, 0.9, (*shape, 3, 2), **options),
+    }
+
+
+#: name -> (class, parameters of a batch shape, other arguments)
+DISTRIBUTIONS = {
+    "normal-scale-mixture": (NormalScaleMixture, scale_mixture_parameters, {}),
+    "discretized-logistic": (DiscretizedLogistic, logistic_parameters, {"low": -4, "high": 7}),
+    "discretized-logistic-mixture": (
+        DiscretizedLogisticMixture,
+        logistic_mixture_parameters,
+        {"low": -4, "high": 7},
+    ),
+    "rgb-discretized-logistic-mixture": (
+        RGBDiscretizedLogisticMixture,
+        rgb_parameters,
+        {"low": -1, "high": 3},
+    ),
 }

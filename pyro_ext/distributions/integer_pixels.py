@@ -133,7 +133,7 @@ class IntegerPixels(TorchDistribution):
         wide = accumulation_dtype(loc.device)
         uniform = torch.rand(loc.shape, dtype=wide, device=loc.device)
         draw = loc.to(self._dtype) + scale * uniform.logit().to(self._dtype)
-        return draw.round_().clamp_(self.low, self.high)
+        return draw.round_().clamp_(self.low, self.high).add_(0.0)  # no negative zero
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, low: {self.low}, high: {self.high})"

@@ -114,7 +114,8 @@ class NormalScaleMixture(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        return self._log_densities(value).logsumexp(-1).to(self._dtype)
+        log_prob = self._log_densities(value).logsumexp(-1).to(self._dtype)
+        return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def cdf(self, value: Tensor) -> Tensor:
         """The probability of at most ``value``."""
@@ -122,7 +123,8 @@ class NormalScaleMixture(TorchDistribution):
             self._validate_sample(value)
         scales, log_weights = self._wide_parameters()
         below = torch.special.ndtr(value.to(scales.dtype).unsqueeze(-1) / scales)
-        return (log_weights.exp() * below).sum(-1).to(self._dtype)
+        found = (log_weights.exp() * below).sum(-1).to(self._dtype)
+        return found.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """A draw with its first derivatives in the scales and the weights.

@@ -253,11 +253,10 @@ def dims_allocated_around_a_fixed_one():
 @structure()
 def plates_of_components_and_data_within_another():
     def model():
-        with pyro.plate("outer", 10, dim=-3):
-            with pyro.plate("components", 2, dim=-1):
-                p = pyro.sample("p", dist.Beta(1.1, 1.1))
-                with pyro.plate("data", 20, dim=-2):
-                    pyro.sample("x", dist.Bernoulli(p), obs=torch.ones(20, 2))
+        with pyro.plate("outer", 10, dim=-3), pyro.plate("components", 2, dim=-1):
+            p = pyro.sample("p", dist.Beta(1.1, 1.1))
+            with pyro.plate("data", 20, dim=-2):
+                pyro.sample("x", dist.Bernoulli(p), obs=torch.ones(20, 2))
 
     def guide():
         with pyro.plate("outer", 10, dim=-3), pyro.plate("components", 2, dim=-1):
