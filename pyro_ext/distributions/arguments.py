@@ -35,7 +35,8 @@ def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> di
     if len({shape[-1] for shape in shapes.values()}) > 1:
         raise ValueError(f"{owner}: expected the same number of components, got {shapes}.")
     try:
-        broadcast = torch.broadcast_tensors(*tensors.values())
+        shape = torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
         raise ValueError(f"{owner}: expected shapes that broadcast, got {shapes}.") from None
-    return dict(zip(tensors, broadcast, strict=True))
+    # The backward of an idle expand costs a copy of the gradient.
+    return {name: x if x.shape == shape else x.expand(shape) for name, x in tensors.items()}

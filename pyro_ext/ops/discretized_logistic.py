@@ -284,7 +284,8 @@ def _evaluate_components(
     one_minus_r = exp_minus_t.sub_(q)
     r = q.sub_(minus_inside)
     log_mass = r.log().addcmul_((1 - r).sub_(one_minus_r), r)
-    log_mass.sub_(minus_a.clamp_(min=0)).sub_(b.clamp_(min=0))
+    # At most one of the two is positive.
+    log_mass.sub_(torch.maximum(minus_a, b).clamp_(min=0))
     return log_mass, by_loc, by_log_scale
 
 
