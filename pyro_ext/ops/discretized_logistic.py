@@ -1,16 +1,17 @@
 """The log mass of mixtures of discretized logistics, with gradients derived by hand.
 
-For a bin [x - 1/2, x + 1/2], s = exp(log_scale), a = (x + 1/2 - loc) / s, b = (x - 1/2 - loc) / s,
-c = (x - loc) / s and t = 1 / s, with the tails p = sigmoid(-a) and q = sigmoid(b):
+For a bin [x - 1/2, x + 1/2] let t = exp(-log_scale), c = (x - loc) t, and let n = |c| - t / 2 be
+the signed distance of loc to the nearer edge of the bin, and n + t that to the farther one. With
+the masses p = sigmoid(n) and q = sigmoid(-n - t) beyond these edges,
 
-    log mass            = log sigmoid(a) + log sigmoid(-b) + log(1 - exp(-t))
-    d log mass / d loc  = tanh(c) (p + q - 2 p q) t
-    d log mass / d log s = -a p + b q - t / (exp(t) - 1)
+    mass                 = 1 - p - q = (1 - p) (1 - q) (1 - exp(-t))
+    d log mass / d loc   = tanh(c) (p + q - 2 p q) t
+    d log mass / d log s = n p - (n + t) q - t / (exp(t) - 1).
 
-An edge bin takes its tail: a = inf or b = -inf, and t = inf in all that does not multiply a, b or
-c. The first line is max-free: with m = min(p, 1 - p), n = min(q, 1 - q) and Q = m + n - m n,
+An edge bin takes its tail: there is no farther edge, and t is infinite where it stands alone.
+With m = min(p, 1 - p) and Q = m + q - m q,
 
-    log mass = min(a, 0) + min(-b, 0) + log r,    r = (1 - exp(-t)) (1 - Q),
+    log mass = min(-n, 0) + log r,    r = (1 - exp(-t)) (1 - Q),
 
 and 1 - r = exp(-t) + (1 - exp(-t)) Q has positive terms only. Where r is near one, the log of the
 rounded r is corrected by how much 1 - r differs from that sum.
@@ -190,13 +191,13 @@ class _Bins(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor, low: int, high: int) -> "_Bins":
-        """The bins of some integers: infinite beyond an edge, where ``edge`` is -LARGE, else 0."""
+        """The bins of some integers: infinite beyond the edges, where ``edge`` is not zero."""
         is_low, is_high = value == low, value == high
         return cls(
             (value - 0.5).masked_fill(is_low, -math.inf),
             value.masked_fill(is_low, -math.inf).masked_fill(is_high, math.inf),
             (value + 0.5).masked_fill(is_high, math.inf),
-            (is_low | is_high).to(value.dtype).mul(-_LARGE),
+            (is_low | is_high).to(value.dtype).mul(-2 * _LARGE),
         )
 
 
@@ -266,26 +267,26 @@ def _evaluate_components(
     by_loc = by_log_scale = loc.new_empty(0)
     loc = _components_first(loc)
     t = _components_first(log_scale).neg_().exp_()
-    minus_a = (loc - bins.upper).mul_(t).clamp_(min=-_LARGE)
-    b = (bins.lower - loc).mul_(t).clamp_(min=-_LARGE)
-    p, q = minus_a.sigmoid(), b.sigmoid()
+    # Each edge is subtracted by itself: |c| - t / 2 would cancel.
+    nearer = torch.maximum(bins.lower - loc, loc - bins.upper).mul_(t).clamp_(min=-_LARGE)
     exponent = bins.edge - t
+    minus_farther = exponent - nearer
+    p, q = nearer.sigmoid(), minus_farther.sigmoid()
     minus_inside = exponent.expm1()
     exp_minus_t = exponent.exp_()
     if needs_gradient:
         slope = (bins.center - loc).mul_(t).tanh_().mul_(t)
         by_loc = (p + q).addcmul_(p, q, value=-2).mul_(slope)
         by_log_scale = t.mul_(exp_minus_t).div_(minus_inside)
-        by_log_scale.addcmul_(minus_a, p).addcmul_(b, q)
+        by_log_scale.addcmul_(nearer, p).addcmul_(minus_farther, q)
         del slope
 
-    p, q = torch.minimum(p, 1 - p), torch.minimum(q, 1 - q)
+    p = torch.minimum(p, 1 - p)
     q.addcmul_(p, q, value=-1).add_(p).mul_(minus_inside)
     one_minus_r = exp_minus_t.sub_(q)
     r = q.sub_(minus_inside)
     log_mass = r.log().addcmul_((1 - r).sub_(one_minus_r), r)
-    # At most one of the two is positive.
-    log_mass.sub_(torch.maximum(minus_a, b).clamp_(min=0))
+    log_mass.sub_(nearer.clamp_(min=0))
     return log_mass, by_loc, by_log_scale
 
 
