@@ -10,8 +10,8 @@ from pyro.infer import SVI, autoguide
 
 from pyro_ext.infer import estimate_evidence
 from pyro_ext.ops import jackknife, jackknife_first_and_second, leave_one_out_log_mean_exp, pareto_k
-from tests.models import NormalNormal, TwoLayer
-from tests.registry import ESTIMATORS
+from tests.models import Hierarchical, NormalNormal, TwoLayer
+from tests.registry import DISTRIBUTIONS, ESTIMATORS
 
 pytestmark = pytest.mark.cuda
 EVERY_ESTIMATOR = pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)
@@ -63,6 +63,35 @@ def test_ops_equal_those_on_the_cpu(dtype):
     )
     for function in functions:
         torch.testing.assert_close(function(log_w.cuda()).cpu(), function(log_w))
+
+
+@EVERY_ESTIMATOR
+def test_local_plate(make, smallest, x):
+    programs = Hierarchical(x, exact_guide=True)
+    for rule in ("pathwise", "stl", "dreg"):
+        elbo = make(smallest + 2, gradient=rule, local_plate="data")
+        loss = elbo.loss_and_grads(programs.model, programs.guide)
+        assert loss == pytest.approx(-programs.log_evidence().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_equal_those_on_the_cpu(name, dtype):
+    cls, parameters, fixed = DISTRIBUTIONS[name]
+    found = []
+    values = cls(**parameters((3,), dtype=dtype), **fixed).sample((1000,))
+    for device in ("cpu", "cuda"):
+        given = {k: p.requires_grad_() for k, p in parameters((3,), dtype=dtype).items()}
+        on_device = {k: p.to(device) for k, p in given.items()}
+        d = cls(**on_device, **fixed)
+        assert d.sample((5,)).device.type == device
+        log_prob = d.log_prob(values.to(device))
+        gradients = torch.autograd.grad(log_prob.sum(), list(given.values()))
+        found.append((log_prob.cpu(), *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4
+        )
 
 
 def test_evidence(x):
