@@ -8,42 +8,74 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
+from pyro.poutine.util import site_is_subsample
 
+from pyro_ext.infer.handlers import lies_in
 from pyro_ext.infer.plates import DensitySite
 from pyro_ext.infer.random_state import get_random_state, set_random_state
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The observed sites of one run, as (program, name), and those that depend on a latent one."""
+    """The sites of one run, as (program, name), and those that depend on what particles differ by.
 
-    observed: frozenset[tuple[str, str]] = frozenset()
+    A latent site is only looked at outside of a local plate.
+    """
+
+    seen: frozenset[tuple[str, str]] = frozenset()
     dependent: frozenset[tuple[str, str]] = frozenset()
 
 
 def track_provenance(
-    model: Callable, guide: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    local_plate: str | None,
 ) -> Provenance:
     """Runs both programs once on tensors that carry the names of the sites they come from.
 
     The random state stays as it was.
+
+    :param str local_plate: the plate that holds the particles; None if they are around all.
     """
     state = get_random_state()
-    with poutine.block(), torch.no_grad(), TrackProvenance():
+    with poutine.block(), torch.no_grad(), _TrackDraws():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
     set_random_state(state)
-    latent = {name for name, _ in guide_trace.iter_stochastic_nodes()}
-    observed, dependent = set(), set()
+    latent = {
+        name
+        for name, site in guide_trace.iter_stochastic_nodes()
+        if local_plate is None or lies_in(site, local_plate)
+    }
+    seen, dependent = set(), set()
     for program, trace in (("model", model_trace), ("guide", guide_trace)):
-        for name in trace.observation_nodes:
-            site: Any = trace.nodes[name]
-            log_prob = site["fn"].log_prob(site["value"])
-            tensors = [x for x in (log_prob, site["mask"], site["scale"]) if torch.is_tensor(x)]
-            observed.add((program, name))
-            if any(get_provenance(x) & latent for x in tensors):
+        site: Any
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            seen.add((program, name))
+            is_outside = local_plate is not None and not lies_in(site, local_plate)
+            if (site["is_observed"] or is_outside) and _provenance(site) & latent:
                 dependent.add((program, name))
-    return Provenance(frozenset(observed), frozenset(dependent))
+    return Provenance(frozenset(seen), frozenset(dependent))
+
+
+class _TrackDraws(TrackProvenance):
+    """Leaves parameters alone, which a subsampled plate has to recognise."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        pass
+
+
+def _provenance(site: Any) -> frozenset[str]:
+    try:
+        log_prob = site["fn"].log_prob(site["value"])
+    except NotImplementedError:  # a draw of a flow without an inverse, no longer cached
+        log_prob = None
+    tensors = [x for x in (log_prob, site["mask"], site["scale"]) if torch.is_tensor(x)]
+    return frozenset().union(*map(get_provenance, tensors))
 
 
 def differs_between(by_particle: Sequence[Sequence[DensitySite]], site: DensitySite) -> bool:

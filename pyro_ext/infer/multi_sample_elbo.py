@@ -69,12 +69,13 @@ class MultiSampleELBO(ELBO):
         ones in that plate: one draw of all sites outside of it, K of those inside, and a bound
         for each point of the plate. The plate may then be subsampled. See
         Geffner and Domke (2022), Variational Inference with Locally Enhanced Bounds for
-        Hierarchical Models.
+        Hierarchical Models. Non-reparameterised sites outside have no baseline.
     :raises ValueError: where an argument is out of range. When run: where sites or plates do not
         match between model and guide, where a site is marked for enumeration, where a plate is
         subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
         the loss is NaN (or, for gradients, infinite). Parameters and gradients are then as they
         were. A gradient that is NaN where the loss is finite is not looked for.
+    :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
     A bound of one's own, the mean of the log weights:
 
@@ -294,6 +295,7 @@ class MultiSampleELBO(ELBO):
                 )
         memory = self._recall(model, guide)
         vectorized = self.vectorize_particles and num_particles > 1
+        local_plate = self.local_plate if num_particles > 1 else None
         traces = run_particles(
             model,
             guide,
@@ -308,7 +310,7 @@ class MultiSampleELBO(ELBO):
             vectorized=vectorized,
             leaves=torch.is_grad_enabled() and self._needs_leaves(),
             subsamples=subsamples,
-            local_plate=self.local_plate,
+            local_plate=local_plate,
         )
 
         pairs = zip(traces.model_traces, traces.guide_traces, strict=True)
@@ -317,17 +319,21 @@ class MultiSampleELBO(ELBO):
             for model_trace, guide_trace in pairs
         ]
 
+        def has_provenance(site: DensitySite) -> bool:
+            if site[:2] not in memory.provenance.seen:
+                memory.provenance = track_provenance(model, guide, args, kwargs, local_plate)
+            return site[:2] in memory.provenance.dependent
+
         def depends(site: DensitySite) -> bool:
             if vectorized:
                 return traces.depends_on_particle(site.program, site.name)
-            if site[:2] not in memory.provenance.observed:
-                memory.provenance = track_provenance(model, guide, args, kwargs)
-            return site[:2] in memory.provenance.dependent or differs_between(by_particle, site)
+            return has_provenance(site) or differs_between(by_particle, site)
 
         sites = [site for row in by_particle for site in row]
-        if self.local_plate is not None:
-            check_local_plate(self.local_plate, by_particle)
-            sites = [site for site in sites if lies_in(site.node, self.local_plate)]
+        if local_plate is not None:
+            is_checked = is_validation_enabled() or not vectorized
+            check_local_plate(local_plate, by_particle, has_provenance if is_checked else None)
+            sites = [site for site in sites if lies_in(site.node, local_plate)]
         inside = {(site.program, site.name) for site in sites}
         common = find_common_plates(sites, depends)
 
@@ -340,7 +346,7 @@ class MultiSampleELBO(ELBO):
             check_subsampling(sites, common, depends)
             if not common:
                 warn_of_joint_weights(sites, memory.warned_plates)
-        return gather_particles(traces, by_particle, common, is_outer, self.local_plate)
+        return gather_particles(traces, by_particle, common, is_outer, local_plate)
 
     def _is_chunked(self) -> bool:
         size = self.particle_chunk_size

@@ -165,7 +165,8 @@ def _parameters(
     groups: dict[str, list[Tensor]] = {}
     for program, trace in (("model", model_trace), ("guide", guide_trace)):
         values: list[Any] = [trace.nodes[name]["value"] for name in trace.param_nodes]
-        groups[program] = [value.unconstrained() for value in values]
+        # Parameters of modules may come as they are.
+        groups[program] = [getattr(value, "unconstrained", lambda v=value: v)() for value in values]
     if not any(groups.values()):
         raise ValueError("gradient_diagnostics: expected pyro.param or pyro.module, got none.")
     return groups

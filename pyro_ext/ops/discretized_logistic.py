@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ext.ops.differentiation import is_traced, is_transformed, may_need_gradient
 
 #: How many terms (points x channels x components) are worked on at a time on a CPU.
 BLOCK_SIZE = 2**17
@@ -33,7 +34,13 @@ _LARGE = 1e4
 
 
 def discretized_logistic_mixture_log_prob(
-    value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, low: int, high: int
+    value: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    low: int,
+    high: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""The log mass of integers under a mixture of discretized logistics.
 
@@ -53,9 +60,12 @@ def discretized_logistic_mixture_log_prob(
     :param torch.Tensor log_scale: logarithms of the scales, ``(..., C, K)``.
     :param int low: the smallest integer.
     :param int high: the largest integer.
-    :returns: a tensor of the common batch shape; at least float32. Its gradient in ``logits``,
-        ``loc`` and ``log_scale`` can be taken once.
-    :raises ValueError: where the shapes do not match.
+    :param torch.dtype dtype: of the result and of most of the arithmetic; by default that of the
+        parameters together, at least float32. A wider ``loc`` or ``log_scale`` is kept for what
+        cancels: the distances to the edges, and the scale.
+    :returns: a tensor of the common batch shape. Its gradient in ``logits``, ``loc`` and
+        ``log_scale`` can be taken once.
+    :raises ValueError: where the shapes do not match, or where ``low > high``.
 
     >>> value = torch.arange(4.0).unsqueeze(-1)
     >>> parameters = torch.zeros(2), torch.tensor([[0.3, 2.0]]), torch.zeros(1, 2)
@@ -63,32 +73,49 @@ def discretized_logistic_mixture_log_prob(
     >>> log_prob.exp().sum()
     tensor(1.)
     """
-    if loc.dim() < 2 or log_scale.dim() < 2 or not logits.dim():
+    if low > high:
         raise ValueError(
-            "discretized_logistic_mixture_log_prob: expected logits of shape (..., K), loc and "
-            f"log_scale of shape (..., C, K), got {tuple(logits.shape)}, {tuple(loc.shape)} and "
-            f"{tuple(log_scale.shape)}."
+            f"discretized_logistic_mixture_log_prob: expected low <= high, got {low} and {high}."
         )
-    dtype = torch.promote_types(torch.promote_types(loc.dtype, log_scale.dtype), logits.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    value, logits, loc, log_scale = (x.to(dtype) for x in (value, logits, loc, log_scale))
-    C, K = torch.broadcast_shapes((*value.shape[-1:], 1), loc.shape[-2:], log_scale.shape[-2:])
-    batch_shape = torch.broadcast_shapes(
-        value.shape[:-1], logits.shape[:-1], loc.shape[:-2], log_scale.shape[:-2]
-    )
+    if dtype is None:
+        dtype = torch.promote_types(torch.promote_types(loc.dtype, log_scale.dtype), logits.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+    logits = logits.to(dtype)
+    loc, log_scale = (x.to(torch.promote_types(x.dtype, dtype)) for x in (loc, log_scale))
+    value = value.to(loc.dtype)
+    batch_shape, C, K = _common_shape(value, logits, loc, log_scale)
     value = value.expand(*batch_shape, C)
     parameters = (
         _expand(logits, *batch_shape, K),
         _expand(loc, *batch_shape, C, K),
         _expand(log_scale, *batch_shape, C, K),
     )
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
+    needs_gradient = may_need_gradient(*parameters)
     log_prob, *_ = _LogProb.apply(value, *parameters, low, high, needs_gradient)
     return log_prob.masked_fill(((value < low) | (value > high)).any(-1), -math.inf)
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+def _common_shape(
+    value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor
+) -> tuple[torch.Size, int, int]:
+    """The batch shape, the number of channels and that of components."""
+    try:
+        if min(value.dim(), logits.dim(), loc.dim() - 1, log_scale.dim() - 1) < 1:
+            raise RuntimeError("too few dims")
+        C, K = torch.broadcast_shapes(
+            (*value.shape[-1:], 1), logits.shape[-1:], loc.shape[-2:], log_scale.shape[-2:]
+        )
+        batch_shape = torch.broadcast_shapes(
+            value.shape[:-1], logits.shape[:-1], loc.shape[:-2], log_scale.shape[:-2]
+        )
+    except RuntimeError:
+        raise ValueError(
+            "discretized_logistic_mixture_log_prob: expected value of shape (..., C), logits of "
+            "shape (..., K), loc and log_scale of shape (..., C, K), got "
+            f"{tuple(value.shape)}, {tuple(logits.shape)}, {tuple(loc.shape)} and "
+            f"{tuple(log_scale.shape)}."
+        ) from None
+    return batch_shape, C, K
 
 
 def _expand(x: Tensor, *shape: int) -> Tensor:
@@ -113,7 +140,7 @@ class _LogProb(torch.autograd.Function):
         N = math.prod(batch_shape)
         bins = _Bins.of(value.reshape(N, C), low, high)
         parameters = logits.reshape(N, K), loc.reshape(N, C, K), log_scale.reshape(N, C, K)
-        if loc.device.type != "cpu" or loc.numel() <= BLOCK_SIZE or _is_traced():
+        if loc.device.type != "cpu" or loc.numel() <= BLOCK_SIZE or is_traced():
             log_prob, *gradients = _evaluate(bins, *parameters, needs_gradient)
         else:
             log_prob, *gradients = _evaluate_in_blocks(bins, *parameters, needs_gradient)
@@ -155,9 +182,9 @@ class _Scaled(torch.autograd.Function):
         # Components come first in a saved gradient and last in a parameter.
         gradient = gradient.movedim(0, -1)
         grad = grad.reshape(grad.shape + (1,) * (gradient.dim() - grad.dim()))
-        if _is_traced():
-            return gradient * grad
-        return torch.mul(gradient, grad, out=gradient.new_empty(gradient.shape))
+        if is_traced() or is_transformed(grad):
+            return (gradient * grad).to(x.dtype)
+        return torch.mul(gradient, grad, out=x.new_empty(gradient.shape))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,7 +234,7 @@ def _evaluate_in_blocks(
     """The same as :func:`_evaluate`, with intermediate results that fit into a cache."""
     N, C, K = loc.shape
     shapes = ((N,), (K, N), (K, N, C), (K, N, C)) if needs_gradient else ((N,), (0,), (0,), (0,))
-    out = tuple(loc.new_empty(shape) for shape in shapes)
+    out = tuple(logits.new_empty(shape) for shape in shapes)
     step = -(-N // -(-loc.numel() // BLOCK_SIZE))
     for start in range(0, N, step):
         block = slice(start, start + step)
@@ -231,7 +258,9 @@ def _evaluate(
     out: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log mass of shape ``(N,)`` and its gradients, with components first."""
-    log_mass, by_loc, by_log_scale = _evaluate_components(bins, loc, log_scale, needs_gradient)
+    log_mass, by_loc, by_log_scale = _evaluate_components(
+        bins, loc, log_scale, logits.dtype, needs_gradient
+    )
     joint = log_mass.sum(-1) if log_mass.shape[-1] > 1 else log_mass.squeeze(-1)
     logits = _components_first(logits)
     logits.sub_(logits.amax(0))
@@ -258,7 +287,7 @@ def _evaluate(
 
 
 def _evaluate_components(
-    bins: _Bins, loc: Tensor, log_scale: Tensor, needs_gradient: bool
+    bins: _Bins, loc: Tensor, log_scale: Tensor, dtype: torch.dtype, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log mass of each component and channel, ``(K, N, C)``, and its derivatives.
 
@@ -266,16 +295,17 @@ def _evaluate_components(
     """
     by_loc = by_log_scale = loc.new_empty(0)
     loc = _components_first(loc)
-    t = _components_first(log_scale).neg_().exp_()
+    t = _components_first(log_scale).neg_().exp_().to(dtype)
     # Each edge is subtracted by itself: |c| - t / 2 would cancel.
-    nearer = torch.maximum(bins.lower - loc, loc - bins.upper).mul_(t).clamp_(min=-_LARGE)
-    exponent = bins.edge - t
+    nearer = torch.maximum(bins.lower - loc, loc - bins.upper).to(dtype)
+    nearer.mul_(t).clamp_(min=-_LARGE)
+    exponent = bins.edge.to(dtype) - t
     minus_farther = exponent - nearer
     p, q = nearer.sigmoid(), minus_farther.sigmoid()
     minus_inside = exponent.expm1()
     exp_minus_t = exponent.exp_()
     if needs_gradient:
-        slope = (bins.center - loc).mul_(t).tanh_().mul_(t)
+        slope = (bins.center - loc).to(dtype).mul_(t).tanh_().mul_(t)
         by_loc = (p + q).addcmul_(p, q, value=-2).mul_(slope)
         by_log_scale = t.mul_(exp_minus_t).div_(minus_inside)
         by_log_scale.addcmul_(nearer, p).addcmul_(minus_farther, q)

@@ -1,10 +1,11 @@
 import math
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_ext.ops.differentiation import once_differentiable
 from pyro_ext.ops.precision import accumulation_dtype
 
 #: The largest number of subsets of one size that :func:`jackknife` will visit: C(2048, 2) fits.
@@ -117,31 +118,19 @@ class _Jackknife(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
         _, first = output
         ctx.mark_non_differentiable(first)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], first)
 
     @staticmethod
-    def backward(ctx: Any, grad_value: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_value: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if grad_value is None:
+            return None, None
         log_w, first = ctx.saved_tensors
-        return grad_value * _FirstDerivative.apply(log_w, first), None
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Passes f_k on, and refuses to be differentiated where it would silently be a constant."""
-
-    @staticmethod
-    def forward(log_w: Tensor, first: Tensor) -> Tensor:
-        return first.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> NoReturn:
-        raise NotImplementedError(
+        message = (
             "jackknife can be differentiated once; for its pure second derivatives, "
             "use jackknife_first_and_second."
         )
+        return grad_value * once_differentiable(first, log_w, message), None
 
 
 def _check(log_w: Tensor, order: int) -> None:

@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.ops import log_mean_exp
@@ -280,6 +281,154 @@ def test_sites_outside_that_see_the_local_draws_are_refused_by_name(vectorize):
     )
     with pytest.raises(ValueError, match="'x' of the model depends on the draws inside"):
         elbo.loss(model, guide)
+
+
+@VECTORIZE
+@pytest.mark.parametrize("rule", ["pathwise", "dreg"])
+def test_one_particle_may_see_locals_outside_of_the_plate(rule, vectorize):
+    """K = 1 is the ELBO: the global's gradient goes back to the local that it depends on."""
+    a = torch.full((REPLICATES, 1), 0.3, **F64, requires_grad=True)
+    x = X[:3]
+
+    def model():
+        with pyro.plate("replicates", REPLICATES, dim=-2):
+            theta = pyro.sample("theta", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("data", 3, dim=-1):
+                z = pyro.sample("z", dist.Normal(theta, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        with pyro.plate("replicates", REPLICATES, dim=-2):
+            with pyro.plate("data", 3, dim=-1):
+                z = pyro.sample("z", dist.Normal(a + 0.4 * x, 0.7))
+            pyro.sample("theta", dist.Normal(0.8 * z.mean(-1, keepdim=True) + a, 0.5))
+
+    found = [
+        gradient(
+            ImportanceWeightedELBO(
+                1, gradient=rule, local_plate=plate, vectorize_particles=vectorize
+            ),
+            model,
+            guide,
+            [a],
+        )
+        for plate in ("data", None)
+    ]
+    torch.testing.assert_close(*found)
+
+
+@VECTORIZE
+def test_data_of_a_global_inside_of_the_local_plate(vectorize):
+    """y depends on theta alone: whether it keeps the inner plate common is the same looped."""
+    y, x = X[:3, None], torch.arange(6.0, **F64).reshape(3, 2)
+
+    def model():
+        theta = pyro.sample("theta", dist.Normal(y.new_zeros(()), 1.0))
+        with pyro.plate("rows", 3, dim=-2):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+            with pyro.plate("columns", 2, dim=-1):
+                z = pyro.sample("z", dist.Normal(theta, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        pyro.sample("theta", dist.Normal(y.new_zeros(()), 0.1))
+        with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1):
+            pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+
+    elbo = ImportanceWeightedELBO(4, local_plate="rows", vectorize_particles=vectorize)
+    found = elbo.trace_particles(model, guide)
+    assert [plate.name for plate in found.plates] == ["rows", "columns"]
+
+
+def test_looped_globals_with_a_cached_transform():
+    """The first particle scores from the cache, later ones by the inverse."""
+
+    def guide():
+        exponential = dist.transforms.ExpTransform(cache_size=1)
+        base = dist.Normal(pyro.param("a", torch.tensor(0.3)), 1.0)
+        pyro.sample("theta", dist.TransformedDistribution(base, [exponential]))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def model():
+        theta = pyro.sample("theta", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(theta, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    elbo = ImportanceWeightedELBO(3, local_plate="data", vectorize_particles=False)
+    for _ in range(30):
+        elbo.loss_and_grads(model, guide)
+
+
+@VECTORIZE
+@pytest.mark.parametrize("family", ["Normal", "Bernoulli"])
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_every_dependence_outside_is_refused(keepdim, family, vectorize):
+    """A discrete draw may be the same in all particles; a sum may run over the particle dim."""
+
+    def draw():
+        fn = dist.Normal(0.0, 1.0) if family == "Normal" else dist.Bernoulli(0.4)
+        with pyro.plate("data", 1):
+            return pyro.sample("z", fn)
+
+    def model():
+        z = draw()
+        total = z.sum(-1, keepdim=True) if keepdim else z.sum()
+        pyro.sample("x", dist.Normal(total, 1.0), obs=total.new_zeros(()))
+
+    options = {"vectorize_particles": vectorize, "max_plate_nesting": 1, "local_plate": "data"}
+    for _ in range(5):
+        with pytest.raises(ValueError, match="'x' of the model depends on the draws inside"):
+            ImportanceWeightedELBO(2, **options).loss(model, draw)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("K", [1, 3])
+@VECTORIZE
+def test_nan_outside_is_named(vectorize, K):
+    def guide():
+        pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def model():
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        nan = torch.tensor(float("nan"))
+        pyro.sample("y", dist.Normal(theta, 1.0, validate_args=False), obs=nan)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(theta, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    elbo = ImportanceWeightedELBO(K, local_plate="data", vectorize_particles=vectorize)
+    with pytest.raises(ValueError, match="log-probability of site 'y' of the model is NaN"):
+        elbo.loss(model, guide)
+
+
+@VECTORIZE
+def test_guides_with_one_joint_draw_are_refused(vectorize):
+    programs = Hierarchical(X)
+    guide = AutoMultivariateNormal(programs.model)
+    elbo = ImportanceWeightedELBO(3, local_plate="data", vectorize_particles=vectorize)
+    with pytest.raises(ValueError, match="expected the guide to draw a latent site inside"):
+        elbo.loss(programs.model, guide)
+
+
+def test_captured_as_a_graph():
+    programs = Hierarchical(X)
+    elbo = ImportanceWeightedELBO(3, local_plate="data", max_plate_nesting=1)
+    elbo.loss(programs.model, programs.guide)
+    parameters = [p for _, p in pyro.get_param_store().named_parameters()]
+
+    def step(_):
+        loss = elbo.differentiable_loss(programs.model, programs.guide)
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    with pyro.validation_enabled(False):
+        graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.zeros(()))
+    found = graph(torch.zeros(()))
+    assert len(found) == 5
+    assert all(x.isfinite().all() for x in found)
 
 
 def test_bad_arguments():
