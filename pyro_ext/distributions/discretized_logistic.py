@@ -3,10 +3,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, constraints
+from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-from pyro_ext.distributions.arguments import broadcast_components
+from pyro_ext.distributions.arguments import Independent, broadcast_components, draw_components
 from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels, one_of_scales
 
 
@@ -18,7 +18,7 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         P(x) = \sigma\Bigl(\frac{x + 1/2 - \mu}{s}\Bigr) - \sigma\Bigl(\frac{x - 1/2 - \mu}{s}\Bigr)
 
     The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
-    rounding at any scale: no floor, no threshold, no clamp of the scale.
+    rounding, for log scales from -80 to 80: no floor, no threshold, no clamp of the scale.
 
     Sources: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improving Variational
     Inference with Inverse Autoregressive Flow; Salimans, Karpathy, Chen and Kingma (2017),
@@ -58,7 +58,14 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         validate_args: bool | None = None,
     ) -> None:
         given = one_of_scales(type(self).__name__, scale, log_scale)
-        tensors = broadcast_all(loc, *given.values())
+        if isinstance(loc, Tensor) and not loc.is_floating_point():
+            loc = loc.to(torch.get_default_dtype())  # a number beside it would be cut to integer
+        try:
+            tensors = broadcast_all(loc, *given.values())
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(self).__name__}: expected shapes that broadcast. {error}"
+            ) from None
         parameters = dict(zip(["loc", *given], tensors, strict=True))
         self._set_up(parameters, (low, high), (), 0, validate_args)
 
@@ -76,10 +83,10 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         :param sample_shape: shape of the draws, before the batch shape.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self._draw(self.loc.detach().expand(shape), self.scale.detach())
+        return self._draw(self.loc.detach().expand(shape), self._wide_scale())
 
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loc, log_scale = (x[..., None, None] for x in (self.loc, self.log_scale))
+        loc, log_scale = (x[..., None, None] for x in (self.loc, self._wide_log_scale()))
         return self.loc.new_zeros(1), loc, log_scale
 
 
@@ -92,7 +99,7 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         - \sigma\Bigl(\frac{x - 1/2 - \mu_k}{s_k}\Bigr) \Bigr]
 
     The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
-    rounding at any scale: no floor, no threshold, no clamp of the scale.
+    rounding, for log scales from -80 to 80: no floor, no threshold, no clamp of the scale.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.
@@ -119,10 +126,10 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
     """
 
     arg_constraints: ClassVar = {
-        "logits": constraints.real_vector,
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
-        "log_scale": constraints.real_vector,
+        "logits": Independent(constraints.real, 1),
+        "loc": Independent(constraints.real, 1),
+        "scale": Independent(constraints.positive, 1),
+        "log_scale": Independent(constraints.real, 1),
     }
 
     def __init__(
@@ -155,13 +162,12 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         :param sample_shape: shape of the draws, before the batch shape.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        logits = self.logits.detach().to(self._dtype)
-        component = Categorical(logits=logits).sample(torch.Size(sample_shape)).unsqueeze(-1)
+        component = draw_components(self.logits.detach().to(self._dtype).softmax(-1), shape)
         loc, scale = (
             x.detach().expand(*shape, -1).gather(-1, component).squeeze(-1)
-            for x in (self.loc, self.scale)
+            for x in (self.loc, self._wide_scale())
         )
         return self._draw(loc, scale)
 
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.logits, self.loc.unsqueeze(-2), self.log_scale.unsqueeze(-2)
+        return self.logits, self.loc.unsqueeze(-2), self._wide_log_scale().unsqueeze(-2)

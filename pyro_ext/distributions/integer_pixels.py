@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
-from pyro_ext.distributions.arguments import check_one_of_pair
+from pyro_ext.distributions.arguments import Independent, check_one_of_pair
 from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
 
 # The edges of bins beyond it, half-integers, are not exact in float32.
@@ -46,31 +46,34 @@ class IntegerPixels(TorchDistribution):
             )
         for name, x in parameters.items():
             setattr(self, name, x)
+        self._given = tuple(parameters)
         loc = parameters["loc"]
         batch_shape = loc.shape[: loc.dim() - num_trailing_dims]
         super().__init__(batch_shape, torch.Size(event_shape), validate_args=validate_args)
 
     def _expand_to(self, new: Any, batch_shape: Sequence[int]) -> Any:
         batch_shape = torch.Size(batch_shape)
-        new.low, new.high = self.low, self.high
-        for name in self.arg_constraints:
-            if name in self.__dict__:
-                x = getattr(self, name)
-                setattr(new, name, x.expand(batch_shape + x.shape[len(self.batch_shape) :]))
+        new.low, new.high, new._given = self.low, self.high, self._given
+        for name in self._given:
+            x = getattr(self, name)
+            setattr(new, name, x.expand(batch_shape + x.shape[len(self.batch_shape) :]))
         super(IntegerPixels, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     @abstractmethod
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``(..., K)``, locations and log scales ``(..., C, K)``, given the channels."""
+        """Logits ``(..., K)``, locations and log scales ``(..., C, K)``, given the channels.
+
+        The latter two may be of a wider dtype, not to lose digits on the way.
+        """
         raise NotImplementedError
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> Any:
         """The integers ``low..high``."""
         interval = constraints.integer_interval(self.low, self.high)
-        return constraints.independent(interval, len(self.event_shape))
+        return Independent(interval, 1) if self.event_shape else interval
 
     @lazy_property
     def scale(self) -> Tensor:
@@ -97,14 +100,26 @@ class IntegerPixels(TorchDistribution):
 
     def _log_mass(self, value: Tensor) -> Tensor:
         channels = value if self.event_shape else value.unsqueeze(-1)
-        mixture = self._mixture(channels)
-        return discretized_logistic_mixture_log_prob(channels, *mixture, self.low, self.high)
+        return discretized_logistic_mixture_log_prob(
+            channels, *self._mixture(channels), self.low, self.high, self._dtype
+        )
 
     def _as_pixels(self, value: Tensor) -> Tensor:
         # Comparisons of uint8 with negative numbers wrap around.
         if isinstance(value, Tensor) and not value.is_floating_point():
             return value.to(self._dtype)
         return value
+
+    def _wide_log_scale(self) -> Tensor:
+        if "log_scale" in self._given:
+            return self.log_scale.to(self._dtype)
+        return self.scale.to(accumulation_dtype(self.scale.device)).log()
+
+    def _wide_scale(self) -> Tensor:
+        wide = accumulation_dtype(self.loc.device)
+        if "scale" in self._given:
+            return self.scale.detach().to(wide)
+        return self.log_scale.detach().to(wide).exp()
 
     def _validate_sample(self, value: Tensor) -> None:
         try:
@@ -126,14 +141,16 @@ class IntegerPixels(TorchDistribution):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.__dict__["loc"].dtype, torch.float32)
+        dtypes = (getattr(self, name).dtype for name in self._given)
+        return reduce(torch.promote_types, dtypes, torch.float32)
 
     def _draw(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Logistic draws, rounded and clipped, so that they follow the masses."""
+        # Wide: a draw that is rounded onto a tie between two integers favours the even one.
         wide = accumulation_dtype(loc.device)
         uniform = torch.rand(loc.shape, dtype=wide, device=loc.device)
-        draw = loc.to(self._dtype) + scale * uniform.logit().to(self._dtype)
-        return draw.round_().clamp_(self.low, self.high).add_(0.0)  # no negative zero
+        draw = loc.to(wide) + scale * uniform.logit()
+        return draw.round_().clamp_(self.low, self.high).add_(0.0).to(self._dtype)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, low: {self.low}, high: {self.high})"
@@ -146,11 +163,11 @@ class ScalarIntegerPixels(IntegerPixels):
 
     def cdf(self, value: Tensor) -> Tensor:
         """The probability of at most ``value``, which may be any real number."""
-        value = self._as_pixels(value)
+        value = value.to(torch.promote_types(value.dtype, self._dtype))
         logits, loc, log_scale = self._mixture(value.unsqueeze(-1))
         edge = value.floor().unsqueeze(-1) + 0.5
         below = torch.sigmoid((edge - loc.squeeze(-2)) * log_scale.squeeze(-2).neg().exp())
-        found = (logits.softmax(-1) * below).sum(-1)
+        found = (logits.to(self._dtype).softmax(-1) * below).sum(-1).to(self._dtype)
         return found.masked_fill(value >= self.high, 1.0).masked_fill(value < self.low, 0.0)
 
     @property
@@ -167,7 +184,7 @@ class ScalarIntegerPixels(IntegerPixels):
 
     @property
     def mode(self) -> Tensor:
-        """The smallest of the integers with the largest mass."""
+        """An integer with the largest mass."""
         found = [(x.expand_as(mass), mass) for x, mass in self._masses()]
         best = [mass.max(0, keepdim=True) for _, mass in found]
         values = torch.cat([x.gather(0, b.indices) for (x, _), b in zip(found, best, strict=True)])
@@ -185,7 +202,7 @@ class ScalarIntegerPixels(IntegerPixels):
 
     def _masses(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of the support with their masses, few enough at a time to fit into memory."""
-        num_terms = max(1, self.batch_shape.numel() * self.loc.shape[-1])
+        num_terms = max(1, self.loc.numel())
         for values in self.enumerate_support(expand=False).split(max(1, 2**20 // num_terms)):
             yield values, self._log_mass(values).exp()
 

@@ -8,8 +8,13 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
-from pyro_ext.distributions.arguments import broadcast_components, check_one_of_pair
-from pyro_ext.ops import accumulation_dtype
+from pyro_ext.distributions.arguments import (
+    Independent,
+    broadcast_components,
+    check_one_of_pair,
+    draw_components,
+)
+from pyro_ext.ops import accumulation_dtype, may_need_gradient, once_differentiable
 
 
 class NormalScaleMixture(TorchDistribution):
@@ -42,9 +47,9 @@ class NormalScaleMixture(TorchDistribution):
     """
 
     arg_constraints: ClassVar = {
-        "scales": constraints.independent(constraints.positive, 1),
+        "scales": Independent(constraints.positive, 1),
         "probs": constraints.simplex,
-        "logits": constraints.real_vector,
+        "logits": Independent(constraints.real, 1),
     }
     support = constraints.real
     has_rsample = True
@@ -62,7 +67,8 @@ class NormalScaleMixture(TorchDistribution):
         name, weights = ("logits", logits) if probs is None else ("probs", probs)
         given = broadcast_components(type(self).__name__, **{"scales": scales, name: weights})
         if name == "probs":
-            weights = given[name] / given[name].sum(-1, keepdim=True)
+            # Negative weights stay so, and are refused.
+            weights = given[name] / given[name].abs().sum(-1, keepdim=True)
         else:
             weights = given[name] - given[name].logsumexp(-1, keepdim=True)
         setattr(self, name, weights)
@@ -114,7 +120,8 @@ class NormalScaleMixture(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        log_prob = self._log_densities(value).logsumexp(-1).to(self._dtype)
+        dtype = torch.promote_types(self._dtype, value.dtype)
+        log_prob = self._log_densities(value).logsumexp(-1).to(dtype)
         return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def cdf(self, value: Tensor) -> Tensor:
@@ -123,7 +130,8 @@ class NormalScaleMixture(TorchDistribution):
             self._validate_sample(value)
         scales, log_weights = self._wide_parameters()
         below = torch.special.ndtr(value.to(scales.dtype).unsqueeze(-1) / scales)
-        found = (log_weights.exp() * below).sum(-1).to(self._dtype)
+        dtype = torch.promote_types(self._dtype, value.dtype)
+        found = (log_weights.exp() * below).sum(-1).to(dtype)
         return found.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -134,12 +142,10 @@ class NormalScaleMixture(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         scales, log_weights = self._wide_parameters()
         with torch.no_grad():
-            uniform = torch.rand(shape, dtype=scales.dtype, device=scales.device)
-            below = log_weights.exp().cumsum(-1)[..., :-1]
-            component = (uniform.unsqueeze(-1) > below).sum(-1, keepdim=True)
+            component = draw_components(log_weights.exp(), shape)
             scale = scales.expand(*shape, -1).gather(-1, component).squeeze(-1)
             draw = scale * torch.randn(shape, dtype=scales.dtype, device=scales.device)
-        if torch.is_grad_enabled() and (scales.requires_grad or log_weights.requires_grad):
+        if may_need_gradient(scales, log_weights):
             draw = draw + self._first_order(draw, scales, log_weights)
         return draw.to(self._dtype)
 
@@ -151,16 +157,19 @@ class NormalScaleMixture(TorchDistribution):
             z = draw.unsqueeze(-1) / scales
             by_scale = (log_densities - log_density).exp() * z
             # Of the two tails the smaller one: changes of the weights sum to zero.
-            log_tail = log_weights + torch.special.log_ndtr(-z.abs())
+            log_tail = torch.special.erfcx(z.abs() / math.sqrt(2)).log() - z.square() / 2
+            log_tail = log_tail + log_weights - math.log(2)
             by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
-        moved = by_scale * (scales - scales.detach())
         # Weights of zero do not move.
         log_weights = log_weights.masked_fill(log_weights.isinf(), 0.0)
-        return (moved + by_log_weight * (log_weights - log_weights.detach())).sum(-1)
+        return _FirstOrder.apply(scales, log_weights, by_scale, by_log_weight)
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.scales.dtype, torch.float32)
+        weights = next(x for x in self._given[1:] if x is not None)
+        return torch.promote_types(
+            torch.promote_types(self.scales.dtype, weights.dtype), torch.float32
+        )
 
     def _wide_parameters(self) -> tuple[Tensor, Tensor]:
         """Scales and normalised log weights as they were given, in the widest dtype."""
@@ -177,3 +186,33 @@ class NormalScaleMixture(TorchDistribution):
         z = value.to(scales.dtype).unsqueeze(-1) / scales
         constant = log_weights - scales.log() - math.log(2 * math.pi) / 2
         return constant - z.square() / 2
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Zeros, with given derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        scales: Tensor, log_weights: Tensor, by_scale: Tensor, by_log_weight: Tensor
+    ) -> Tensor:
+        return torch.zeros_like(by_scale[..., 0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        scales, log_weights, by_scale, by_log_weight = ctx.saved_tensors
+        message = "NormalScaleMixture.rsample can be differentiated once."
+        grad = grad.unsqueeze(-1)
+        by_scale = once_differentiable(by_scale, scales, message)
+        by_log_weight = once_differentiable(by_log_weight, log_weights, message)
+        return (
+            (grad * by_scale).sum_to_size(scales.shape),
+            (grad * by_log_weight).sum_to_size(log_weights.shape),
+            None,
+            None,
+        )

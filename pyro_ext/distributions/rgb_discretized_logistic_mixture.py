@@ -3,10 +3,11 @@ from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, constraints
+from torch.distributions import constraints
 
-from pyro_ext.distributions.arguments import broadcast_components
+from pyro_ext.distributions.arguments import Independent, broadcast_components, draw_components
 from pyro_ext.distributions.integer_pixels import IntegerPixels, one_of_scales
+from pyro_ext.ops import accumulation_dtype
 
 
 class RGBDiscretizedLogisticMixture(IntegerPixels):
@@ -49,11 +50,11 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     torch.Size([4])
     """
 
-    _matrix: ClassVar = constraints.independent(constraints.real, 2)
+    _matrix: ClassVar = Independent(constraints.real, 2)
     arg_constraints: ClassVar = {
-        "logits": constraints.real_vector,
+        "logits": Independent(constraints.real, 1),
         "loc": _matrix,
-        "scale": constraints.independent(constraints.positive, 2),
+        "scale": Independent(constraints.positive, 2),
         "log_scale": _matrix,
         "coeffs": _matrix,
     }
@@ -73,6 +74,7 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         owner = type(self).__name__
         given = one_of_scales(owner, scale, log_scale)
         if coeffs is None:
+            broadcast_components(owner, num_dims=2, loc=loc)
             coeffs = torch.zeros_like(loc)
         by_channel = {"loc": loc, "coeffs": coeffs, **given}
         broadcast_components(owner, num_dims=2, **by_channel)
@@ -102,12 +104,13 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         :param sample_shape: shape of the draws, before the batch shape.
         """
         shape = self._extended_shape(torch.Size(sample_shape))[:-1]
-        logits = self.logits.detach().to(self._dtype)
-        component = Categorical(logits=logits).sample(torch.Size(sample_shape))[..., None, None]
+        weights = self.logits.detach().to(self._dtype).softmax(-1)
+        component = draw_components(weights, shape).unsqueeze(-1)
+        wide = accumulation_dtype(self.loc.device)
         component = component.expand(*shape, 3, 1)
         loc, scale, coeffs = (
-            x.detach().expand(*shape, -1, -1).gather(-1, component).squeeze(-1)
-            for x in (self.loc, self.scale, self.coeffs)
+            x.detach().to(wide).expand(*shape, -1, -1).gather(-1, component).squeeze(-1)
+            for x in (self.loc, self._wide_scale(), self.coeffs)
         )
         middle = (self.low + self.high) / 2
         red = self._draw(loc[..., 0], scale[..., 0])
@@ -117,12 +120,14 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         return torch.stack([red, green, blue], -1)
 
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        centered = value - (self.low + self.high) / 2
+        # Wide: the shifts are large, and the distances to a pixel small.
+        wide = accumulation_dtype(value.device)
+        centered = value.to(wide) - (self.low + self.high) / 2
         red, green = centered[..., 0, None], centered[..., 1, None]
-        c0, c1, c2 = self.coeffs.unbind(-2)
-        of_red, of_green, of_blue = self.loc.unbind(-2)
+        c0, c1, c2 = self.coeffs.to(wide).unbind(-2)
+        of_red, of_green, of_blue = self.loc.to(wide).unbind(-2)
         locs = torch.broadcast_tensors(of_red, of_green + c0 * red, of_blue + c1 * red + c2 * green)
-        return self.logits, torch.stack(locs, -2), self.log_scale
+        return self.logits, torch.stack(locs, -2), self._wide_log_scale()
 
     @property
     def mean(self) -> NoReturn:

@@ -1,6 +1,7 @@
 """Pure tensor mathematics; imports torch alone."""
 
 from pyro_ext.ops.bits_per_dim import bits_per_dim
+from pyro_ext.ops.differentiation import may_need_gradient, once_differentiable
 from pyro_ext.ops.discretized_logistic import discretized_logistic_mixture_log_prob
 from pyro_ext.ops.jackknife import (
     MAX_SUBSETS,
@@ -30,5 +31,7 @@ __all__ = [
     "leave_one_out_log_mean_exp",
     "leave_one_out_mean",
     "log_mean_exp",
+    "may_need_gradient",
+    "once_differentiable",
     "pareto_k",
 ]

@@ -13,8 +13,11 @@ def is_traced() -> bool:
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether a tensor is that of a transform of ``torch.func``."""
-    return not is_traced() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether a tensor is that of a transform of ``torch.func``, or of batched gradients."""
+    functorch = torch._C._functorch
+    return not is_traced() and (
+        functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+    )
 
 
 def may_need_gradient(*tensors: Tensor) -> bool:

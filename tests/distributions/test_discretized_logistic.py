@@ -174,6 +174,64 @@ def test_rgb_refuses_moments_with_the_reason(what):
         call()
 
 
+def test_rgb_in_float32_against_float64():
+    """Shifts by the other channels are large where the distance to a pixel is small."""
+    N, K = 2000, 2
+    value = torch.randint(0, 256, (N, 3))
+    coeffs = 2 * torch.rand(N, 3, K) - 1
+    logits, log_scale = torch.randn(N, K), torch.full((N, 3, K), -4.0)
+    red, green = (value[:, i, None] - 127.5 for i in (0, 1))
+    shift = coeffs[:, 1] * red + coeffs[:, 2] * green
+    shifts = torch.stack([torch.zeros(N, K), coeffs[:, 0] * red, shift], 1)
+    loc = value[..., None] - shifts + torch.rand(N, 3, K) - 0.5
+    given = [x.requires_grad_() for x in (logits, loc, log_scale, coeffs)]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        logits, loc, log_scale, coeffs = (x.to(dtype) for x in given)
+        d = RGBDiscretizedLogisticMixture(logits, loc, None, log_scale, coeffs)
+        log_prob = d.log_prob(value)
+        assert log_prob.dtype == dtype
+        found.append((log_prob, *torch.autograd.grad(log_prob.sum(), given)))
+    assert ((found[0][0] / found[1][0] - 1).abs() < 5e-6).all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loc", "log_scale", "high"), [(200.5, -12.0, 255), (50_000.5, -6.0, 65535)]
+)
+def test_draws_on_the_border_of_two_bins(loc, log_scale, high):
+    d = DiscretizedLogistic(torch.tensor(loc), log_scale=torch.tensor(log_scale), high=high)
+    share = (d.sample((20_000,)) == loc - 0.5).double().mean()
+    assert abs(share - 0.5) < 4.5 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_nothing_but_the_rounding_of_its_input(dtype):
+    for given in ({"scale": 0.30078125}, {"log_scale": -1.5}):
+        given = {key: torch.tensor(x, dtype=dtype) for key, x in given.items()}
+        half = DiscretizedLogistic(torch.tensor([120.0], dtype=dtype), **given)
+        wide = {key: x.double() for key, x in given.items()}
+        double = DiscretizedLogistic(torch.tensor([120.0], **F64), **wide)
+        x = torch.tensor([118.0, 120.0, 121.0], dtype=dtype)
+        for method in ("log_prob", "cdf"):
+            found, expected = getattr(half, method)(x), getattr(double, method)(x.double())
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_given_scales_keep_all_digits():
+    """The round trip by the logarithm would lose half an ulp of it."""
+    loc = torch.tensor(-43862.609375)
+    found = DiscretizedLogistic(loc, torch.tensor(3282.06201171875)).log_prob(torch.tensor(0.0))
+    assert found.item() == pytest.approx(-1.5699006e-6, rel=2e-6)
+
+
+def test_integer_locations_with_a_number_as_scale():
+    whole = DiscretizedLogistic(torch.tensor([3], dtype=torch.uint8), scale=1.9)
+    fraction = DiscretizedLogistic(torch.tensor([3.0]), scale=1.9)
+    assert whole.log_prob(torch.tensor([5])) == fraction.log_prob(torch.tensor([5]))
+
+
 P = torch.ones(2)
 BAD_PIXELS = {
     "fraction": (0.5, "integers in 0..255, got 0.5. Values in [0, 1] are not rescaled"),
@@ -205,7 +263,7 @@ ERRORS = {
     "negative scale": (lambda: DiscretizedLogisticMixture(P, P, -P), "parameter scale"),
     "components": (
         lambda: DiscretizedLogisticMixture(torch.ones(3), P, P),
-        r"same number of components, got .*'logits': \(3,\), 'loc': \(2,\)",
+        r"same number of components, at least one, got .*'logits': \(3,\), 'loc': \(2,\)",
     ),
     "coeffs": (
         lambda: RGBDiscretizedLogisticMixture(P, M, M, coeffs=torch.ones(2, 2)),
@@ -225,6 +283,15 @@ ERRORS = {
         "expected an integer low, got 0.0",
     ),
     "wrong batch": (lambda: DiscretizedLogistic(P, P).log_prob(torch.zeros(3)), "broadcast"),
+    "no components": (
+        lambda: DiscretizedLogisticMixture(*torch.ones(3, 5, 0)),
+        "number of components, at least one",
+    ),
+    "loc a number": (
+        lambda: RGBDiscretizedLogisticMixture(P, 1.0, M),
+        r"expected loc to be a tensor of \(..., 3, K\), got 1.0",
+    ),
+    "shapes": (lambda: DiscretizedLogistic(P, torch.ones(3)), "expected shapes that broadcast"),
     "number as value": (lambda: DiscretizedLogistic(P, P).log_prob(3), "must be a Tensor"),
 }
 

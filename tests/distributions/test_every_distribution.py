@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyro_ext.infer import ImportanceWeightedELBO
 from tests.registry import DISTRIBUTIONS
+from tests.statistics import assert_mean
 
 EVERY = pytest.mark.parametrize("name", DISTRIBUTIONS)
 BATCH_SHAPES = pytest.mark.parametrize("batch_shape", [(), (3,), (2, 3)], ids=str)
@@ -196,6 +198,65 @@ def test_latent_with_itself_as_guide(name):
     elbos = Trace_ELBO(), ImportanceWeightedELBO(3)
     for elbo in elbos:
         assert elbo.loss_and_grads(lambda: program(parameters((2,))), guide) == pytest.approx(0)
+
+
+@EVERY
+def test_empty_batches_and_draws(name):
+    d = make(name, (0,))
+    values = d.sample((2,))
+    assert values.shape == (2, 0, *d.event_shape)
+    assert d.log_prob(values).shape == (2, 0)
+    assert make(name, (3,)).sample((0,)).shape == (0, 3, *d.event_shape)
+
+
+@EVERY
+def test_moments_of_a_lone_one(name):
+    d = make(name, **F64)
+    if name == "rgb-discretized-logistic-mixture":
+        pytest.skip("has none")
+    draws = d.sample((50_000,))
+    assert_mean(draws, d.mean)
+    assert_mean((draws - d.mean).square(), d.variance)
+
+
+@EVERY
+def test_gradients_outside_of_vmap(name):
+    cls, parameters, fixed = DISTRIBUTIONS[name]
+    given = {key: x.requires_grad_() for key, x in parameters((3,), **F64).items()}
+    values = make(name, (3,), **F64).sample()
+
+    def log_prob(value, *tensors):
+        options = {**fixed, "validate_args": False}
+        return cls(**dict(zip(given, tensors, strict=True)), **options).log_prob(value)
+
+    plain = torch.autograd.grad(log_prob(values, *given.values()).sum(), list(given.values()))
+    batched = torch.func.vmap(log_prob)(values, *given.values())
+    for one, other in zip(
+        torch.autograd.grad(batched.sum(), list(given.values())), plain, strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda *tensors: log_prob(values, *tensors), tuple(given.values()), vectorize=True
+    )
+    for one, other in zip(jacobian, plain, strict=True):
+        torch.testing.assert_close(one.sum(0), other)
+
+
+@EVERY
+def test_traced_by_jit(name):
+    cls, parameters, fixed = DISTRIBUTIONS[name]
+    given = parameters((3,))
+    values = make(name, (3,)).sample()
+
+    def log_prob(*tensors):
+        options = {**fixed, "validate_args": False}
+        return cls(**dict(zip(given, tensors, strict=True)), **options).log_prob(values)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer and its deprecation
+        traced = torch.jit.trace(log_prob, tuple(given.values()), check_trace=False)
+    other = [x.flip(0) for x in given.values()]
+    torch.testing.assert_close(traced(*other), log_prob(*other))
 
 
 @EVERY

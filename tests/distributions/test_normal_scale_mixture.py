@@ -167,12 +167,39 @@ def test_prior_of_a_module():
     assert all(math.isfinite(svi.step(x)) for _ in range(5))
 
 
+def test_path_gradients_under_function_transforms():
+    def second_moment(scales, logits):
+        draw = NormalScaleMixture(scales, logits=logits).rsample((20_000,))
+        return draw.square().mean()
+
+    scales, logits = torch.tensor([0.5, 2.0], **F64), torch.zeros(2, **F64)
+    expected = scales  # of (0.5 s1^2 + 0.5 s2^2)
+    inside = torch.func.vmap(torch.func.grad(second_moment), (0, None), randomness="different")
+    torch.testing.assert_close(
+        inside(scales.expand(3, 2), logits), expected.expand(3, 2), rtol=0.1, atol=0
+    )
+
+    def outside(scales):
+        batched = torch.func.vmap(second_moment, (0, None), randomness="different")
+        return batched(scales.expand(3, 2), logits).mean()
+
+    torch.testing.assert_close(torch.func.grad(outside)(scales), expected, rtol=0.1, atol=0)
+
+
+def test_second_derivatives_of_draws_are_refused():
+    scales = torch.tensor([0.5, 2.0], requires_grad=True)
+    draw = NormalScaleMixture(scales, logits=torch.zeros(2)).rsample((10,))
+    (first,) = torch.autograd.grad(draw.square().sum(), scales, create_graph=True)
+    with pytest.raises(NotImplementedError, match="rsample can be differentiated once"):
+        torch.autograd.grad(first.sum(), scales)
+
+
 ERRORS = {
     "both": (lambda s: NormalScaleMixture(s, probs=s, logits=s), "exactly one of probs and logits"),
     "neither": (NormalScaleMixture, "exactly one of probs and logits, got neither"),
     "components": (
         lambda s: NormalScaleMixture(s, probs=torch.ones(3)),
-        r"same number of components, got .*\(2,\).*\(3,\)",
+        r"same number of components, at least one, got .*\(2,\).*\(3,\)",
     ),
     "shapes": (
         lambda s: NormalScaleMixture(s.expand(3, 2), probs=s.expand(4, 2)),
@@ -186,6 +213,10 @@ ERRORS = {
     "scale of zero": (lambda s: NormalScaleMixture(s * 0, probs=s), "parameter scales"),
     "negative weight": (
         lambda s: NormalScaleMixture(s, probs=torch.tensor([-1.0, 2.0])),
+        "parameter probs",
+    ),
+    "negative weights": (
+        lambda s: NormalScaleMixture(s, probs=torch.tensor([-1.0, -3.0])),
         "parameter probs",
     ),
     "text": (lambda s: NormalScaleMixture(s, probs=s).log_prob("x"), "must be a Tensor"),

@@ -182,8 +182,15 @@ def test_second_derivatives_are_refused():
 
 
 def test_shapes_are_checked():
-    with pytest.raises(ValueError, match=r"expected logits of shape \(..., K\)"):
+    with pytest.raises(
+        ValueError, match=r"expected value of shape \(..., C\), logits of shape \(..., K\)"
+    ):
         log_prob_of(values(), torch.zeros(3), torch.zeros(3), torch.zeros(3))
+    logits, loc, log_scale = small_parameters()
+    with pytest.raises(ValueError, match=r"got \(6, 2\), \(6, 2\), \(6, 2, 3\)"):
+        log_prob_of(values(), logits[:, :2], loc, log_scale)
+    with pytest.raises(ValueError, match="expected low <= high, got 3 and 2"):
+        discretized_logistic_mixture_log_prob(values(), logits, loc, log_scale, low=3, high=2)
 
 
 def test_bits_per_dim():
