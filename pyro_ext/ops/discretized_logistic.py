@@ -224,6 +224,7 @@ class _Bins(NamedTuple):
             (value - 0.5).masked_fill(is_low, -math.inf),
             value.masked_fill(is_low, -math.inf).masked_fill(is_high, math.inf),
             (value + 0.5).masked_fill(is_high, math.inf),
+            # The distance to a nearer edge is at least -LARGE, that to a farther one then LARGE.
             (is_low | is_high).to(value.dtype).mul(-2 * _LARGE),
         )
 
