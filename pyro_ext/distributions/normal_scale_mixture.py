@@ -35,7 +35,7 @@ class NormalScaleMixture(TorchDistribution):
         one. Exactly one of ``probs`` and ``logits`` is to be given.
     :param torch.Tensor logits: logarithms of the weights up to a constant, ``(..., K)``.
     :raises ValueError: if both or neither of the pair are given, if the numbers of components
-        differ, and, under validation, if scales are not positive.
+        differ, and, under validation, if scales are not positive or weights are negative.
 
     The prior of Blundell et al., a wide and a narrow normal:
 
