@@ -91,16 +91,8 @@ class TwoLayer:
             pyro.sample("z2", dist.Normal(w * z1 / 2, scale))
 
 
-class Hierarchical:
+class Hierarchical(NormalNormal):
     """theta ~ N(0, 1), z_n | theta ~ N(theta, 1), x_n | z_n ~ N(z_n, 1), z and x in one plate."""
-
-    def __init__(self, x, subsample_size=None, exact_guide=False):
-        self.x = x
-        self.subsample_size = subsample_size
-        self.exact_guide = exact_guide
-
-    def plate(self):
-        return pyro.plate("data", len(self.x), subsample_size=self.subsample_size)
 
     def model(self):
         theta = pyro.sample("theta", dist.Normal(self.x.new_zeros(()), 1.0))

@@ -89,9 +89,8 @@ def test_distributions_equal_those_on_the_cpu(name, dtype):
         gradients = torch.autograd.grad(log_prob.sum(), list(given.values()))
         found.append((log_prob.cpu(), *gradients))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(
-            one, other, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4
-        )
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 def test_evidence(x):
