@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_ext.ops.differentiation import is_traced, is_transformed, may_need_gradient
 
 #: How many terms (points x channels x components) are worked on at a time on a CPU.
-BLOCK_SIZE = 2**17
+BLOCK_SIZE = 2**18
 
 # exp(-LARGE) is zero in every dtype, and LARGE x 0 is zero, which inf x 0 is not.
 _LARGE = 1e4
@@ -297,8 +297,11 @@ def _evaluate_components(
     by_loc = by_log_scale = loc.new_empty(0)
     loc = _components_first(loc)
     t = _components_first(log_scale).neg_().exp_().to(dtype)
+    if needs_gradient:
+        slope = (bins.center - loc).to(dtype).mul_(t).tanh_().mul_(t)
     # Each edge is subtracted by itself: |c| - t / 2 would cancel.
-    nearer = torch.maximum(bins.lower - loc, loc - bins.upper).to(dtype)
+    nearer = (bins.lower - loc).clamp_(min=loc.sub_(bins.upper)).to(dtype)
+    del loc
     nearer.mul_(t).clamp_(min=-_LARGE)
     exponent = bins.edge.to(dtype) - t
     minus_farther = exponent - nearer
@@ -306,16 +309,16 @@ def _evaluate_components(
     minus_inside = exponent.expm1()
     exp_minus_t = exponent.exp_()
     if needs_gradient:
-        slope = (bins.center - loc).to(dtype).mul_(t).tanh_().mul_(t)
-        by_loc = (p + q).addcmul_(p, q, value=-2).mul_(slope)
         by_log_scale = t.mul_(exp_minus_t).div_(minus_inside)
         by_log_scale.addcmul_(nearer, p).addcmul_(minus_farther, q)
+        by_loc = (p + q).addcmul_(p, q, value=-2).mul_(slope)
         del slope
 
-    p = torch.minimum(p, 1 - p)
+    p.clamp_(max=1 - p)
     q.addcmul_(p, q, value=-1).add_(p).mul_(minus_inside)
     one_minus_r = exp_minus_t.sub_(q)
     r = q.sub_(minus_inside)
+    del p, minus_inside
     log_mass = r.log().addcmul_((1 - r).sub_(one_minus_r), r)
     log_mass.sub_(nearer.clamp_(min=0))
     return log_mass, by_loc, by_log_scale
