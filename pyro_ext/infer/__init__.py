@@ -4,6 +4,8 @@ from pyro_ext.infer.combined import CombinedELBO
 from pyro_ext.infer.evidence import Evidence, estimate_evidence
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.jackknife import JackknifeELBO
+from pyro_ext.infer.kl_schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
+from pyro_ext.infer.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.infer.multiply_importance_weighted import MultiplyImportanceWeightedELBO
 from pyro_ext.infer.partially_importance_weighted import PartiallyImportanceWeightedELBO
@@ -14,15 +16,21 @@ from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
 
 __all__ = [
     "CombinedELBO",
+    "CyclicalKL",
     "Evidence",
+    "GeometricKL",
     "GradientDiagnostics",
     "ImportanceWeightedELBO",
     "JackknifeELBO",
+    "KLSchedule",
+    "KLWeightedELBO",
+    "LinearKL",
     "MultiSampleELBO",
     "MultiplyImportanceWeightedELBO",
     "PartiallyImportanceWeightedELBO",
     "Particles",
     "ThermodynamicELBO",
+    "UniformKL",
     "VariationalRenyiELBO",
     "estimate_evidence",
     "gradient_diagnostics",

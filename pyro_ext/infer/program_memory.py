@@ -6,18 +6,24 @@ from pyro_ext.infer.dependence import Provenance
 
 
 @dataclass
-class ProgramMemory:
-    """What has been found out about the pair of programs that was run last."""
+class ProgramPair:
+    """The pair of programs that was run last."""
 
     model: Any = None
     guide: Any = None
-    plate_nesting: float | None = None
-    provenance: Provenance = field(default_factory=Provenance)
-    warned_plates: set[str] = field(default_factory=set)
 
     def is_of(self, model: Any, guide: Any) -> bool:
         """Whether these are the two programs."""
         return _is_same(self.model, model) and _is_same(self.guide, guide)
+
+
+@dataclass
+class ProgramMemory(ProgramPair):
+    """What a multi-sample estimator has found out about its pair of programs."""
+
+    plate_nesting: float | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+    warned_plates: set[str] = field(default_factory=set)
 
 
 def _is_same(program: Any, other: Any) -> bool:
