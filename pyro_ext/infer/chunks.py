@@ -16,7 +16,7 @@ from pyro_ext.infer.gradients import Bound
 from pyro_ext.infer.handlers import SharedSubsamples
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
-from pyro_ext.infer.random_state import get_random_state, set_random_state
+from pyro_ext.ops.random_state import get_random_state, set_random_state
 
 TraceChunk = Callable[[SharedSubsamples, int], Particles]
 

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_ext.infer.handlers import lies_in
 from pyro_ext.infer.plates import DensitySite
-from pyro_ext.infer.random_state import get_random_state, set_random_state
+from pyro_ext.ops.random_state import get_random_state, set_random_state
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,17 @@ def _user_scales() -> tuple[Any, ...]:
     return (number, *tensors) if scales else ()
 
 
+def refuse_handlers_of_linear_objectives(num_particles: int) -> None:
+    """Raises if a handler is active that gives each data point draws of its own."""
+    for handler in _PYRO_STACK:
+        if getattr(handler, "needs_linear_objective", False):
+            raise ValueError(
+                f"Multi-sample estimators expect {type(handler).__name__} with num_particles=1 "
+                f"alone, got {num_particles}: with more the bound is not linear, and needs the "
+                "weights that were drawn."
+            )
+
+
 class SharedSubsamples(Messenger):
     """Gives every run under it the minibatch indices that the first run drew."""
 

@@ -24,7 +24,7 @@ from pyro_ext.infer.handlers import is_delta, is_masked_out
 from pyro_ext.infer.kl_schedules import KLSchedule
 from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.infer.program_memory import ProgramPair
-from pyro_ext.infer.random_state import get_random_state, set_random_state
+from pyro_ext.ops.random_state import get_random_state, set_random_state
 
 Sites = str | Collection[str] | Callable[[str], bool]
 

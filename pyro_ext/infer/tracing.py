@@ -21,6 +21,7 @@ from pyro_ext.infer.handlers import (
     has_dim,
     is_masked_out,
     outside_of_local_plate,
+    refuse_handlers_of_linear_objectives,
 )
 from pyro_ext.infer.local_plate import ParticlePlate, SharedGlobals
 
@@ -84,6 +85,8 @@ def run_particles(
     :raises ValueError: where a site does not match between model and guide, or is enumerated;
         where the model or guide fails with K particles but runs with one.
     """
+    if num_particles > 1:
+        refuse_handlers_of_linear_objectives(num_particles)
     if not vectorized or num_particles == 1:
         return _trace_sequentially(
             model,

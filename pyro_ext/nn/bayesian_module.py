@@ -1,0 +1,176 @@
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyro
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from pyro_ext.nn.functional import BatchedCall
+from pyro_ext.nn.priors import Prior, check_support, prior_of
+
+
+class BayesianModule(PyroModule):
+    r"""Any torch module with latent parameters: a Bayesian neural network.
+
+    .. math:: \theta_j \sim p_j, \qquad \mathrm{output} = f_\theta(\mathrm{input})
+
+    Each parameter of the module is a latent site of the parameter's name, such as ``"0.weight"``;
+    a parameter that several submodules share is one site. Draws with leading dims, such as those
+    of K vectorised particles or of ``Predictive(parallel=True)``, give outputs with leading dims:
+    of shape ``(K, B, C)`` for ``(B, C)``. Leading dims of size 1, which keep the places of
+    plates, are dropped: with particles to the left of n plates, the module's own output should
+    have n batch dims. The draws run under ``torch.func.vmap`` where PyTorch can batch all that the
+    module does, and in a loop where it cannot, such as for LSTMs; the numbers are the same, but
+    for the masks of dropout.
+
+    The module is copied. The copy, as :attr:`net`, keeps the values of the latent parameters as
+    buffers, and learns the other parameters by point estimates.
+
+    Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
+    Networks.
+
+    :param torch.nn.Module net: the module; no ``PyroModule``, and initialised.
+    :param prior: a Pyro distribution that expands to the shape of every parameter, or a function
+        of a name and a parameter that returns one. Its tensors follow the parameter's dtype and
+        device. A function is called at each draw, so that it can draw hyperparameters.
+    :param sites: which parameters are latent: ``"all"``, a collection of names, or a function
+        from a name to a bool.
+    :raises ValueError: if the module has no parameter, or none that ``sites`` matches; if a prior
+        does not match the shape of a parameter, is discrete, or has a support without the values
+        that the parameter has.
+
+    >>> import pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> from pyro_ext.nn import MeanFieldGuide
+    >>> net = BayesianModule(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)),
+    ...                      prior=dist.Normal(0.0, 1.0))
+    >>> def model(x, y):
+    ...     loc = net(x).squeeze(-1)
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("y", dist.Normal(loc, 0.1), obs=y)
+    >>> guide = MeanFieldGuide(net)
+    >>> elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    >>> loss = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(torch.randn(5, 2),
+    ...                                                                   torch.randn(5))
+    >>> net.latent_names
+    ('0.weight', '0.bias', '2.weight', '2.bias')
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        prior: Prior,
+        sites: str | Collection[str] | Callable[[str], bool] = "all",
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module) or isinstance(net, PyroModule):
+            raise ValueError(
+                f"BayesianModule: expected a plain torch.nn.Module, got {type(net).__name__}."
+            )
+        if not callable(prior) and not isinstance(prior, TorchDistributionMixin):
+            raise ValueError(
+                "BayesianModule: expected prior to be a Pyro distribution or a function of a name "
+                f"and a parameter, got {prior!r}."
+            )
+        #: The names of the latent parameters.
+        self.latent_names = _latent_names(net, sites)
+        for name in self.latent_names:
+            parameter = net.get_parameter(name)
+            check_support(prior_of(prior, name, parameter), name, parameter)
+        self.prior = prior
+        self.net = _with_buffers(net, self.latent_names)
+        self._call = BatchedCall()
+        self._priors: dict[str, tuple[Any, TorchDistributionMixin]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Draws the latent parameters, and calls the module with them.
+
+        :param args: passed to the module, as are ``kwargs``.
+        """
+        draws = {
+            name: pyro.sample(self.site_name(name), self.prior_of(name))
+            for name in self.latent_names
+        }
+        return run_module(self._call, self.net, draws, args, kwargs)
+
+    def site_name(self, name: str) -> str:
+        """The site of a latent parameter: its name, after that of this module if it has one."""
+        return f"{self._pyro_name}.{name}" if self._pyro_name else name
+
+    def value_of(self, name: str) -> Tensor:
+        """The value that a latent parameter had in the module."""
+        # Not by attribute, which registers the other parameters in a running program.
+        net: Any = self._modules["net"]
+        return net.get_buffer(name)
+
+    def prior_of(self, name: str) -> TorchDistributionMixin:
+        """The prior of a latent parameter."""
+        value = self.value_of(name)
+        if not isinstance(self.prior, TorchDistributionMixin):
+            return prior_of(self.prior, name, value)
+        kind = value.dtype, value.device
+        if name not in self._priors or self._priors[name][0] != kind:
+            self._priors[name] = kind, prior_of(self.prior, name, value)
+        return self._priors[name][1]
+
+
+@effectful(type="bayesian_module")
+def run_module(
+    call: BatchedCall, net: nn.Module, draws: dict[str, Tensor], args: Any, kwargs: Any
+) -> Any:
+    """Calls a module with drawn parameters: an effect, for handlers to do so in another way."""
+    return call(net, draws, args, kwargs)
+
+
+def _latent_names(
+    net: nn.Module, sites: str | Collection[str] | Callable[[str], bool]
+) -> tuple[str, ...]:
+    names = [name for name, _ in net.named_parameters()]
+    if not names:
+        raise ValueError(
+            f"BayesianModule: expected a module with parameters, and {type(net).__name__} has none."
+        )
+    for name, parameter in net.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"BayesianModule: expected initialised parameters, and '{name}' has no shape yet: "
+                "call the module once before."
+            )
+    if isinstance(sites, str):
+        if sites != "all":
+            raise ValueError(
+                "BayesianModule: expected sites to be 'all', a collection of names or a function "
+                f"of a name, got {sites!r}."
+            )
+        return tuple(names)
+    if not callable(sites):
+        unknown = sorted(set(sites) - set(names))
+        if unknown:
+            raise ValueError(
+                f"BayesianModule: expected sites to name parameters, of which the module has "
+                f"{names}, got {unknown} among them."
+            )
+    choose = sites if callable(sites) else set(sites).__contains__
+    chosen = tuple(name for name in names if choose(name))
+    if not chosen:
+        raise ValueError(
+            f"BayesianModule: expected sites to match parameters, of which the module has {names}, "
+            "and it matches none."
+        )
+    return chosen
+
+
+def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """A copy with some parameters made buffers: what is latent is not to be learnt."""
+    net = copy.deepcopy(net)
+    buffers = {id(net.get_parameter(name)): net.get_parameter(name).detach() for name in names}
+    for module in net.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in buffers:
+                del module._parameters[name]
+                module.register_buffer(name, buffers[id(parameter)])
+    return net

@@ -1,0 +1,104 @@
+"""A module's output for given parameters, with any number of leading dims."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from pyro_ext.ops.random_state import get_random_state, set_random_state
+
+
+class BatchedCall:
+    """Calls a module with one set of parameters, or with many at once.
+
+    Many run under :func:`torch.func.vmap` where PyTorch has batching rules for all that the
+    module does, and one after the other where it has not; the first call finds out.
+    """
+
+    def __init__(self) -> None:
+        self._is_looped: dict[Any, bool] = {}
+
+    def __call__(
+        self, net: nn.Module, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The output, with the leading dims of the draws before those that the module gives.
+
+        Leading dims of size 1 are fillers, and dropped.
+
+        :param torch.nn.Module net: the module.
+        :param dict draws: tensors of shape ``(..., *shape)`` in place of those of the module.
+        :param tuple args: passed to the module, as are ``kwargs``.
+        """
+        shapes = {name: net.get_buffer(name).shape for name in draws}
+        leading = torch.broadcast_shapes(
+            *(draw.shape[: draw.dim() - len(shapes[name])] for name, draw in draws.items())
+        )
+        kept = torch.Size([size for size in leading if size != 1])
+        fixed, batched = {}, {}
+        for name, draw in draws.items():
+            if draw.numel() == shapes[name].numel():
+                fixed[name] = draw.reshape(shapes[name])
+            else:
+                batched[name] = draw.expand(leading + shapes[name]).reshape(-1, *shapes[name])
+        if not batched:
+            return functional_call(net, fixed, args, kwargs)
+
+        def run(batched: dict[str, Tensor]) -> Any:
+            return functional_call(net, {**fixed, **batched}, args, kwargs)
+
+        output = self._run_all(net, run, batched, args)
+        return tree_map(
+            lambda x: x.reshape(kept + x.shape[1:]) if isinstance(x, Tensor) else x, output
+        )
+
+    def _run_all(
+        self,
+        net: nn.Module,
+        run: Callable[[dict[str, Tensor]], Any],
+        batched: dict[str, Tensor],
+        args: tuple[Any, ...],
+    ) -> Any:
+        kind = net.training, *(x.dim() if isinstance(x, Tensor) else None for x in args)
+        if kind not in self._is_looped:
+            is_batched, output = _try_batched(net, run, batched)
+            if not is_batched:
+                output = _loop(run, batched)  # and if this fails, the module itself does
+            self._is_looped[kind] = not is_batched
+            return output
+        if self._is_looped[kind]:
+            return _loop(run, batched)
+        return vmap(run, randomness="different")(batched)
+
+
+def _try_batched(
+    net: nn.Module, run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]
+) -> tuple[bool, Any]:
+    """Whether a module runs under vmap, and its output; if not, nothing has changed."""
+    state = get_random_state()
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        with warnings.catch_warnings():
+            # Operators without a batching rule run in a slow loop of their own, and warn.
+            warnings.simplefilter("error", UserWarning)
+            return True, vmap(run, randomness="different")(batched)
+    except (RuntimeError, UserWarning):
+        set_random_state(state)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return False, None
+
+
+def _loop(run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]) -> Any:
+    """One call after the other, their outputs stacked."""
+    num_draws = len(next(iter(batched.values())))
+    outputs = [run({name: x[i] for name, x in batched.items()}) for i in range(num_draws)]
+    leaves, structures = zip(*(tree_flatten(output) for output in outputs), strict=True)
+    stacked = [
+        torch.stack(same) if isinstance(same[0], Tensor) else same[0]
+        for same in zip(*leaves, strict=True)
+    ]
+    return tree_unflatten(stacked, structures[0])

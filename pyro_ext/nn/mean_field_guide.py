@@ -1,0 +1,115 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.nn.functional import softplus
+
+from pyro_ext.nn.bayesian_module import BayesianModule
+
+
+class MeanFieldGuide(PyroModule):
+    r"""Independent normals for the latent parameters of a :class:`BayesianModule`.
+
+    .. math:: \theta = \mu + \log(1 + e^\rho) \, \epsilon, \qquad \epsilon \sim \mathcal{N}(0, 1)
+
+    The parameters mu and rho are in :attr:`locs` and :attr:`rhos`, named as in the module. A site
+    whose prior has a constrained support is the transform of such a normal.
+
+    Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
+    Networks, section 3.2.
+
+    :param BayesianModule module: the module; it may be a part of the model. Further latent sites of
+        the model need a guide of their own.
+    :param float init_scale: the standard deviation to begin with, positive.
+    :param init_loc: the means to begin with: a function of a name and of the value that the
+        parameter had in the module. None for that value itself.
+    :raises ValueError: if ``module`` is something else, if ``init_scale`` is not positive, or if
+        ``init_loc`` gives another shape.
+
+    >>> import pyro.distributions as dist
+    >>> module = BayesianModule(nn.Linear(3, 2), prior=dist.Normal(0.0, 1.0))
+    >>> guide = MeanFieldGuide(module, init_scale=0.1)
+    >>> {name: tuple(value.shape) for name, value in guide().items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    >>> posterior = guide.distributions()["weight"]
+    >>> (posterior.base_dist.loc == module.net.weight).all(), posterior.base_dist.scale[0, 0]
+    (tensor(True), tensor(0.1000, grad_fn=<SelectBackward0>))
+    """
+
+    def __init__(
+        self,
+        module: BayesianModule,
+        init_scale: float = 0.05,
+        init_loc: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, BayesianModule):
+            raise ValueError(
+                f"MeanFieldGuide: expected a BayesianModule, got {type(module).__name__}."
+            )
+        if isinstance(init_scale, bool) or not 0 < init_scale < math.inf:
+            raise ValueError(
+                f"MeanFieldGuide: expected a finite init_scale > 0, got {init_scale!r}."
+            )
+        # In a tuple, for the module not to be a part of the guide.
+        self._module = (module,)
+        #: The means, on the unconstrained space: a module with the names of the latent ones.
+        self.locs = nn.Module()
+        #: The inverse softplus of the standard deviations, likewise.
+        self.rhos = nn.Module()
+        rho = init_scale + math.log(-math.expm1(-init_scale))
+        for name in module.latent_names:
+            value = module.value_of(name)
+            loc = value if init_loc is None else init_loc(name, value)
+            if loc.shape != value.shape:
+                raise ValueError(
+                    f"MeanFieldGuide: expected init_loc to give shape {tuple(value.shape)} for "
+                    f"'{name}', got {tuple(loc.shape)}."
+                )
+            loc = biject_to(module.prior_of(name).support).inv(loc.detach().to(value))
+            _register(self.locs, name, loc.clone())
+            _register(self.rhos, name, torch.full_like(loc, rho))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws the latent parameters.
+
+        :param args: not used, as are ``kwargs``.
+        """
+        return {name: pyro.sample(name, fn) for name, fn in self.distributions().items()}
+
+    def distributions(self) -> dict[str, TorchDistributionMixin]:
+        """The sites and their distributions, with gradients to :attr:`locs` and :attr:`rhos`."""
+        (module,) = self._module
+        locs, rhos = dict(self.locs.named_parameters()), dict(self.rhos.named_parameters())
+        found = {}
+        for name in module.latent_names:
+            loc, scale = locs[name], softplus(rhos[name])
+            fn = Normal(loc, scale).to_event(loc.dim())
+            support = module.prior_of(name).support
+            if not _is_real(support):
+                fn = TransformedDistribution(fn, biject_to(support))
+            found[module.site_name(name)] = fn
+        return found
+
+
+def _register(tree: nn.Module, name: str, value: Tensor) -> None:
+    """Adds a parameter under a dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    tree.register_parameter(last, nn.Parameter(value))
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real

@@ -1,0 +1,67 @@
+"""Priors of the parameters of a module."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+Prior = TorchDistributionMixin | Callable[[str, Tensor], TorchDistributionMixin]
+
+
+def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMixin:
+    """The prior of one parameter: expanded to its shape, and in its dtype and on its device.
+
+    :param prior: a distribution, or a function of the name and the parameter that returns one.
+    :param str name: the parameter's name, for errors.
+    :param torch.Tensor parameter: the parameter.
+    :raises ValueError: if it is no distribution, or if the shapes do not match.
+    """
+    fn: Any = prior if isinstance(prior, TorchDistributionMixin) else prior(name, parameter)
+    if not isinstance(fn, TorchDistributionMixin):
+        raise ValueError(
+            f"BayesianModule: expected a Pyro distribution as prior of '{name}', got {fn!r}."
+        )
+    fn = _like(fn, parameter)
+    num_batch_dims = parameter.dim() - fn.event_dim
+    batch_shape, event_shape = parameter.shape[:num_batch_dims], parameter.shape[num_batch_dims:]
+    if num_batch_dims < 0 or event_shape != fn.event_shape or not _expands(fn, batch_shape):
+        raise ValueError(
+            f"BayesianModule: expected a prior that expands to shape {tuple(parameter.shape)} of "
+            f"parameter '{name}', got one of batch shape {tuple(fn.batch_shape)} and event shape "
+            f"{tuple(fn.event_shape)}."
+        )
+    return fn.expand(batch_shape).to_event(num_batch_dims)
+
+
+def check_support(fn: TorchDistributionMixin, name: str, parameter: Tensor) -> None:
+    """Raises a ValueError unless the parameter's own values lie in the support of its prior."""
+    support: Any = fn.support
+    if support.is_discrete or not bool(support.check(parameter.detach()).all()):
+        raise ValueError(
+            f"BayesianModule: expected a prior whose support holds the values of parameter "
+            f"'{name}', got {fn} with support {support}."
+        )
+
+
+def _expands(fn: TorchDistributionMixin, batch_shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(fn.batch_shape, batch_shape) == batch_shape
+    except RuntimeError:
+        return False
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """A distribution, or a part of one, with floating-point tensors like a parameter."""
+    if isinstance(value, Tensor):
+        return value.to(parameter) if value.is_floating_point() else value.to(parameter.device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_like(part, parameter) for part in value)
+    if isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
+        moved = copy.copy(value)
+        for key, part in vars(value).items():
+            setattr(moved, key, _like(part, parameter))
+        return moved
+    return value
