@@ -14,7 +14,13 @@ from pyro_ext.distributions.arguments import (
     check_one_of_pair,
     draw_components,
 )
-from pyro_ext.ops import accumulation_dtype, may_need_gradient, once_differentiable
+from pyro_ext.ops import (
+    accumulation_dtype,
+    may_need_gradient,
+    normal_scale_mixture_log_densities,
+    normal_scale_mixture_log_prob,
+    once_differentiable,
+)
 
 
 class NormalScaleMixture(TorchDistribution):
@@ -121,7 +127,7 @@ class NormalScaleMixture(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         dtype = torch.promote_types(self._dtype, value.dtype)
-        log_prob = self._log_densities(value).logsumexp(-1).to(dtype)
+        log_prob = normal_scale_mixture_log_prob(value, *self._wide_parameters(), dtype)
         return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def cdf(self, value: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ class NormalScaleMixture(TorchDistribution):
     def _first_order(self, draw: Tensor, scales: Tensor, log_weights: Tensor) -> Tensor:
         """Zero, with the gradient of the draw for a fixed value of the distribution function."""
         with torch.no_grad():
-            log_densities = self._log_densities(draw)
+            log_densities = normal_scale_mixture_log_densities(draw, scales, log_weights)
             log_density = log_densities.logsumexp(-1, keepdim=True)
             z = draw.unsqueeze(-1) / scales
             by_scale = (log_densities - log_density).exp() * z
@@ -180,12 +186,6 @@ class NormalScaleMixture(TorchDistribution):
             is_zero = probs == 0
             logits = probs.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -math.inf)
         return scales.to(wide), logits.to(wide).log_softmax(-1)
-
-    def _log_densities(self, value: Tensor) -> Tensor:
-        scales, log_weights = self._wide_parameters()
-        z = value.to(scales.dtype).unsqueeze(-1) / scales
-        constant = log_weights - scales.log() - math.log(2 * math.pi) / 2
-        return constant - z.square() / 2
 
 
 class _FirstOrder(torch.autograd.Function):

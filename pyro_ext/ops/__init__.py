@@ -15,6 +15,10 @@ from pyro_ext.ops.log_mean_exp import (
     leave_one_out_mean,
     log_mean_exp,
 )
+from pyro_ext.ops.normal_scale_mixture import (
+    normal_scale_mixture_log_densities,
+    normal_scale_mixture_log_prob,
+)
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
 
@@ -32,6 +36,8 @@ __all__ = [
     "leave_one_out_mean",
     "log_mean_exp",
     "may_need_gradient",
+    "normal_scale_mixture_log_densities",
+    "normal_scale_mixture_log_prob",
     "once_differentiable",
     "pareto_k",
 ]

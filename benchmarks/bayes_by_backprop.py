@@ -1,0 +1,237 @@
+"""Time of a Bayes-by-Backprop step over that of the same step in plain PyTorch, in one run.
+
+    python benchmarks/bayes_by_backprop.py [--device cuda] [--rounds 40]
+
+A 784-400-400-10 network with the scale-mixture prior, a batch of 128, fused Adam, validation off.
+Then 8 particles, vectorised over looped. blitz-bayesian-pytorch and bayesian-torch take part where
+they are installed. Steps take turns in a random order; ratios are those of medians.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_ext.distributions import NormalScaleMixture
+from pyro_ext.infer import GeometricKL, ImportanceWeightedELBO, KLWeightedELBO
+from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
+
+SIZES = 784, 400, 400, 10
+BATCH_SIZE, NUM_DATA = 128, 60_000
+SCALES, PROBS = (1.0, math.exp(-6)), (0.5, 0.5)
+Step = Callable[[], Any]
+
+
+def make_network() -> nn.Sequential:
+    """The network, with rectified linear units."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(SIZES):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(BATCH_SIZE, SIZES[0], generator=generator)
+    y = torch.randint(SIZES[-1], (BATCH_SIZE,), generator=generator)
+    return x.to(device), y.to(device)
+
+
+class PlainNetwork(nn.Module):
+    """Bayes by Backprop by hand, as one would write it in PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locs = nn.ParameterList(p.detach().clone() for p in make_network().parameters())
+        self.rhos = nn.ParameterList(torch.full_like(p, -3.0) for p in self.locs)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of one draw."""
+        weights, kl = [], x.new_zeros(())
+        for loc, rho in zip(self.locs, self.rhos, strict=True):
+            scale = F.softplus(rho)
+            noise = torch.randn_like(loc)
+            weight = loc + scale * noise
+            log_q = -noise.square() / 2 - scale.log() - math.log(2 * math.pi) / 2
+            log_p = torch.logaddexp(
+                *(
+                    math.log(prob / s / math.sqrt(2 * math.pi)) - (weight / s).square() / 2
+                    for prob, s in zip(PROBS, SCALES, strict=True)
+                )
+            )
+            kl = kl + (log_q - log_p).sum()
+            weights.append(weight)
+        for i in range(0, len(weights), 2):
+            x = F.linear(x if i == 0 else x.relu(), weights[i], weights[i + 1])
+        return NUM_DATA / len(x) * F.cross_entropy(x, y, reduction="sum") + kl
+
+
+class Model(nn.Module):
+    """The same in Pyro."""
+
+    def __init__(self, prior: Any) -> None:
+        super().__init__()
+        self.net = BayesianModule(make_network(), prior)
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        """Draws the labels of a minibatch."""
+        logits = self.net(x)
+        with pyro.plate("data", NUM_DATA, subsample=y):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+def torch_step(loss: Callable[[], Tensor], module: nn.Module) -> Step:
+    """A step of fused Adam."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def pyro_step(elbo: Any, prior: Any, device: torch.device) -> Step:
+    """A step of an objective through its module interface."""
+    model = Model(prior).to(device)
+    guide = MeanFieldGuide(model.net)
+    module = elbo(model, guide)
+    x, y = batch(device)
+    return torch_step(lambda: module(x, y), module)
+
+
+def others(device: torch.device) -> dict[str, Step]:
+    """The steps of other libraries, where they are installed."""
+    steps = {}
+    x, y = batch(device)
+
+    def likelihood(logits: Tensor) -> Tensor:
+        return NUM_DATA / BATCH_SIZE * F.cross_entropy(logits, y, reduction="sum")
+
+    if importlib.util.find_spec("blitz") is not None:
+        from blitz.modules import BayesianLinear
+        from blitz.utils import variational_estimator
+
+        @variational_estimator
+        class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                pairs = itertools.pairwise(SIZES)
+                self.layers = nn.ModuleList(BayesianLinear(*pair) for pair in pairs)
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.layers[:-1]:
+                    x = layer(x).relu()
+                return self.layers[-1](x)
+
+        blitz: Any = Network().to(device)
+        steps["blitz"] = torch_step(lambda: likelihood(blitz(x)) + blitz.nn_kl_divergence(), blitz)
+    if importlib.util.find_spec("bayesian_torch") is not None:
+        from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss
+
+        net = make_network()
+        options = {
+            "prior_mu": 0.0,
+            "prior_sigma": 1.0,
+            "posterior_mu_init": 0.0,
+            "posterior_rho_init": -3.0,
+            "type": "Reparameterization",
+            "moped_enable": False,
+        }
+        dnn_to_bnn(net, options)
+        net.to(device)
+        steps["bayesian-torch (closed-form KL)"] = torch_step(
+            lambda: likelihood(net(x)) + get_kl_loss(net), net
+        )
+    return steps
+
+
+def measure(steps: dict[str, Step], num_rounds: int, device: torch.device) -> None:
+    """Prints medians and their ratios to the first step's."""
+    durations: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(num_rounds + 3):
+        for name in random.sample(list(steps), len(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 3:
+                durations[name].append(time.perf_counter() - start)
+    base = statistics.median(next(iter(durations.values())))
+    for name, values in durations.items():
+        median = statistics.median(values)
+        print(f"{name:45} {1e3 * median:8.2f} ms   {median / base:.2f}")
+
+
+def main() -> None:
+    """Prints two tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    pyro.enable_validation(False)
+    mixture = NormalScaleMixture(torch.tensor(SCALES), probs=torch.tensor(PROBS))
+    x, y = batch(device)
+
+    def under(handler: Any, step: Step) -> Step:
+        def handled() -> None:
+            with handler():
+                step()
+
+        return handled
+
+    def pyro_steps(elbo: Callable[[], Any], prior: Any = mixture) -> Step:
+        pyro.clear_param_store()
+        return pyro_step(elbo(), prior, device)
+
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    plain = PlainNetwork().to(device)
+    normal = dist.Normal(0.0, 1.0)
+    with pyro.settings.context(module_local_params=True):
+        steps = {
+            "plain PyTorch": torch_step(lambda: plain(x, y), plain),
+            "Trace_ELBO": pyro_steps(Trace_ELBO),
+            "KLWeightedELBO(Trace_ELBO)": pyro_steps(
+                lambda: KLWeightedELBO(Trace_ELBO(), GeometricKL(469))
+            ),
+            "ImportanceWeightedELBO(1)": pyro_steps(lambda: ImportanceWeightedELBO(1)),
+            "TraceMeanField_ELBO, normal prior": pyro_steps(TraceMeanField_ELBO, normal),
+            "the same with local_reparameterization": under(
+                local_reparameterization, pyro_steps(TraceMeanField_ELBO, normal)
+            ),
+            "the same with flipout": under(flipout, pyro_steps(TraceMeanField_ELBO, normal)),
+            **others(device),
+        }
+        measure(steps, arguments.rounds, device)
+
+        def particles(is_vectorized: bool) -> Step:
+            return pyro_steps(
+                lambda: Trace_ELBO(8, vectorize_particles=is_vectorized, max_plate_nesting=1)
+            )
+
+        measure(
+            {"8 particles, looped": particles(False), "8 particles, vectorised": particles(True)},
+            max(arguments.rounds // 4, 5),
+            device,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The log density of a mixture of normals with mean zero, without a dim of components."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_ext.ops.differentiation import is_traced, is_transformed
+
+#: How many values are worked on at a time on a CPU.
+BLOCK_SIZE = 2**17
+
+
+def normal_scale_mixture_log_densities(
+    value: Tensor, scales: Tensor, log_weights: Tensor
+) -> Tensor:
+    """The log of each component's weighted density, ``(..., K)``, in the dtype of the scales.
+
+    :param torch.Tensor value: real numbers of shape ``(...)``.
+    :param torch.Tensor scales: standard deviations of shape ``(..., K)``.
+    :param torch.Tensor log_weights: log weights of shape ``(..., K)``, in the same dtype.
+    """
+    z = value.to(scales.dtype).unsqueeze(-1) / scales
+    return _constants(scales, log_weights) - z.square() / 2
+
+
+def normal_scale_mixture_log_prob(
+    value: Tensor, scales: Tensor, log_weights: Tensor, dtype: torch.dtype
+) -> Tensor:
+    r"""The log density of a mixture of normals with mean zero.
+
+    .. math:: \log \sum_k \pi_k \, \mathcal{N}(x \mid 0, \sigma_k^2)
+
+    Values that share one set of fixed components, such as the weights of a network under a prior,
+    take one pass over memory that gives the derivative as well.
+
+    :param torch.Tensor value: real numbers of shape ``(...)``.
+    :param torch.Tensor scales: standard deviations of shape ``(..., K)``, in a wide dtype.
+    :param torch.Tensor log_weights: normalised log weights of shape ``(..., K)``, likewise.
+    :param torch.dtype dtype: of the result.
+
+    >>> scales, log_weights = torch.tensor([1.0, 0.1]).double(), torch.tensor([0.5, 0.5]).log()
+    >>> x = torch.tensor([0.0, 1.0])
+    >>> normal_scale_mixture_log_prob(x, scales, log_weights.double(), torch.float32)
+    tensor([ 0.7858, -2.1121])
+    """
+    K = scales.shape[-1]
+    are_shared = scales.numel() == log_weights.numel() == K and not is_traced()
+    are_fixed = not (scales.requires_grad or log_weights.requires_grad)
+    if are_shared and are_fixed and not any(map(is_transformed, (value, scales, log_weights))):
+        return _SharedLogProb.apply(value, scales.reshape(K), log_weights.reshape(K), dtype)
+    return normal_scale_mixture_log_densities(value, scales, log_weights).logsumexp(-1).to(dtype)
+
+
+def _constants(scales: Tensor, log_weights: Tensor) -> Tensor:
+    return log_weights - scales.log() - math.log(2 * math.pi) / 2
+
+
+class _SharedLogProb(torch.autograd.Function):
+    """The log density for scales and log weights of shape ``(K,)``, and its derivative.
+
+    Higher derivatives are those of the plain formula.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, scales: Tensor, log_weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        flat = value.reshape(-1)
+        log_prob = torch.empty_like(flat, dtype=dtype)
+        derivative = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        # From the widest to the narrowest, and those without weight last.
+        order = scales.masked_fill(log_weights == -math.inf, 0.0).argsort(descending=True)
+        scales, log_weights = scales[order], log_weights[order]
+        constants = _constants(scales, log_weights).unbind()
+        precisions = scales.square().reciprocal().unbind()
+        step = BLOCK_SIZE if value.device.type == "cpu" else max(len(flat), 1)
+        for start in range(0, len(flat), step):
+            block = slice(start, start + step)
+            x = flat[block].to(scales.dtype)
+            found, precision = _evaluate(x, constants, precisions)
+            log_prob[block] = found
+            if derivative is not None:
+                derivative[block] = precision.mul_(x).neg_()
+        ctx.save_for_backward(value, scales, log_weights, derivative)
+        return log_prob.reshape(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        value, scales, log_weights, derivative = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            log_densities = normal_scale_mixture_log_densities(value, scales, log_weights)
+            precision = (log_densities.softmax(-1) / scales.square()).sum(-1)
+            by_value = -precision * value
+        else:
+            by_value = derivative.reshape(value.shape)
+        return (grad * by_value).to(value.dtype), None, None, None
+
+
+def _evaluate(
+    x: Tensor, constants: tuple[Tensor, ...], precisions: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The log density of a block, and the mean precision of the components given the value.
+
+    Components are added one by one, the widest first: where a narrower one adds much, both log
+    densities are moderate, and nothing cancels.
+    """
+    square = x.square()
+    log_prob = torch.addcmul(constants[0], square, precisions[0], value=-0.5)
+    mean_precision = precisions[0].expand(x.shape)
+    for constant, precision in zip(constants[1:], precisions[1:], strict=True):
+        excess = torch.addcmul(constant, square, precision, value=-0.5).sub_(log_prob)
+        log_prob.add_(softplus(excess, threshold=40.0))
+        mean_precision = torch.lerp(mean_precision, precision, excess.sigmoid_())
+    return log_prob, mean_precision.clone() if len(precisions) == 1 else mean_precision
