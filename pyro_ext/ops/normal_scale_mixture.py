@@ -114,4 +114,6 @@ def _evaluate(
         excess = torch.addcmul(constant, square, precision, value=-0.5).sub_(log_prob)
         log_prob.add_(softplus(excess, threshold=40.0))
         mean_precision = torch.lerp(mean_precision, precision, excess.sigmoid_())
+    # There each log density is -inf, and their difference NaN.
+    log_prob.masked_fill_(square.isinf(), -math.inf)
     return log_prob, mean_precision.clone() if len(precisions) == 1 else mean_precision
