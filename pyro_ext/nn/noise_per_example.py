@@ -50,7 +50,7 @@ class NoisePerExample(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._draws: dict[str, NormalDraw] = {}
+        self._draws: dict[str, tuple[Tensor, NormalDraw | None]] = {}
 
     @abstractmethod
     def output(self, layer: Layer) -> Tensor:
@@ -74,14 +74,15 @@ class NoisePerExample(Messenger):
         name, value, fn = msg["name"], msg["value"], msg["fn"]
         if msg["is_observed"]:
             return
-        if name in self._draws and _is_same(self._draws[name].value, value):
+        if name in self._draws and _is_same(self._draws[name][0], value):
             return  # the model, replayed against the guide
-        self._draws.pop(name, None)
         while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
             fn = fn.base_dist
+        normal = None
         if isinstance(fn, torch.distributions.Normal):
             loc, scale = fn.loc.expand(value.shape), fn.scale.expand(value.shape)
-            self._draws[name] = NormalDraw(value, loc, scale)
+            normal = NormalDraw(value, loc, scale)
+        self._draws[name] = value, normal
 
     def _pyro_bayesian_module(self, msg: Any) -> None:
         _, net, draws, args, kwargs = msg["args"]
@@ -100,9 +101,9 @@ class NoisePerExample(Messenger):
                 f"{tuple(value.shape)}: use one particle, or vectorize_particles=False."
             )
         # By value: autoguides draw a site under another name.
-        for draw in self._draws.values():
-            if _is_same(draw.value, value):
-                return draw._replace(value=value)
+        for drawn, normal in self._draws.values():
+            if normal is not None and _is_same(drawn, value):
+                return normal._replace(value=value)
         return None
 
 
