@@ -128,7 +128,8 @@ class NormalScaleMixture(TorchDistribution):
             self._validate_sample(value)
         dtype = torch.promote_types(self._dtype, value.dtype)
         log_prob = normal_scale_mixture_log_prob(value, *self._wide_parameters(), dtype)
-        return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        return log_prob if log_prob.shape == shape else log_prob.expand(shape)
 
     def cdf(self, value: Tensor) -> Tensor:
         """The probability of at most ``value``."""

@@ -38,6 +38,9 @@ class KLSchedule(ABC):
         self.is_in_use = False
         self._factor_tensor: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_in_use": False}
+
     @abstractmethod
     def factor_at(self, step: int) -> float:
         """The factor at an optimiser step.

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer import (
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
@@ -98,6 +99,10 @@ class KLWeightedELBO(ELBO):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": _WeightedPair()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.schedule.is_in_use = True
+
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss at the current factor.
 
@@ -127,10 +132,12 @@ class KLWeightedELBO(ELBO):
     ) -> "_WeightedPair":
         _check_linear(self.elbo)
         if not self._memory.is_of(model, guide):
-            dtypes = _weighted_dtypes(self.sites, *_probe(model, guide, args, kwargs))
-            handler = _KLWeight(dtypes, self.schedule)
+            selection = _select(self.sites, *_probe(model, guide, args, kwargs))
+            in_model, in_guide = (
+                _KLWeight(selection, self.schedule, is_guide) for is_guide in (False, True)
+            )
             # Estimators remember their programs by identity.
-            self._memory = _WeightedPair(model, guide, handler(model), handler(guide))
+            self._memory = _WeightedPair(model, guide, in_model(model), in_guide(guide))
         return self._memory
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
@@ -145,23 +152,45 @@ class _WeightedPair(ProgramPair):
     weighted_guide: Any = field(default=None, repr=False)
 
 
+@dataclass
+class _Selection:
+    """Which latent sites are weighted."""
+
+    choose: Callable[[str, Any], bool]
+    is_weighted: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def add(self, site: Any) -> None:
+        """Decides about a site of the guide, if it is not one of the first run's."""
+        name = site["name"]
+        if name not in self.is_weighted:
+            stem = _stem(name)
+            self.is_weighted[name] = self.is_weighted.get(stem, self.choose(stem, site))
+
+
 class _KLWeight(Messenger):
     """Multiplies the scale of some latent sites by a schedule's factor.
 
     ``poutine.scale`` refuses a factor of zero and would scale observed sites as well.
     """
 
-    def __init__(self, dtypes: dict[str, torch.dtype], schedule: KLSchedule) -> None:
+    def __init__(self, selection: _Selection, schedule: KLSchedule, is_guide: bool) -> None:
         super().__init__()
-        self.dtypes = dtypes
+        self.selection = selection
         self.schedule = schedule
+        self.is_guide = is_guide
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.dtypes and not msg["is_observed"]:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if self.is_guide:
+            self.selection.add(msg)
+        # A site of the model alone is enumerated, and has no KL term.
+        if self.selection.is_weighted.get(msg["name"], False):
             # A tensor, for graphs captured from a step to follow it; in the dtype of the density,
             # which float64 would widen where it has no dims either.
-            factor = self.schedule.factor_tensor.to(self.dtypes[msg["name"]])
-            msg["scale"] = msg["scale"] * factor
+            dtype = self.selection.dtypes.get(msg["name"], torch.get_default_dtype())
+            msg["scale"] = msg["scale"] * self.schedule.factor_tensor.to(dtype)
 
 
 def _check_linear(elbo: Any) -> None:
@@ -208,70 +237,85 @@ def _probe(
         set_random_state(state)
 
 
-def _weighted_dtypes(
-    sites: Sites, model_trace: Trace, guide_trace: Trace
-) -> dict[str, torch.dtype]:
-    """The weighted sites of the guide, with the dtypes of their log densities."""
+def _select(sites: Sites, model_trace: Trace, guide_trace: Trace) -> _Selection:
+    """The sites that are weighted, among those of a run and among others to come."""
     drawn = {
         name: node
         for name, node in guide_trace.nodes.items()
         if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
     }
     latent = [name for name in drawn if name in model_trace.nodes]
-    choose = _chooser(sites, model_trace, drawn, latent)
-    weighted = {name for name in latent if choose(name)}
-    if not weighted and sites != "all":
+    choose = _chooser(sites, model_trace, list(drawn))
+    selection = _Selection(choose, {name: choose(name, drawn[name]) for name in latent})
+    if not any(selection.is_weighted.values()) and sites != "all":
         raise ValueError(
             f"KLWeightedELBO: expected sites={sites!r} to match latent sites, of which the guide "
             f"has {latent}, and it matches none. sites='all' is for local latent variables."
         )
-    joint, apart = [], set()
-    for name in drawn:
-        if name in model_trace.nodes:
-            continue
-        # Autoguides draw "z_unconstrained" or "z_aux" for z, or all latent sites at once.
-        stem, _, suffix = name.rpartition("_")
-        if stem in latent and suffix in ("unconstrained", "aux"):
-            is_weighted = stem in weighted
-            apart.add(stem)
-        elif len(weighted) in (0, len(latent)):
-            is_weighted = bool(weighted)
-        else:
-            is_weighted = choose(name)
-            joint.append(name)
-        if is_weighted:
-            weighted.add(name)
-    if joint and any(is_delta(drawn[name]["fn"]) for name in latent if name not in apart):
+    auxiliary = [name for name in drawn if name not in model_trace.nodes]
+    joint = [name for name in auxiliary if _stem(name) not in latent]
+    if joint:
+        _select_joint(joint, auxiliary, latent, drawn, selection)
+    for name, node in drawn.items():
+        selection.add(node)
+        selection.dtypes[name] = node["log_prob"].dtype
+    return selection
+
+
+def _select_joint(
+    joint: list[str],
+    auxiliary: list[str],
+    latent: list[str],
+    drawn: dict[str, Any],
+    selection: _Selection,
+) -> None:
+    """Adds the auxiliary sites that may be drawn for several latent sites."""
+    apart = {_stem(name) for name in auxiliary}
+    together = [name for name in latent if is_delta(drawn[name]["fn"]) and name not in apart]
+    weights = {selection.is_weighted[name] for name in together or latent}
+    if together and len(weights) > 1:
+        weighted = [name for name in together if selection.is_weighted[name]]
         raise ValueError(
-            f"KLWeightedELBO: the guide's site '{joint[0]}' draws sites that are weighted, "
-            f"{sorted(weighted)}, together with others, {sorted(set(latent) - weighted)}: expected "
+            f"KLWeightedELBO: the guide's site '{joint[0]}' may draw sites that are weighted, "
+            f"{weighted}, together with others, {sorted(set(together) - set(weighted))}: expected "
             "a guide that draws them apart, or sites='all'."
         )
-    return {name: drawn[name]["log_prob"].dtype for name in drawn if name in weighted}
+    for name in joint:
+        are_all = weights == {True} or weights == {False}
+        selection.is_weighted[name] = (
+            weights == {True} if are_all else selection.choose(name, drawn[name])
+        )
 
 
-def _chooser(
-    sites: Sites, model_trace: Trace, drawn: dict[str, Any], latent: list[str]
-) -> Callable[[str], bool]:
-    """The function from names to whether they are weighted."""
+def _stem(name: str) -> str:
+    """The latent site that an autoguide's auxiliary site is for."""
+    return name.removesuffix("_unconstrained").removesuffix("_aux")
+
+
+def _chooser(sites: Sites, model_trace: Trace, latent: list[str]) -> Callable[[str, Any], bool]:
+    """The function from a name and a site to whether the site is weighted."""
     if callable(sites):
-        return sites
+        return lambda name, site: bool(sites(name))
     if sites == "all":
-        return lambda name: True
+        return lambda name, site: True
     if not isinstance(sites, str):
-        unknown = sorted(set(sites) - set(drawn))
+        names = set(sites)
+        unknown = sorted(names - set(latent))
         if unknown:
             raise ValueError(
                 f"KLWeightedELBO: expected sites to name latent sites, of which the guide has "
                 f"{latent}, got {unknown} among them."
             )
-        return set(sites).__contains__
-    data_plates = [
-        _plates(node)
+        return lambda name, site: name in names
+    observed = [
+        node
         for node in model_trace.nodes.values()
         if node["type"] == "sample" and node["is_observed"] and not is_masked_out(node)
     ]
-    return lambda name: not any(plates and plates <= _plates(drawn[name]) for plates in data_plates)
+    # A factor may be a term of the prior.
+    data = [node for node in observed if not isinstance(node["fn"], Unit)] or observed
+    data_plates = [_plates(node) for node in data]
+    return lambda name, site: not any(plates and plates <= _plates(site) for plates in data_plates)
 
 
 def _plates(node: Any) -> frozenset[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import softplus
 
 from pyro_ext.ops.differentiation import is_traced, is_transformed
@@ -49,7 +50,8 @@ def normal_scale_mixture_log_prob(
     K = scales.shape[-1]
     are_shared = scales.numel() == log_weights.numel() == K and not is_traced()
     are_fixed = not (scales.requires_grad or log_weights.requires_grad)
-    if are_shared and are_fixed and not any(map(is_transformed, (value, scales, log_weights))):
+    is_plain = not any(map(is_transformed, (value, scales, log_weights)))
+    if are_shared and are_fixed and is_plain and unpack_dual(value).tangent is None:
         return _SharedLogProb.apply(value, scales.reshape(K), log_weights.reshape(K), dtype)
     return normal_scale_mixture_log_densities(value, scales, log_weights).logsumexp(-1).to(dtype)
 
@@ -70,7 +72,9 @@ class _SharedLogProb(torch.autograd.Function):
     ) -> Tensor:
         flat = value.reshape(-1)
         log_prob = torch.empty_like(flat, dtype=dtype)
-        derivative = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        # Half precision would overflow before the product with a small gradient.
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        derivative = torch.empty_like(flat, dtype=wide) if ctx.needs_input_grad[0] else None
         # From the widest to the narrowest, and those without weight last.
         order = scales.masked_fill(log_weights == -math.inf, 0.0).argsort(descending=True)
         scales, log_weights = scales[order], log_weights[order]

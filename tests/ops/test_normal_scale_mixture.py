@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from pyro_ext.ops import normal_scale_mixture_log_densities, normal_scale_mixture_log_prob
 
@@ -89,6 +90,28 @@ def test_infinite_missing_and_no_values():
     assert log_prob.isnan().tolist() == [False, False, True, False]
     empty = normal_scale_mixture_log_prob(torch.zeros(0, 3), scales, log_weights, torch.float32)
     assert empty.shape == (0, 3)
+
+
+def test_half_precision_does_not_overflow_before_a_small_gradient():
+    scales, log_weights = torch.tensor([2.5e-3], **F64), torch.zeros(1, **F64)
+    x = torch.tensor([0.5], dtype=torch.float16, requires_grad=True)
+    log_prob = normal_scale_mixture_log_prob(x, scales, log_weights, torch.float32)
+    (gradient,) = torch.autograd.grad(1e-3 * log_prob.sum(), x)
+    assert gradient.item() == pytest.approx(-80, rel=1e-3)
+
+
+def test_forward_mode():
+    scales, log_weights = parameters("the paper's")
+    x = torch.linspace(-1, 1, 5, **F64)
+
+    def log_prob(x):
+        return normal_scale_mixture_log_prob(x, scales, log_weights, torch.float64)
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        forward = forward_ad.unpack_dual(log_prob(dual)).tangent
+    x.requires_grad_()
+    torch.testing.assert_close(forward, *torch.autograd.grad(log_prob(x).sum(), x))
 
 
 def test_learnt_components_have_gradients():
