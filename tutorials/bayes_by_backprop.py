@@ -90,8 +90,8 @@ def make_network(num_inputs: int, num_units: int, dropout: float = 0.0) -> nn.Se
 
 
 def scale_mixture() -> NormalScaleMixture:
-    """Half of the weights wide, with sd 1, and half of them close to zero, with sd exp(-6)."""
-    return NormalScaleMixture(torch.tensor([1.0, math.exp(-6)]), probs=torch.tensor([0.5, 0.5]))
+    """Three quarters of the weights wide, with sd 1, and the others at zero, with sd exp(-7)."""
+    return NormalScaleMixture(torch.tensor([1.0, math.exp(-7)]), probs=torch.tensor([0.75, 0.25]))
 
 
 class Classifier(PyroModule):
@@ -162,14 +162,14 @@ def fit_bayes(schedule: KLSchedule, data: Data, num_units: int, num_epochs: int,
     """Bayes by Backprop."""
     network = make_network(data.x.shape[1], num_units)
     model = Classifier(network, len(data.x))
-    guide = MeanFieldGuide(model.network, init_scale=0.02)
+    guide = MeanFieldGuide(model.network, init_scale=0.003)
     elbo = KLWeightedELBO(Trace_ELBO(), schedule)(model, guide)
     elbo(data.x[:1], data.y[:1])
-    predictive = Predictive(
-        model, guide=guide, num_samples=NUM_PREDICTIVE_DRAWS, parallel=True, return_sites=["probs"]
-    )
 
-    def probs() -> Tensor:
+    def probs(num_draws: int) -> Tensor:
+        predictive = Predictive(
+            model, guide=guide, num_samples=num_draws, parallel=True, return_sites=["probs"]
+        )
         return predictive(data.x_test)["probs"].mean(0)
 
     curve: list[float] = []
@@ -179,11 +179,11 @@ def fit_bayes(schedule: KLSchedule, data: Data, num_units: int, num_epochs: int,
         data,
         num_epochs,
         schedule.step,
-        lambda: curve.append(error_rate(probs(), data.y_test)),
+        lambda: curve.append(error_rate(probs(4), data.y_test)),
         bar,
     )
     weights = torch.cat([w.detach().flatten() for name, w in guide().items() if "weight" in name])
-    return Fit(probs(), weights, curve, guide, network)
+    return Fit(probs(NUM_PREDICTIVE_DRAWS), weights, curve, guide, network)
 
 
 def fit_maximum_likelihood(

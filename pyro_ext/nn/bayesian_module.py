@@ -3,6 +3,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import pyro
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import effectful
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_ext.nn.functional import BatchedCall
-from pyro_ext.nn.priors import Prior, check_support, prior_of
+from pyro_ext.nn.priors import Prior, check_support, is_fixed, prior_of
 
 
 class BayesianModule(PyroModule):
@@ -28,7 +29,7 @@ class BayesianModule(PyroModule):
     for the masks of dropout.
 
     The module is copied. The copy, as :attr:`net`, keeps the values of the latent parameters as
-    buffers, and learns the other parameters by point estimates.
+    buffers, so that its ``parameters()`` are the others, which are learnt by point estimates.
 
     Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks.
@@ -36,7 +37,8 @@ class BayesianModule(PyroModule):
     :param torch.nn.Module net: the module; no ``PyroModule``, and initialised.
     :param prior: a Pyro distribution that expands to the shape of every parameter, or a function
         of a name and a parameter that returns one. Its tensors follow the parameter's dtype and
-        device. A function is called at each draw, so that it can draw hyperparameters.
+        device. A function is called at each draw, so that it can draw hyperparameters: latent
+        sites for which the guide needs draws as well.
     :param sites: which parameters are latent: ``"all"``, a collection of names, or a function
         from a name to a bool.
     :raises ValueError: if the module has no parameter, or none that ``sites`` matches; if a prior
@@ -80,11 +82,15 @@ class BayesianModule(PyroModule):
         self.latent_names = _latent_names(net, sites)
         for name in self.latent_names:
             parameter = net.get_parameter(name)
-            check_support(prior_of(prior, name, parameter), name, parameter)
+            with poutine.block():  # hyperparameters are drawn with the parameters
+                check_support(prior_of(prior, name, parameter), name, parameter)
         self.prior = prior
-        self.net = _with_buffers(net, self.latent_names)
-        self._call = BatchedCall()
+        self.net, aliases = _with_buffers(net, self.latent_names)
+        self._call = BatchedCall(aliases)
         self._priors: dict[str, tuple[Any, TorchDistributionMixin]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_priors": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draws the latent parameters, and calls the module with them.
@@ -110,9 +116,9 @@ class BayesianModule(PyroModule):
     def prior_of(self, name: str) -> TorchDistributionMixin:
         """The prior of a latent parameter."""
         value = self.value_of(name)
-        if not isinstance(self.prior, TorchDistributionMixin):
+        if not isinstance(self.prior, TorchDistributionMixin) or not is_fixed(self.prior):
             return prior_of(self.prior, name, value)
-        kind = value.dtype, value.device
+        kind = id(self.prior), value.dtype, value.device
         if name not in self._priors or self._priors[name][0] != kind:
             self._priors[name] = kind, prior_of(self.prior, name, value)
         return self._priors[name][1]
@@ -140,6 +146,10 @@ def _latent_names(
                 f"BayesianModule: expected initialised parameters, and '{name}' has no shape yet: "
                 "call the module once before."
             )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"BayesianModule: expected real parameters, and '{name}' is {parameter.dtype}."
+            )
     if isinstance(sites, str):
         if sites != "all":
             raise ValueError(
@@ -164,13 +174,23 @@ def _latent_names(
     return chosen
 
 
-def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """A copy with some parameters made buffers: what is latent is not to be learnt."""
+def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, dict[str, str]]:
+    """A copy with some parameters made buffers, and further names of those that are shared.
+
+    What is latent is not to be learnt.
+    """
     net = copy.deepcopy(net)
-    buffers = {id(net.get_parameter(name)): net.get_parameter(name).detach() for name in names}
-    for module in net.modules():
-        for name, parameter in list(module._parameters.items()):
-            if id(parameter) in buffers:
-                del module._parameters[name]
-                module.register_buffer(name, buffers[id(parameter)])
-    return net
+    first_names = {id(net.get_parameter(name)): name for name in names}
+    buffers = {name: net.get_parameter(name).detach() for name in names}
+    aliases = {}
+    for path, parameter in list(net.named_parameters(remove_duplicate=False)):
+        name = first_names.get(id(parameter))
+        if name is None:
+            continue
+        if path != name:
+            aliases[path] = name
+        prefix, _, last = path.rpartition(".")
+        module = net.get_submodule(prefix)
+        del module._parameters[last]
+        module.register_buffer(last, buffers[name])
+    return net, aliases

@@ -14,7 +14,8 @@ class flipout(NoisePerExample):
     uncorrelated with those of other examples: the gradient of the ELBO has the same mean and less
     variance. It is for linear layers and convolutions of all kinds, also where positions of an
     example share the weights; other layers use the weights that were drawn. A context manager
-    around steps of SVI or evaluations; the model has a :class:`BayesianModule`.
+    around steps of SVI or evaluations; the model has a :class:`BayesianModule`. Not for nonlinear
+    bounds: Pyro's ``RenyiELBO`` with several particles in a loop cannot be told, and is wrong.
 
     Examples are along the first dim of the module's first input and of the layers' inputs. The
     loss must be a sum over examples, each of which depends on its own part of the layers alone.
@@ -52,26 +53,29 @@ class flipout(NoisePerExample):
 
     def output(self, layer: Layer) -> Tensor:
         """The output of a layer: that of the means, and that of the noise with signs flipped."""
-        x, weight, bias, noise = layer.input, layer.weight, layer.bias, layer.noise
+        x, weight, bias = layer.input, layer.weight, layer.bias
         mean = layer.function(x, weight.loc, None if bias is None else bias.loc)
         # Features are last in a linear layer, and after the examples in a convolution.
         dim = 1 if layer.is_convolution else -1
-        if "outputs" not in noise:
-            noise["inputs"], noise["outputs"] = _signs(x, dim), _signs(mean, dim)
-            noise["bias"] = _signs(mean, dim)
         output = mean
         if weight.scale is not None:
-            perturbation = layer.function(x * noise["inputs"], weight.value - weight.loc, None)
-            output = output + perturbation * noise["outputs"]
+            flipped = x * _signs(layer.noise, "inputs", x, dim)
+            perturbation = layer.function(flipped, weight.value - weight.loc, None)
+            output = output + perturbation * _signs(layer.noise, "outputs", mean, dim)
         if bias is not None and bias.scale is not None:
             shape = [1] * mean.dim()
             shape[dim] = -1
-            output = output + (bias.value - bias.loc).reshape(shape) * noise["bias"]
+            perturbation = (bias.value - bias.loc).reshape(shape)
+            output = output + perturbation * _signs(layer.bias_noise, "outputs", mean, dim)
         return output
 
 
-def _signs(x: Tensor, dim: int) -> Tensor:
-    """Random signs for each example and feature, the same at all positions."""
+def _signs(noise: dict[str, Tensor], name: str, x: Tensor, dim: int) -> Tensor:
+    """Random signs for each example and feature, the same at all positions and at each use."""
+    if name not in noise:
+        size = x.shape[0], x.shape[dim]
+        signs = torch.randint(0, 2, size, device=x.device, dtype=x.dtype)
+        noise[name] = signs.mul_(2).sub_(1)
     shape = [1] * x.dim()
-    shape[0], shape[dim] = x.shape[0], x.shape[dim]
-    return torch.randint(0, 2, shape, device=x.device, dtype=x.dtype).mul_(2).sub_(1)
+    shape[0], shape[dim] = noise[name].shape
+    return noise[name].reshape(shape)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pyro_ext.ops.random_state import get_random_state, set_random_state
+
+# What vmap raises where it has no rule, for values that decide, and for outputs without tensors.
+_NOT_BATCHED = (RuntimeError, ValueError)
 
 
 class BatchedCall:
@@ -17,10 +20,21 @@ class BatchedCall:
 
     Many run under :func:`torch.func.vmap` where PyTorch has batching rules for all that the
     module does, and one after the other where it has not; the first call finds out.
+
+    :param dict aliases: further names of parameters that submodules share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: dict[str, str]) -> None:
+        self._aliases = aliases
         self._is_looped: dict[Any, bool] = {}
+
+    def once(
+        self, net: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The output for one set of parameters."""
+        # By each name: Module.to() replaces buffers one by one, and parts those that are shared.
+        shared = {alias: values[name] for alias, name in self._aliases.items() if name in values}
+        return functional_call(net, {**values, **shared}, args, kwargs)
 
     def __call__(
         self, net: nn.Module, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
@@ -45,12 +59,12 @@ class BatchedCall:
             else:
                 batched[name] = draw.expand(leading + shapes[name]).reshape(-1, *shapes[name])
         if not batched:
-            return functional_call(net, fixed, args, kwargs)
+            return self.once(net, fixed, args, kwargs)
 
         def run(batched: dict[str, Tensor]) -> Any:
-            return functional_call(net, {**fixed, **batched}, args, kwargs)
+            return self.once(net, {**fixed, **batched}, args, kwargs)
 
-        output = self._run_all(net, run, batched, args)
+        output = self._run_all(net, run, batched, _kind(net, args, kwargs))
         return tree_map(
             lambda x: x.reshape(kept + x.shape[1:]) if isinstance(x, Tensor) else x, output
         )
@@ -60,18 +74,27 @@ class BatchedCall:
         net: nn.Module,
         run: Callable[[dict[str, Tensor]], Any],
         batched: dict[str, Tensor],
-        args: tuple[Any, ...],
+        kind: Any,
     ) -> Any:
-        kind = net.training, *(x.dim() if isinstance(x, Tensor) else None for x in args)
         if kind not in self._is_looped:
             is_batched, output = _try_batched(net, run, batched)
             if not is_batched:
                 output = _loop(run, batched)  # and if this fails, the module itself does
             self._is_looped[kind] = not is_batched
             return output
-        if self._is_looped[kind]:
-            return _loop(run, batched)
-        return vmap(run, randomness="different")(batched)
+        if not self._is_looped[kind]:
+            try:
+                return vmap(run, randomness="different")(batched)
+            except _NOT_BATCHED:
+                self._is_looped[kind] = True
+        return _loop(run, batched)
+
+
+def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """What may decide whether a call can be batched: modes, dims, and the kinds of arguments."""
+    arguments = [*args, *sorted(kwargs.items())]
+    leaves = (x.dim() if isinstance(x, Tensor) else repr(x) for x in tree_leaves(arguments))
+    return tuple(module.training for module in net.modules()), tuple(leaves)
 
 
 def _try_batched(
@@ -85,7 +108,7 @@ def _try_batched(
             # Operators without a batching rule run in a slow loop of their own, and warn.
             warnings.simplefilter("error", UserWarning)
             return True, vmap(run, randomness="different")(batched)
-    except (RuntimeError, UserWarning):
+    except (*_NOT_BATCHED, UserWarning):
         set_random_state(state)
         for buffer, before in buffers:
             buffer.copy_(before)

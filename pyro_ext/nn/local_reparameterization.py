@@ -14,7 +14,8 @@ class local_reparameterization(NoisePerExample):
     Under a guide of independent normals each example's output has the distribution that it has
     with drawn weights, but noise of its own: the gradient of the ELBO has the same mean and less
     variance. Other layers use the weights that were drawn. A context manager around steps of SVI
-    or evaluations; the model has a :class:`BayesianModule`.
+    or evaluations; the model has a :class:`BayesianModule`. Not for nonlinear bounds: Pyro's
+    ``RenyiELBO`` with several particles in a loop cannot be told, and is wrong.
 
     The loss must be a sum over examples, each of which depends on its own row in the layers
     alone: not so where layers are followed by a product with an adjacency matrix, say.
@@ -50,12 +51,12 @@ class local_reparameterization(NoisePerExample):
                 f"of shape {tuple(layer.input.shape)}, whose positions share the weights: use "
                 "flipout."
             )
-        if layer.noise:
+        if layer.noise or layer.bias_noise:
             self.refuse(
                 f"expected the layer of '{layer.name}' to be used once, and its uses share the "
                 "weights: use flipout."
             )
-        layer.noise["is_used"] = True
+        layer.noise["is_used"] = layer.bias_noise["is_used"] = True
         x, weight, bias = layer.input, layer.weight, layer.bias
         mean = layer.function(x, weight.loc, None if bias is None else bias.loc)
         variance = torch.zeros_like(mean)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Normal, TransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
@@ -26,7 +27,7 @@ class MeanFieldGuide(PyroModule):
     Networks, section 3.2.
 
     :param BayesianModule module: the module; it may be a part of the model. Further latent sites of
-        the model need a guide of their own.
+        the model, such as hyperparameters, need a guide of their own.
     :param float init_scale: the standard deviation to begin with, positive.
     :param init_loc: the means to begin with: a function of a name and of the value that the
         parameter had in the module. None for that value itself.
@@ -65,15 +66,18 @@ class MeanFieldGuide(PyroModule):
         #: The inverse softplus of the standard deviations, likewise.
         self.rhos = nn.Module()
         rho = init_scale + math.log(-math.expm1(-init_scale))
+        self._supports = {}
         for name in module.latent_names:
             value = module.value_of(name)
+            with poutine.block():
+                self._supports[name] = module.prior_of(name).support
             loc = value if init_loc is None else init_loc(name, value)
             if loc.shape != value.shape:
                 raise ValueError(
                     f"MeanFieldGuide: expected init_loc to give shape {tuple(value.shape)} for "
                     f"'{name}', got {tuple(loc.shape)}."
                 )
-            loc = biject_to(module.prior_of(name).support).inv(loc.detach().to(value))
+            loc = biject_to(self._supports[name]).inv(loc.detach().to(value))
             _register(self.locs, name, loc.clone())
             _register(self.rhos, name, torch.full_like(loc, rho))
 
@@ -92,7 +96,7 @@ class MeanFieldGuide(PyroModule):
         for name in module.latent_names:
             loc, scale = locs[name], softplus(rhos[name])
             fn = Normal(loc, scale).to_event(loc.dim())
-            support = module.prior_of(name).support
+            support = self._supports[name]
             if not _is_real(support):
                 fn = TransformedDistribution(fn, biject_to(support))
             found[module.site_name(name)] = fn

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +24,8 @@ class NormalDraw(NamedTuple):
 class Layer(NamedTuple):
     """One use of a layer: ``function(input, weight, bias)`` is its output for given weights.
 
-    ``noise`` is empty at the first use, and the same dict at all uses of the same weights.
+    ``noise`` and ``bias_noise`` are empty at the first use of the weight and of the bias, and the
+    same dict at all their uses.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     bias: NormalDraw | None
     is_convolution: bool
     noise: dict[str, Any]
+    bias_noise: dict[str, Any]
 
 
 class NoisePerExample(Messenger):
@@ -79,17 +80,30 @@ class NoisePerExample(Messenger):
         while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
             fn = fn.base_dist
         normal = None
-        if isinstance(fn, torch.distributions.Normal):
+        if isinstance(fn, torch.distributions.Normal) and not self._is_conditional(fn):
             loc, scale = fn.loc.expand(value.shape), fn.scale.expand(value.shape)
             normal = NormalDraw(value, loc, scale)
         self._draws[name] = value, normal
 
+    def _is_conditional(self, fn: torch.distributions.Normal) -> bool:
+        """Whether the graph of a normal's parameters reaches another draw."""
+        draws = {value.grad_fn for value, _ in self._draws.values()} - {None}
+        pending, seen = [fn.loc.grad_fn, fn.scale.grad_fn], set(draws)
+        while pending:
+            node = pending.pop()
+            if node in draws:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.extend(parent for parent, _ in node.next_functions)
+        return False
+
     def _pyro_bayesian_module(self, msg: Any) -> None:
-        _, net, draws, args, kwargs = msg["args"]
+        call, net, draws, args, kwargs = msg["args"]
         normals = {name: self._normal(net, name, value) for name, value in draws.items()}
         layers = _Layers(self, draws, normals, _batch_size(self, args, kwargs))
         with layers:
-            msg["value"] = functional_call(net, draws, args, kwargs)
+            msg["value"] = call.once(net, draws, args, kwargs)
         layers.check_use()
         msg["done"] = True
 
@@ -129,12 +143,19 @@ class _Layers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        used = {self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names}
-        if used and func in self.handler.functions:
-            return self._replace(func, *args, **kwargs)
+        drawn = {id(x) for x in tree_leaves((args, kwargs))} & set(self.names)
+        if drawn and func in self.handler.functions:
+            weight, bias = (
+                kwargs.get(name, args[position] if len(args) > position else None)
+                for position, name in ((1, "weight"), (2, "bias"))
+            )
+            if {id(weight), id(bias)} & drawn:
+                drawn -= {id(weight), id(bias)}
+                self.used_elsewhere |= {self.names[key] for key in drawn}
+                return self._replace(func, *args, **kwargs)
         output = func(*args, **kwargs)
-        if isinstance(output, Tensor):  # and not a shape or a dtype
-            self.used_elsewhere |= used
+        if any(isinstance(x, Tensor) for x in tree_leaves(output)):  # and not a shape or a dtype
+            self.used_elsewhere |= {self.names[key] for key in drawn}
         return output
 
     def check_use(self) -> None:
@@ -166,7 +187,7 @@ class _Layers(TorchFunctionMode):
                 f"expected the layer of '{drawn[0]}' to have the {self.batch_size} examples in the "
                 f"first dim of its input, got an input of shape {tuple(input.shape)}."
             )
-        noise = [self.noise.setdefault(name, {}) for name in drawn]
+        noise = {name: self.noise.setdefault(name, {}) for name in drawn}
         return self.handler.output(
             Layer(
                 name=drawn[0],
@@ -175,7 +196,8 @@ class _Layers(TorchFunctionMode):
                 weight=self._normal(weight),
                 bias=None if bias is None else self._normal(bias),
                 is_convolution=func is not F.linear,
-                noise=noise[0],
+                noise=noise.get(self.names.get(id(weight), ""), {}),
+                bias_noise=noise.get(self.names.get(id(bias), ""), {}),
             )
         )
 
@@ -186,15 +208,18 @@ class _Layers(TorchFunctionMode):
         normal = self.normals[name]
         if normal is None:
             self.handler.refuse(
-                f"expected the guide to draw '{name}' from a normal with independent entries, as "
-                "MeanFieldGuide and AutoNormal do."
+                f"expected a guide that draws '{name}', in the same run, from a normal with "
+                "independent entries that depends on no other draw, as MeanFieldGuide and "
+                "AutoNormal do."
             )
         return normal
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are one, or views of the same shape."""
-    return x is y or (x.shape == y.shape and x.data_ptr() == y.data_ptr())
+    if x is y:
+        return True
+    return (x.shape, x.stride()) == (y.shape, y.stride()) and x.data_ptr() == y.data_ptr()
 
 
 def _batch_size(handler: NoisePerExample, args: tuple[Any, ...], kwargs: Any) -> int:

@@ -1,12 +1,14 @@
 """Priors of the parameters of a module."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
+
+_WITH_PARTS = (torch.distributions.Distribution, torch.distributions.Transform)
 
 Prior = TorchDistributionMixin | Callable[[str, Tensor], TorchDistributionMixin]
 
@@ -36,6 +38,11 @@ def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMix
     return fn.expand(batch_shape).to_event(num_batch_dims)
 
 
+def is_fixed(fn: Any) -> bool:
+    """Whether a distribution holds no tensor that is being learnt."""
+    return not any(x.requires_grad for x in _tensors(fn))
+
+
 def check_support(fn: TorchDistributionMixin, name: str, parameter: Tensor) -> None:
     """Raises a ValueError unless the parameter's own values lie in the support of its prior."""
     support: Any = fn.support
@@ -53,13 +60,24 @@ def _expands(fn: TorchDistributionMixin, batch_shape: torch.Size) -> bool:
         return False
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a distribution, or of a part of one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, _WITH_PARTS):
+        yield from _tensors(list(vars(value).values()))
+
+
 def _like(value: Any, parameter: Tensor) -> Any:
     """A distribution, or a part of one, with floating-point tensors like a parameter."""
     if isinstance(value, Tensor):
         return value.to(parameter) if value.is_floating_point() else value.to(parameter.device)
     if isinstance(value, (tuple, list)):
         return type(value)(_like(part, parameter) for part in value)
-    if isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
+    if isinstance(value, _WITH_PARTS):
         moved = copy.copy(value)
         for key, part in vars(value).items():
             setattr(moved, key, _like(part, parameter))

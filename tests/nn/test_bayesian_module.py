@@ -228,7 +228,7 @@ def test_running_statistics_see_every_draw():
         torch.testing.assert_close(statistics[name], expected)
     module.eval()
     assert run(module, values, x).shape == (5, 6, 4)
-    assert module._call._is_looped == {(True, 2): True, (False, 2): False}
+    assert list(module._call._is_looped.values()) == [True, False]
 
 
 def test_dropout_differs_between_draws():
@@ -246,7 +246,7 @@ def test_an_error_of_the_module_is_its_own_and_changes_nothing():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run(module, values, torch.randn(5, 7))
     assert run(module, values, torch.randn(5, 3)).shape == (4, 5, 2)
-    assert module._call._is_looped == {(True, 2): False}
+    assert list(module._call._is_looped.values()) == [False]
 
 
 class Classifier(PyroModule):
@@ -351,6 +351,75 @@ def test_tied_parameters_are_one_site():
     torch.testing.assert_close(run(module, values, x), expected)
 
 
+@pytest.mark.parametrize("convert", [lambda m: m.double(), copy.deepcopy, lambda m: m.to("cpu")])
+def test_tied_parameters_stay_tied(convert):
+    module = convert(BayesianModule(Tied(), NORMAL))
+    dtype = module.value_of("gain").dtype
+    values = {name: value.to(dtype) for name, value in draw(module, (2, 1)).items()}
+    x = torch.randn(5, 3, dtype=dtype)
+    weight, bias = values["encoder.weight"][:, 0], values["encoder.bias"]
+    expected = values["gain"][..., None] * (x @ weight.mT + bias).tanh() @ weight.mT
+    torch.testing.assert_close(run(module, values, x), expected)
+
+
+class Clipped(nn.Module):
+    """Outputs that are no tensors, and a branch on values, which vmap does not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x, clip=False):
+        y = self.linear(x)
+        if clip and y.max() > 0.1:
+            y = y.clamp(max=0.1)
+        return (y, None, 3) if clip else y
+
+
+def test_branches_and_other_outputs_are_looped():
+    module = BayesianModule(Clipped(), NORMAL)
+    x = torch.randn(5, 3)
+    values = draw(module, (4, 1))
+    plain = run(module, values, x)
+    clipped, nothing, number = run(module, values, x, clip=True)
+    torch.testing.assert_close(clipped, plain.clamp(max=0.1))
+    assert (nothing, number) == (None, 3)
+    assert list(module._call._is_looped.values()) == [False, True]
+
+
+def test_learnt_priors_are_followed():
+    scale = nn.Parameter(torch.tensor(1.0))
+    module = BayesianModule(nn.Linear(3, 2).double(), dist.Normal(0.0, scale))
+    x = torch.randn(5, 3).double()
+    for value in (1.0, 3.0):
+        scale.data.fill_(value)
+        trace = poutine.trace(copy.deepcopy(module) if value == 1.0 else module).get_trace(x)
+        assert trace.nodes["weight"]["fn"].base_dist.scale.unique().item() == value
+    module.prior = dist.Normal(0.0, 7.0)
+    assert module.prior_of("weight").base_dist.scale.unique().item() == 7.0
+    module.prior = dist.Normal(0.0, 8.0)
+    assert module.prior_of("weight").base_dist.scale.unique().item() == 8.0
+
+
+def test_hyperparameters_are_not_the_mean_field_guides():
+    def prior(name, parameter):
+        return dist.Normal(0.0, pyro.sample(f"{name}_scale", dist.Gamma(2.0, 1.0)))
+
+    model = Classifier(nn.Linear(3, 2), prior)
+    mean_field = MeanFieldGuide(model.net)
+
+    def guide(x, y):
+        for name in ("weight", "bias"):
+            pyro.sample(f"{name}_scale", dist.Delta(torch.tensor(2.0)))
+        mean_field(x, y)
+
+    assert set(poutine.trace(mean_field).get_trace().stochastic_nodes) == {
+        "net.weight",
+        "net.bias",
+    }
+    assert Trace_ELBO().differentiable_loss(model, guide, *data((5, 3))).isfinite()
+
+
 def test_priors_by_name_and_hyperparameters():
     def prior(name, parameter):
         scale = pyro.sample(f"{name}_scale", dist.HalfNormal(1.0))
@@ -437,6 +506,10 @@ def test_mean_field_guide_on_constrained_supports():
         (lambda: BayesianModule("net", NORMAL), "plain torch.nn.Module, got str"),
         (lambda: BayesianModule(PyroModule[nn.Linear](2, 1), NORMAL), "plain torch.nn.Module"),
         (lambda: BayesianModule(nn.LazyLinear(2), NORMAL), "'weight' has no shape yet"),
+        (
+            lambda: BayesianModule(nn.Linear(3, 2, dtype=torch.complex64), NORMAL),
+            "expected real parameters, and 'weight' is torch.complex64",
+        ),
         (lambda: BayesianModule(nn.Linear(3, 2), 0.3), "expected prior to be a Pyro distribution"),
         (
             lambda: BayesianModule(nn.Linear(3, 2), dist.Normal(torch.zeros(5), 1.0)),

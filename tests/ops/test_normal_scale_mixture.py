@@ -100,6 +100,7 @@ def test_half_precision_does_not_overflow_before_a_small_gradient():
     assert gradient.item() == pytest.approx(-80, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_forward_mode():
     scales, log_weights = parameters("the paper's")
     x = torch.linspace(-1, 1, 5, **F64)
