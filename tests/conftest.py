@@ -1,3 +1,5 @@
+import os
+
 import pyro
 import pytest
 import torch
@@ -6,6 +8,12 @@ import torch
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow statistical tests")
     parser.addoption("--device", default="cpu", help="the device of the tests that take one")
+
+
+def pytest_configure(config):
+    # Under pytest-xdist each worker has one core.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -78,23 +78,29 @@ class BatchedCall:
     ) -> Any:
         if kind not in self._is_looped:
             is_batched, output = _try_batched(net, run, batched)
-            if not is_batched:
-                output = _loop(run, batched)  # and if this fails, the module itself does
-            self._is_looped[kind] = not is_batched
-            return output
-        if not self._is_looped[kind]:
+            if is_batched:
+                self._is_looped[kind] = False
+                return output
+        elif not self._is_looped[kind]:
             try:
                 return vmap(run, randomness="different")(batched)
             except _NOT_BATCHED:
-                self._is_looped[kind] = True
-        return _loop(run, batched)
+                pass  # the data decided otherwise, or the module itself fails
+        output = _loop(run, batched)
+        self._is_looped[kind] = True
+        return output
 
 
 def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """What may decide whether a call can be batched: modes, dims, and the kinds of arguments."""
-    arguments = [*args, *sorted(kwargs.items())]
-    leaves = (x.dim() if isinstance(x, Tensor) else repr(x) for x in tree_leaves(arguments))
-    return tuple(module.training for module in net.modules()), tuple(leaves)
+    """What may decide whether a call can be batched: modes, dims, switches, types."""
+
+    def kind_of(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.dim()
+        return x if isinstance(x, (bool, str)) else type(x)
+
+    leaves = tree_leaves([*args, *sorted(kwargs.items())])
+    return tuple(module.training for module in net.modules()), tuple(map(kind_of, leaves))
 
 
 def _try_batched(

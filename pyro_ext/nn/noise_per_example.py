@@ -73,7 +73,7 @@ class NoisePerExample(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, value, fn = msg["name"], msg["value"], msg["fn"]
-        if msg["is_observed"]:
+        if msg["is_observed"] or not isinstance(value, Tensor):
             return
         if name in self._draws and _is_same(self._draws[name][0], value):
             return  # the model, replayed against the guide

@@ -246,6 +246,8 @@ def test_an_error_of_the_module_is_its_own_and_changes_nothing():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run(module, values, torch.randn(5, 7))
     assert run(module, values, torch.randn(5, 3)).shape == (4, 5, 2)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run(module, values, torch.randn(5, 7))
     assert list(module._call._is_looped.values()) == [False]
 
 
