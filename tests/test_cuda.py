@@ -1,14 +1,17 @@
 """Everything follows the user's tensors to a CUDA device."""
 
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, autoguide
+from pyro.infer import SVI, Trace_ELBO, autoguide
 
-from pyro_ext.infer import estimate_evidence
+from pyro_ext.distributions import NormalScaleMixture
+from pyro_ext.infer import KLWeightedELBO, LinearKL, estimate_evidence
+from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
 from pyro_ext.ops import jackknife, jackknife_first_and_second, leave_one_out_log_mean_exp, pareto_k
 from tests.models import Hierarchical, NormalNormal, TwoLayer
 from tests.registry import DISTRIBUTIONS, ESTIMATORS
@@ -134,3 +137,25 @@ def test_mixed_precision(x):
                 found = make(smallest + 2).trace_particles(model, guide)
                 assert math.isfinite(make(smallest + 2).loss_and_grads(model, guide))
             assert found.log_w.dtype == torch.float32
+
+
+@pytest.mark.parametrize("handler", [nullcontext, flipout, local_reparameterization])
+def test_a_bayesian_module_that_was_moved(handler):
+    prior = NormalScaleMixture(torch.tensor([1.0, 0.01]), probs=torch.tensor([0.5, 0.5]))
+    net = BayesianModule(torch.nn.Linear(3, 2), prior).cuda()
+    guide = MeanFieldGuide(net)
+    x, y = torch.randn(5, 3, device="cuda"), torch.zeros(5, device="cuda")
+
+    def model(x, y):
+        logits = net(x)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    elbo = KLWeightedELBO(Trace_ELBO(), LinearKL(3))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    for _ in range(3):
+        with handler():
+            assert math.isfinite(svi.step(x, y))
+        elbo.schedule.step()
+    many = Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    assert many.differentiable_loss(model, guide, x, y).is_cuda
