@@ -11,6 +11,7 @@
 import argparse
 import math
 import time
+import warnings
 from typing import NamedTuple
 
 import matplotlib
@@ -299,6 +300,8 @@ def main() -> None:
     parser.add_argument("--output", default="quickstart.png", help="where the figure goes")
     arguments = parser.parse_args()
     num_steps, num_seeds, num_draws = (20, 2, 128) if arguments.smoke else (1000, 3, 2048)
+    # Some digits are hard for each network; the table says how many.
+    warnings.filterwarnings("ignore", message=".*Pareto k is above")
     # Saturating units make denormal numbers, which slow a CPU's matrix products.
     torch.set_flush_denormal(True)
 

@@ -1,19 +1,20 @@
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.arguments import check_integer, check_real
 from pyro_ext.infer.handlers import SharedSubsamples, is_delta
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
-from pyro_ext.ops import MIN_DRAWS, accumulation_dtype, jackknife, log_mean_exp, pareto_k
+from pyro_ext.ops import MIN_DRAWS, WeightStatistics
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Evidence:
     :ivar std_error: its standard error by the delta method; NaN for one draw.
     :ivar ess: the effective sample size, between 1 and ``num_samples``.
     :ivar pareto_k: the Pareto shape of the largest weights; above 0.7 do not trust the estimate.
-    :ivar jackknife: from order to the jackknife estimate over all draws.
+    :ivar jackknife: from order to the jackknife estimate, over single draws for up to 1,024 of
+        them and over the means of up to 1,024 blocks for more; NaN where these are too few.
     :ivar outer: the log-probability of observed and factor sites outside of the common plates,
         which depends on no latent site: the total is ``log_evidence.sum() + outer``. Zero where
         there are no common plates, for it is then part of ``log_evidence``.
@@ -42,6 +44,16 @@ class Evidence:
     jackknife: dict[int, Tensor]
     outer: float
     num_samples: int
+
+    @property
+    def total(self) -> float:
+        """The log evidence of all data points together, ``outer`` included."""
+        return self.log_evidence.sum().item() + self.outer
+
+    @property
+    def total_std_error(self) -> float:
+        """The standard error of :attr:`total`: draws of different data points are independent."""
+        return self.std_error.square().sum().sqrt().item()
 
     def bits_per_dim(self, num_dims: int) -> Tensor:
         """Minus the log evidence in bits for each dimension of a data point.
@@ -81,11 +93,12 @@ class Evidence:
 @torch.no_grad()
 def estimate_evidence(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None = None,
     *args: Any,
     num_samples: int = 1000,
     chunk_size: int | None = None,
     jackknife_orders: Iterable[int] = (1,),
+    target_std_error: float | None = None,
     progress_bar: bool = False,
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
@@ -98,29 +111,35 @@ def estimate_evidence(
         \mathrm{SE} = \sqrt{\frac{1}{S} \Bigl( \frac{\overline{w^2}}{\bar w^2} - 1 \Bigr)}, \qquad
         \mathrm{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}
 
-    Nothing is differentiated. The programs run on ``chunk_size`` particles at a time; the log
-    weights are kept in float64, S numbers for each data point. The subsampling scale, and a scale
-    of the user that is the same at every site, are left out: the evidence is that of the data seen.
+    Nothing is differentiated. The programs run on ``chunk_size`` particles at a time, and the
+    weights go into running statistics in float64, so that memory hardly grows with S. The draws
+    depend on ``chunk_size``: torch fills a chunk's tensors one after the other, so that other
+    chunks get other numbers from the same seed. The subsampling scale, and a scale of the user
+    that is the same at every site, are left out: the evidence is that of the data seen.
+
+    An interrupt (Ctrl-C) ends the sampling, with a warning, and the draws so far are the result.
 
     Sources: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders; Owen
     (2013), Monte Carlo Theory, Methods and Examples, chapter 9; Nowozin (2018), Debiasing
     Evidence Approximations.
 
     :param model: the model, a callable with Pyro primitives.
-    :param guide: the guide, likewise.
+    :param guide: the guide, likewise. None for the prior as proposal, which is plain Monte Carlo.
     :param args: positional arguments of both.
     :param int num_samples: the number of draws S >= 1.
     :param int chunk_size: how many particles run at once; at most 100 by default. 1 suits
         programs that cannot take the extra dim of vectorised particles.
-    :param jackknife_orders: orders m < S of the jackknife estimates over all draws; order 2 costs
-        O(S^2).
+    :param jackknife_orders: orders m < S of the jackknife estimates.
+    :param float target_std_error: stop, after 100 draws or more, as soon as the standard error of
+        each data point is no larger; None to draw all.
     :param bool progress_bar: whether to show one.
     :param max_plate_nesting: the number of nested plates; guessed if infinite.
     :param kwargs: keyword arguments of both, under other names than those above.
     :returns: an :class:`Evidence`; under a subsampled plate, for one minibatch.
-    :raises ValueError: if an argument is out of range, if log weights are NaN, and where
-        :class:`MultiSampleELBO` raises it.
-    :raises TooManySubsetsError: if an order has too many subsets of the S draws.
+    :raises ValueError: if an argument is out of range, if log weights are NaN, if all weights of
+        a data point are zero, and where :class:`MultiSampleELBO` raises it.
+
+    It warns where a Pareto k is above 0.7.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -139,25 +158,90 @@ def estimate_evidence(
     check_integer("estimate_evidence", "num_samples", num_samples, 1)
     chunk_size = min(num_samples, 100) if chunk_size is None else chunk_size
     check_integer("estimate_evidence", "chunk_size", chunk_size, 1)
+    if target_std_error is not None:
+        check_real("estimate_evidence", "target_std_error", target_std_error, 0.0, math.inf)
     orders = _checked_orders(jackknife_orders, num_samples)
     # Never fewer than two at once: it takes two particles to see what depends on the particle.
     elbo = ImportanceWeightedELBO(
         max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
     )
-    log_w, outer = _draw_log_weights(elbo, (model, guide), args, kwargs, num_samples, progress_bar)
-    relative_w = num_samples * log_w.softmax(0)
-    log_evidence = log_mean_exp(log_w)
+    statistics = WeightStatistics(num_samples)
+    programs = model, _PriorProposal(model) if guide is None else guide
+    with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
+        try:
+            for log_w, outer in _draw_log_weights(elbo, programs, args, kwargs, num_samples):
+                statistics.update(log_w)
+                constant = outer
+                bar.update(len(log_w))
+                if progress_bar:
+                    bar.set_postfix_str(f"{statistics.log_mean.mean():.4f} nats")
+                if target_std_error is not None and _is_reached(statistics, target_std_error):
+                    break
+        except KeyboardInterrupt:
+            if statistics.num_samples == 0:
+                raise
+            warnings.warn(
+                f"estimate_evidence was interrupted: the result is that of "
+                f"{statistics.num_samples} of {num_samples} draws.",
+                stacklevel=2,
+            )
+    return _evidence(statistics, constant, orders)
+
+
+def _is_reached(statistics: WeightStatistics, target_std_error: float) -> bool:
+    is_small = statistics.std_error <= target_std_error
+    return statistics.num_samples >= 100 and bool(is_small.all())
+
+
+class _PriorProposal:
+    """The prior of a model as a guide: its latent sites, without what is observed."""
+
+    def __init__(self, model: Callable) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Draws the latent sites."""
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
+            self.model(*args, **kwargs)
+
+
+def _evidence(statistics: WeightStatistics, outer: float, orders: tuple[int, ...]) -> Evidence:
+    log_evidence = statistics.log_mean
+    if log_evidence.isneginf().any():
+        raise ValueError(
+            "estimate_evidence: expected draws with weights above zero, and all "
+            f"{statistics.num_samples} weights are zero{_points(log_evidence.isneginf())}. The "
+            "guide's support misses what the data allow: use a wider guide, or more draws."
+        )
+    # Weights that differ by rounding have a tail of nothing else.
+    is_heavy = (statistics.pareto_k > 0.7) & (statistics.ess < 0.99 * statistics.num_samples)
+    if statistics.num_samples >= MIN_DRAWS and is_heavy.any():
+        warnings.warn(
+            f"estimate_evidence: Pareto k is above 0.7{_points(is_heavy)}: a few draws carry the "
+            "estimate, and its standard error is too small. Widen the guide or train it further; "
+            "more draws help slowly.",
+            stacklevel=3,
+        )
     # Without common plates there is one total, which includes what does not depend on the draw.
     constant, outer = (0.0, outer) if log_evidence.dim() else (outer, 0.0)
     return Evidence(
         log_evidence=log_evidence + constant,
-        std_error=_standard_error(relative_w),
-        ess=num_samples / relative_w.square().mean(0),
-        pareto_k=pareto_k(log_w),
-        jackknife={order: jackknife(log_w, order) + constant for order in orders},
+        std_error=statistics.std_error,
+        ess=statistics.ess,
+        pareto_k=statistics.pareto_k,
+        jackknife={order: statistics.jackknife(order) + constant for order in orders},
         outer=outer,
-        num_samples=num_samples,
+        num_samples=statistics.num_samples,
     )
+
+
+def _points(chosen: Tensor, most: int = 5) -> str:
+    """Names the data points that are chosen, if there are several in all."""
+    if chosen.dim() == 0:
+        return ""
+    indices = [tuple(row) if len(row) > 1 else row[0] for row in chosen.nonzero().tolist()]
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return f" for data points {indices[:most]}{more}, of {chosen.numel()}"
 
 
 def _checked_orders(jackknife_orders: Iterable[int], num_samples: int) -> tuple[int, ...]:
@@ -194,35 +278,25 @@ def _warn_of_points(particles: Particles) -> None:
             )
 
 
-def _standard_error(relative_w: Tensor) -> Tensor:
-    """The delta method, for weights relative to their mean; one draw tells nothing."""
-    S = relative_w.shape[0]
-    error = ((relative_w - 1).square().mean(0) / S).sqrt()
-    return error if S > 1 else error.fill_(math.nan)
-
-
 def _draw_log_weights(
     elbo: ImportanceWeightedELBO,
     programs: tuple[Callable, Callable],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_samples: int,
-    progress_bar: bool,
-) -> tuple[Tensor, float]:
-    """Log weights of shape ``(num_samples, *common)``, and the part outside of the plates."""
+) -> Iterator[tuple[Tensor, float]]:
+    """Log weights of shape ``(n, *common)`` chunk by chunk, and the part outside of the plates."""
     chunk_size = elbo.num_particles
     subsamples = SharedSubsamples()
-    chunks: list[Tensor] = []
-    with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
-        for start in range(0, num_samples, chunk_size):
-            rest = num_samples - start
-            num_particles = max(2, min(chunk_size, rest))
-            particles = elbo.trace_particles(*programs, args, kwargs, subsamples, num_particles)
-            log_w = particles.log_w[:rest].to(accumulation_dtype(particles.log_w.device))
-            if log_w.isnan().any():
-                raise_not_finite("estimate_evidence: a log weight", math.nan, particles)
-            if start == 0:
-                _warn_of_points(particles)
-            chunks.append(log_w)
-            bar.update(len(log_w))
-    return torch.cat(chunks), float(particles.outer)
+    for start in range(0, num_samples, chunk_size):
+        rest = num_samples - start
+        num_particles = max(2, min(chunk_size, rest))
+        particles = elbo.trace_particles(*programs, args, kwargs, subsamples, num_particles)
+        log_w = particles.log_w[:rest]
+        is_nan = log_w.isnan()
+        if is_nan.any():
+            where = _points(is_nan.any(0))
+            raise_not_finite(f"estimate_evidence: a log weight{where}", math.nan, particles)
+        if start == 0:
+            _warn_of_points(particles)
+        yield log_w, float(particles.outer)

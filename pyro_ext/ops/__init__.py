@@ -21,11 +21,13 @@ from pyro_ext.ops.normal_scale_mixture import (
 )
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
+from pyro_ext.ops.weight_statistics import WeightStatistics
 
 __all__ = [
     "MAX_SUBSETS",
     "MIN_DRAWS",
     "TooManySubsetsError",
+    "WeightStatistics",
     "accumulation_dtype",
     "bits_per_dim",
     "discretized_logistic_mixture_log_prob",

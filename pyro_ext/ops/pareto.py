@@ -34,18 +34,30 @@ def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
     tensor(0.6000, dtype=torch.float64)
     """
     S = log_w.shape[dim]
-    tail_size = math.ceil(min(S / 5, 3 * math.sqrt(S)))
     if S < MIN_DRAWS:
         return log_w.sum(dim, dtype=accumulation_dtype(log_w.device)).fill_(math.inf)
     wide = log_w.movedim(dim, -1).to(accumulation_dtype(log_w.device))
-    largest = wide.topk(tail_size + 1, dim=-1, sorted=True).values
+    return pareto_k_of_largest(wide.topk(tail_size(S) + 1, dim=-1, sorted=True).values)
+
+
+def tail_size(num_samples: int) -> int:
+    """How many of the largest weights :func:`pareto_k` looks at."""
+    return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
+
+
+def pareto_k_of_largest(largest: Tensor) -> Tensor:
+    """The Pareto shape, as :func:`pareto_k` has it, from the largest weights alone.
+
+    :param torch.Tensor largest: log weights in descending order along the last dim, the one after
+        the tail included, in a wide dtype.
+    """
     relative = largest - largest[..., :1]
     # Weights below the smallest normal number have lost digits: they do not belong to the tail,
     # nor do ties with the cutoff.
-    cutoff = relative[..., -1:].clamp(min=math.log(torch.finfo(wide.dtype).tiny))
+    cutoff = relative[..., -1:].clamp(min=math.log(torch.finfo(largest.dtype).tiny))
     in_tail = (relative[..., :-1] > cutoff).flip(-1)
     exceedance = (relative[..., :-1].exp() - cutoff.exp()).flip(-1)
-    n = in_tail.sum(-1, dtype=wide.dtype)
+    n = in_tail.sum(-1, dtype=largest.dtype)
     k = _generalized_pareto_shape(exceedance, in_tail, n)
     k = torch.where(n < 5, math.inf, k)
     k = torch.where(n == 0, -math.inf, k)
