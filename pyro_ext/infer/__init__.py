@@ -2,6 +2,7 @@
 
 from pyro_ext.infer.combined import CombinedELBO
 from pyro_ext.infer.evidence import Evidence, estimate_evidence
+from pyro_ext.infer.expectation import Expectation, estimate_expectation
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.jackknife import JackknifeELBO
 from pyro_ext.infer.kl_schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
@@ -18,6 +19,7 @@ __all__ = [
     "CombinedELBO",
     "CyclicalKL",
     "Evidence",
+    "Expectation",
     "GeometricKL",
     "GradientDiagnostics",
     "ImportanceWeightedELBO",
@@ -33,5 +35,6 @@ __all__ = [
     "UniformKL",
     "VariationalRenyiELBO",
     "estimate_evidence",
+    "estimate_expectation",
     "gradient_diagnostics",
 ]

@@ -166,7 +166,7 @@ def estimate_evidence(
         max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
     )
     statistics = WeightStatistics(num_samples)
-    programs = model, _PriorProposal(model) if guide is None else guide
+    programs = model, PriorProposal(model) if guide is None else guide
     with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
         try:
             for log_w, outer in _draw_log_weights(elbo, programs, args, kwargs, num_samples):
@@ -193,7 +193,7 @@ def _is_reached(statistics: WeightStatistics, target_std_error: float) -> bool:
     return statistics.num_samples >= 100 and bool(is_small.all())
 
 
-class _PriorProposal:
+class PriorProposal:
     """The prior of a model as a guide: its latent sites, without what is observed."""
 
     def __init__(self, model: Callable) -> None:
