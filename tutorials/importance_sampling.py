@@ -194,6 +194,6 @@ if __name__ == "__main__":
 # - Stretching the critical path threefold cuts the variance about 290-fold; stretching everything
 #   fourfold cuts it 9-fold, and its weights have heavy tails.
 # - The reported standard error can be less than half of the exact one, at a million draws: with the
-#   path stretched threefold or more, much of the variance is in late projects whose delay comes from
-#   other tasks. They are hardly ever drawn, and have large weights. It takes another guide to see
-#   them: compare several.
+#   path stretched threefold, more than half of the variance is in late projects whose critical path
+#   is short, so that other tasks are late. They are hardly ever drawn, and have large weights. It
+#   takes another guide to see them: compare several.
