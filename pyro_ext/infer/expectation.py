@@ -179,34 +179,30 @@ class _Sums:
     def __init__(self, num_samples: int, is_self_normalized: bool) -> None:
         self.is_self_normalized = is_self_normalized
         self.statistics = WeightStatistics(num_samples)
-        self.reference: Any = -math.inf
-        self.sums: Any = 0.0
+        self.largest = self.first = self.second = torch.empty(0)
 
     def update(self, log_w: Tensor, value: Tensor) -> None:
         """Adds log weights of shape ``(n,)`` and values of shape ``(n, ...)``."""
-        reference = torch.maximum(log_w.amax(), torch.as_tensor(self.reference).to(log_w))
-        finite = reference.masked_fill(reference.isneginf(), 0.0)
-        rescale = (self.reference - finite).exp() if self.statistics.num_samples else 0.0
-        w = (log_w - finite).exp().reshape(-1, *(1,) * (value.dim() - 1))
-        # Weights of zero count as zero whatever the value.
-        f = value.masked_fill(w == 0, 0.0)
-        first = torch.stack([(w + 0 * f).sum(0), (w * f).sum(0)])
-        second = torch.stack([(w**2 + 0 * f).sum(0), (w**2 * f).sum(0), (w * f).square().sum(0)])
-        first, second = (
-            new if self.statistics.num_samples == 0 else new + old * rescale**power
-            for new, old, power in zip((first, second), self.sums or (0, 0), (1, 2), strict=True)
-        )
-        self.sums = first, second
-        self.reference = reference
-        if self.is_self_normalized:
-            self.statistics.update(log_w.reshape(w.shape).expand_as(f))
-        else:
-            self.statistics.update((w * f.abs()).log() + finite)
+        if self.statistics.num_samples == 0:
+            self.largest = log_w.new_full((), -math.inf)
+            self.first = value.new_zeros(2, *value.shape[1:])
+            self.second = value.new_zeros(3, *value.shape[1:])
+        largest = torch.maximum(log_w.amax(), self.largest)
+        reference = largest.masked_fill(largest.isneginf(), 0.0)
+        rescale = (self.largest - reference).exp()
+        w = (log_w - reference).exp().reshape(-1, *(1,) * (value.dim() - 1)).expand_as(value)
+        # Where the weight is zero, so is the product, whatever the value.
+        wf = (w * value).masked_fill(w == 0, 0.0)
+        self.first = self.first * rescale + torch.stack([w.sum(0), wf.sum(0)])
+        squares = torch.stack([w.square().sum(0), (w * wf).sum(0), wf.square().sum(0)])
+        self.second = self.second * rescale.square() + squares
+        self.largest = largest
+        self.statistics.update((w if self.is_self_normalized else wf.abs()).log() + reference)
 
     def result(self) -> Expectation:
         """The estimate."""
         S = self.statistics.num_samples
-        (w, wf), (ww, wwf, wwff) = self.sums
+        (w, wf), (ww, wwf, wwff) = self.first, self.second
         if self.is_self_normalized:
             if bool((w == 0).any()):
                 raise ValueError(
@@ -216,7 +212,7 @@ class _Sums:
             value = wf / w
             variance = (wwff - 2 * value * wwf + value.square() * ww) / w.square()
         else:
-            scale = self.reference.exp()
+            scale = self.largest.exp()
             mean = wf / S
             value = mean * scale
             variance = (wwff / S - mean.square()) / S * scale.square()
