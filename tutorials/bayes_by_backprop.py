@@ -7,7 +7,7 @@
 # maximum likelihood, with and without dropout: test error, calibration, the weights, and how many
 # of them can be pruned. A regression shows what the uncertainty is good for.
 #
-# The data are scikit-learn's 8 x 8 digits (a minute or two), or MNIST in the form in which Keras
+# The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in which Keras
 # ships it, `mnist.npz` with `x_train`, `y_train`, `x_test` and `y_test`:
 #
 #     python tutorials/bayes_by_backprop.py [--data mnist.npz] [--seeds 3] [--epochs 60]
@@ -465,3 +465,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+# %% [markdown]
+# ## What was learnt
+#
+# With 8,000 digits of MNIST for training and 2,000 for testing (60 epochs, seeds 0 to 2):
+#
+# - Bayes by Backprop has a test error of 3.6 %, about that of maximum likelihood (3.4 %), but a
+#   better log-likelihood (0.142 against 0.187 nats per digit) and calibration. Dropout is better than
+#   both (2.3 %, 0.087 nats); on the small 8 x 8 digits, where it is too strong, it is the worst.
+# - Geometric and uniform weights of the KL term end up alike: 3.6 % against 3.8 %, which is hardly
+#   more than the spread over seeds.
+# - Three quarters of the weights can be removed at no cost. The prior has put them into its narrow
+#   component: they are the left hump of the signal-to-noise ratios.
+# - The standard deviation to begin with decides how far training gets. From 0.02 instead of 0.003
+#   the test error after 30 epochs was 6.6 %, with the prior's narrow component at exp(-6).
+# - Away from the data the regression's bands widen, as they should.
