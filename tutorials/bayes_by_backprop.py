@@ -7,8 +7,8 @@
 # maximum likelihood, with and without dropout: test error, calibration, the weights, and how many
 # of them can be pruned. A regression shows what the uncertainty is good for.
 #
-# The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in which Keras
-# ships it, `mnist.npz` with `x_train`, `y_train`, `x_test` and `y_test`:
+# The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in
+# which Keras ships it, `mnist.npz` with `x_train`, `y_train`, `x_test` and `y_test`:
 #
 #     python tutorials/bayes_by_backprop.py [--data mnist.npz] [--seeds 3] [--epochs 60]
 #         [--smoke] [--no-progress-bar] [--output bayes_by_backprop.png]
@@ -472,8 +472,8 @@ if __name__ == "__main__":
 # With 8,000 digits of MNIST for training and 2,000 for testing (60 epochs, seeds 0 to 2):
 #
 # - Bayes by Backprop has a test error of 3.6 %, about that of maximum likelihood (3.4 %), but a
-#   better log-likelihood (0.142 against 0.187 nats per digit) and calibration. Dropout is better than
-#   both (2.3 %, 0.087 nats); on the small 8 x 8 digits, where it is too strong, it is the worst.
+#   better log-likelihood (0.142 against 0.187 nats per digit) and calibration. Dropout is better
+#   than both (2.3 %, 0.087 nats); on the 8 x 8 digits, where it is too strong, it is the worst.
 # - Geometric and uniform weights of the KL term end up alike: 3.6 % against 3.8 %, which is hardly
 #   more than the spread over seeds.
 # - Three quarters of the weights can be removed at no cost. The prior has put them into its narrow

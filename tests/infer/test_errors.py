@@ -130,7 +130,9 @@ def test_nan_is_found_without_validation_too():
                     ValueError, match=r"loss is nan: .* site 'x' of the model is NaN"
                 ):
                     call(model, guide, NAN)
-        with pytest.raises(ValueError, match=r"log weight is nan: .* site 'x' of the model is NaN"):
+        with pytest.raises(
+            ValueError, match=r"log weight for data points \[1\], of 4 is nan: .* site 'x' of the"
+        ):
             estimate_evidence(model, guide, NAN)
     assert pyro.param("w").grad is None
 
