@@ -1,19 +1,17 @@
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_ext.infer.arguments import check_integer, check_real
-from pyro_ext.infer.handlers import SharedSubsamples, is_delta
-from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
+from pyro_ext.infer.handlers import is_delta
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
+from pyro_ext.infer.streaming import ParticleStream, data_points
 from pyro_ext.ops import MIN_DRAWS, WeightStatistics
 
 
@@ -155,37 +153,55 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    check_integer("estimate_evidence", "num_samples", num_samples, 1)
-    chunk_size = min(num_samples, 100) if chunk_size is None else chunk_size
-    check_integer("estimate_evidence", "chunk_size", chunk_size, 1)
+    stream = ParticleStream(
+        "estimate_evidence",
+        model,
+        guide,
+        num_samples,
+        chunk_size,
+        100,
+        max_plate_nesting,
+        progress_bar,
+    )
     if target_std_error is not None:
         check_real("estimate_evidence", "target_std_error", target_std_error, 0.0, math.inf)
     orders = _checked_orders(jackknife_orders, num_samples)
-    # Never fewer than two at once: it takes two particles to see what depends on the particle.
-    elbo = ImportanceWeightedELBO(
-        max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
-    )
-    statistics = WeightStatistics(num_samples)
-    programs = model, PriorProposal(model) if guide is None else guide
-    with tqdm(total=num_samples, desc="evidence", unit="draw", disable=not progress_bar) as bar:
-        try:
-            for log_w, outer in _draw_log_weights(elbo, programs, args, kwargs, num_samples):
-                statistics.update(log_w)
-                constant = outer
-                bar.update(len(log_w))
-                if progress_bar:
-                    bar.set_postfix_str(f"{statistics.log_mean.mean():.4f} nats")
-                if target_std_error is not None and _is_reached(statistics, target_std_error):
-                    break
-        except KeyboardInterrupt:
+    return _evidence(*_accumulate(stream, args, kwargs, target_std_error), orders)
+
+
+def _accumulate(
+    stream: ParticleStream,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target_std_error: float | None,
+) -> tuple[WeightStatistics, float]:
+    """The statistics of the weights, and the part outside of the plates."""
+    statistics = WeightStatistics(stream.num_samples)
+    outer = 0.0
+    try:
+        for particles, num_used, bar in stream.draw(args, kwargs):
+            log_w = particles.log_w[:num_used]
+            is_nan = log_w.isnan()
+            if is_nan.any():
+                what = f"{stream.owner}: a log weight{data_points(is_nan.any(0))}"
+                raise_not_finite(what, math.nan, particles)
             if statistics.num_samples == 0:
-                raise
-            warnings.warn(
-                f"estimate_evidence was interrupted: the result is that of "
-                f"{statistics.num_samples} of {num_samples} draws.",
-                stacklevel=2,
-            )
-    return _evidence(statistics, constant, orders)
+                _warn_of_points(particles)
+            statistics.update(log_w)
+            outer = float(particles.outer)
+            if stream.progress_bar:
+                bar.set_postfix_str(f"{statistics.log_mean.mean():.4f} nats")
+            if target_std_error is not None and _is_reached(statistics, target_std_error):
+                break
+    except KeyboardInterrupt:
+        if statistics.num_samples == 0:
+            raise
+        warnings.warn(
+            f"estimate_evidence was interrupted: the result is that of "
+            f"{statistics.num_samples} of {stream.num_samples} draws.",
+            stacklevel=3,
+        )
+    return statistics, outer
 
 
 def _is_reached(statistics: WeightStatistics, target_std_error: float) -> bool:
@@ -193,33 +209,21 @@ def _is_reached(statistics: WeightStatistics, target_std_error: float) -> bool:
     return statistics.num_samples >= 100 and bool(is_small.all())
 
 
-class PriorProposal:
-    """The prior of a model as a guide: its latent sites, without what is observed."""
-
-    def __init__(self, model: Callable) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Draws the latent sites."""
-        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
-            self.model(*args, **kwargs)
-
-
 def _evidence(statistics: WeightStatistics, outer: float, orders: tuple[int, ...]) -> Evidence:
     log_evidence = statistics.log_mean
     if log_evidence.isneginf().any():
         raise ValueError(
             "estimate_evidence: expected draws with weights above zero, and all "
-            f"{statistics.num_samples} weights are zero{_points(log_evidence.isneginf())}. The "
+            f"{statistics.num_samples} weights are zero{data_points(log_evidence.isneginf())}. The "
             "guide's support misses what the data allow: use a wider guide, or more draws."
         )
     # Weights that differ by rounding have a tail of nothing else.
     is_heavy = (statistics.pareto_k > 0.7) & (statistics.ess < 0.99 * statistics.num_samples)
     if statistics.num_samples >= MIN_DRAWS and is_heavy.any():
         warnings.warn(
-            f"estimate_evidence: Pareto k is above 0.7{_points(is_heavy)}: a few draws carry the "
-            "estimate, and its standard error is too small. Widen the guide or train it further; "
-            "more draws help slowly.",
+            f"estimate_evidence: Pareto k is above 0.7{data_points(is_heavy)}: a few draws carry "
+            "the estimate, and its standard error is too small. Widen the guide or train it "
+            "further; more draws help slowly.",
             stacklevel=3,
         )
     # Without common plates there is one total, which includes what does not depend on the draw.
@@ -233,15 +237,6 @@ def _evidence(statistics: WeightStatistics, outer: float, orders: tuple[int, ...
         outer=outer,
         num_samples=statistics.num_samples,
     )
-
-
-def _points(chosen: Tensor, most: int = 5) -> str:
-    """Names the data points that are chosen, if there are several in all."""
-    if chosen.dim() == 0:
-        return ""
-    indices = [tuple(row) if len(row) > 1 else row[0] for row in chosen.nonzero().tolist()]
-    more = f" and {len(indices) - most} more" if len(indices) > most else ""
-    return f" for data points {indices[:most]}{more}, of {chosen.numel()}"
 
 
 def _checked_orders(jackknife_orders: Iterable[int], num_samples: int) -> tuple[int, ...]:
@@ -276,27 +271,3 @@ def _warn_of_points(particles: Particles) -> None:
                 "The result is the density of x and that point together, not the evidence.",
                 stacklevel=2,
             )
-
-
-def _draw_log_weights(
-    elbo: ImportanceWeightedELBO,
-    programs: tuple[Callable, Callable],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_samples: int,
-) -> Iterator[tuple[Tensor, float]]:
-    """Log weights of shape ``(n, *common)`` chunk by chunk, and the part outside of the plates."""
-    chunk_size = elbo.num_particles
-    subsamples = SharedSubsamples()
-    for start in range(0, num_samples, chunk_size):
-        rest = num_samples - start
-        num_particles = max(2, min(chunk_size, rest))
-        particles = elbo.trace_particles(*programs, args, kwargs, subsamples, num_particles)
-        log_w = particles.log_w[:rest]
-        is_nan = log_w.isnan()
-        if is_nan.any():
-            where = _points(is_nan.any(0))
-            raise_not_finite(f"estimate_evidence: a log weight{where}", math.nan, particles)
-        if start == 0:
-            _warn_of_points(particles)
-        yield log_w, float(particles.outer)

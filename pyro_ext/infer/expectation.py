@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.evidence import PriorProposal
-from pyro_ext.infer.handlers import PARTICLE_PLATE, SharedSubsamples, is_masked_out
-from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
+from pyro_ext.infer.handlers import PARTICLE_PLATE, is_masked_out
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
+from pyro_ext.infer.streaming import ParticleStream
 from pyro_ext.ops import WeightStatistics, accumulation_dtype
 
 
@@ -101,28 +98,21 @@ def estimate_expectation(
     >>> bool((found.value - 2.8665e-7).abs() < 4 * found.std_error)
     True
     """
-    check_integer("estimate_expectation", "num_samples", num_samples, 1)
-    chunk_size = min(num_samples, 1000) if chunk_size is None else chunk_size
-    check_integer("estimate_expectation", "chunk_size", chunk_size, 1)
-    elbo = ImportanceWeightedELBO(
-        max(chunk_size, 2), vectorize_particles=chunk_size > 1, max_plate_nesting=max_plate_nesting
+    stream = ParticleStream(
+        "estimate_expectation",
+        model,
+        guide,
+        num_samples,
+        chunk_size,
+        1000,
+        max_plate_nesting,
+        progress_bar,
     )
-    proposal = PriorProposal(model) if guide is None else guide
-    subsamples = SharedSubsamples()
-    sums = None
-    with tqdm(total=num_samples, desc="expectation", unit="draw", disable=not progress_bar) as bar:
-        for start in range(0, num_samples, elbo.num_particles):
-            rest = num_samples - start
-            num_particles = max(2, min(elbo.num_particles, rest))
-            particles = elbo.trace_particles(
-                model, proposal, args, kwargs, subsamples, num_particles
-            )
-            log_w, value = _weights_and_values(particles)
-            if sums is None:
-                sums = _Sums(num_samples, _has_observations(particles))
-            sums.update(log_w[:rest], value[:rest])
-            bar.update(len(log_w[:rest]))
-    assert sums is not None
+    sums = _Sums(num_samples)
+    for particles, num_used, _ in stream.draw(args, kwargs):
+        sums.is_self_normalized = _has_observations(particles)
+        log_w, value = _weights_and_values(particles)
+        sums.update(log_w[:num_used], value[:num_used])
     return sums.result()
 
 
@@ -176,8 +166,8 @@ def _has_observations(particles: Particles) -> bool:
 class _Sums:
     """Running sums of weights and weighted values, relative to the largest weight."""
 
-    def __init__(self, num_samples: int, is_self_normalized: bool) -> None:
-        self.is_self_normalized = is_self_normalized
+    def __init__(self, num_samples: int) -> None:
+        self.is_self_normalized = False
         self.statistics = WeightStatistics(num_samples)
         self.largest = self.first = self.second = torch.empty(0)
 

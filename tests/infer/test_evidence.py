@@ -230,7 +230,7 @@ def test_progress_bar_is_off_by_default(capsys):
     estimate_evidence(programs.model, programs.guide, max_plate_nesting=1)
     assert capsys.readouterr().err == ""
     estimate_evidence(programs.model, programs.guide, max_plate_nesting=1, progress_bar=True)
-    assert "evidence: 100%" in capsys.readouterr().err
+    assert "estimate_evidence: 100%" in capsys.readouterr().err
 
 
 def test_high_orders_are_taken_over_blocks():
