@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 from pyro_ext.infer.arguments import check_integer, check_real
-from pyro_ext.infer.handlers import is_delta
-from pyro_ext.infer.not_finite import raise_not_finite
-from pyro_ext.infer.particles import Particles
 from pyro_ext.infer.streaming import ParticleStream, data_points
 from pyro_ext.ops import MIN_DRAWS, WeightStatistics
 
@@ -181,12 +178,6 @@ def _accumulate(
     try:
         for particles, num_used, bar in stream.draw(args, kwargs):
             log_w = particles.log_w[:num_used]
-            is_nan = log_w.isnan()
-            if is_nan.any():
-                what = f"{stream.owner}: a log weight{data_points(is_nan.any(0))}"
-                raise_not_finite(what, math.nan, particles)
-            if statistics.num_samples == 0:
-                _warn_of_points(particles)
             statistics.update(log_w)
             outer = float(particles.outer)
             if stream.progress_bar:
@@ -254,20 +245,3 @@ def _checked_orders(jackknife_orders: Iterable[int], num_samples: int) -> tuple[
                 f"got {orders}; for one draw, pass jackknife_orders=()."
             )
     return orders
-
-
-def _warn_of_points(particles: Particles) -> None:
-    site: Any
-    for name, site in particles.guide_traces[0].iter_stochastic_nodes():
-        if not is_delta(site["fn"]):
-            continue
-        draws = site["value"]
-        if len(particles.guide_traces) > 1:
-            traces: Any = [trace for trace in particles.guide_traces if name in trace.nodes]
-            draws = torch.stack([trace.nodes[name]["value"] for trace in traces])
-        if bool((draws == draws[:1]).all()):
-            warnings.warn(
-                f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
-                "The result is the density of x and that point together, not the evidence.",
-                stacklevel=2,
-            )

@@ -1,17 +1,17 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ext.infer.handlers import PARTICLE_PLATE, is_masked_out
-from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
 from pyro_ext.infer.streaming import ParticleStream
-from pyro_ext.ops import WeightStatistics, accumulation_dtype
+from pyro_ext.ops import MIN_DRAWS, LogMoments, WeightStatistics, accumulation_dtype
+from pyro_ext.ops.random_state import get_random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def estimate_expectation(
     The first where the model observes nothing, which is unbiased; the second, the mean under the
     posterior, where it has observed or factor sites. A guide that draws rare events often makes
     their probability, the mean of an indicator, cheap to estimate. Draws have one weight, that of
-    all sites together, also under plates.
+    all sites together, also under plates. The first dim of what the model returns is that of the
+    particles, unless they run one by one: reduce over dims counted from the right.
 
     Source: Owen (2013), Monte Carlo Theory, Methods and Examples, chapter 9.
 
@@ -80,11 +81,12 @@ def estimate_expectation(
     :param max_plate_nesting: the number of nested plates; guessed if infinite.
     :param kwargs: keyword arguments of both, under other names than those above.
     :returns: an :class:`Expectation`.
-    :raises ValueError: if an argument is out of range, if the model returns no real tensor, if
-        values or weights are NaN, if all weights are zero, and where :class:`MultiSampleELBO`
-        raises it.
+    :raises ValueError: if an argument is out of range, if the model returns no real tensor or one
+        without the dim of the particles, if values or weights are NaN, if all weights are zero,
+        and where :class:`MultiSampleELBO` raises it.
 
-    It warns where all values were zero, for then nothing was seen of what is rare.
+    It warns where all values were zero, for then nothing was seen of what is rare, and where a
+    Pareto k is above 0.7.
 
     P(z > 5) of a standard normal, by draws around 5:
 
@@ -108,20 +110,41 @@ def estimate_expectation(
         max_plate_nesting,
         progress_bar,
     )
-    sums = _Sums(num_samples)
+    if stream.is_vectorized:
+        _check_particle_dim(stream, args, kwargs)
+    estimate: _Mean | None = None
     for particles, num_used, _ in stream.draw(args, kwargs):
-        sums.is_self_normalized = _has_observations(particles)
         log_w, value = _weights_and_values(particles)
-        sums.update(log_w[:num_used], value[:num_used])
-    return sums.result()
+        if estimate is None:
+            kind = _SelfNormalizedMean if _has_observations(particles) else _Mean
+            estimate = kind(num_samples, value)
+        estimate.update(log_w[:num_used], value[:num_used])
+    assert estimate is not None  # there is at least one chunk
+    return estimate.result()
 
 
-def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
-    """One log weight for each particle, and the values that the model returned, in float64."""
-    wide = accumulation_dtype(particles.log_w.device)
-    log_w = particles.log_w.to(wide).reshape(len(particles.log_w), -1).sum(1)
-    if log_w.isnan().any():
-        raise_not_finite("estimate_expectation: a log weight", math.nan, particles)
+def _check_particle_dim(
+    stream: ParticleStream, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raises unless the first dim of what the model returns is that of the particles."""
+    state = get_random_state()
+    shapes = []
+    for num_particles in (2, 3):
+        probe = replace(stream, num_samples=num_particles, chunk_size=3, progress_bar=False)
+        particles, _, _ = next(iter(probe.draw(args, kwargs)))
+        shapes.append(_returned(particles)[0].shape)
+    set_random_state(state)
+    if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
+        raise ValueError(
+            "estimate_expectation: expected the model to return a tensor whose first dim is that "
+            f"of the particles, got shapes {tuple(shapes[0])} for 2 and {tuple(shapes[1])} for 3 "
+            "of them. Reduce over dims counted from the right, such as .sum(-1), not over all; "
+            "or pass chunk_size=1."
+        )
+
+
+def _returned(particles: Particles) -> list[Tensor]:
+    """What the model returned, once if vectorised, else once for each particle."""
     returned: list[Any] = [trace.nodes["_RETURN"]["value"] for trace in particles.model_traces]
     for value in returned:
         if not isinstance(value, Tensor) or value.is_complex():
@@ -129,30 +152,40 @@ def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"estimate_expectation: expected the model to return a real tensor, got {found}."
             )
+    return returned
+
+
+def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
+    """One log weight for each particle, and the values that the model returned, in float64."""
+    wide = accumulation_dtype(particles.log_w.device)
+    log_w = particles.log_w.to(wide).reshape(len(particles.log_w), -1).sum(1)
+    returned = _returned(particles)
     if len(returned) > 1:
         value = torch.stack(torch.broadcast_tensors(*returned))
     else:
         (value,) = returned
-        fillers = _num_fillers(particles)
-        if value.dim() == 0 or value.shape[0] != len(log_w):  # it does not depend on a draw
-            value = value.expand(len(log_w), *value.shape)
-        for dim in range(min(fillers, value.dim() - 1), 0, -1):
-            value = value.squeeze(dim)
+        for position in _filler_positions(particles, value.dim()):
+            value = value.squeeze(position)
     value = value.to(wide)
-    if value.isnan().any():
-        raise ValueError("estimate_expectation: expected numbers from the model, got NaN.")
+    has_weight = ~log_w.isneginf().reshape(-1, *(1,) * (value.dim() - 1))
+    if (has_weight & ~value.isfinite()).any():
+        raise ValueError(
+            "estimate_expectation: expected finite numbers from the model, got NaN or infinity "
+            "where the weight is not zero."
+        )
     return log_w, value
 
 
-def _num_fillers(particles: Particles) -> int:
-    """The number of dims between that of the particles and the right end of a batch shape."""
+def _filler_positions(particles: Particles, num_dims: int) -> list[int]:
+    """The dims between that of the particles and the batch's end that no plate has, descending."""
     site: Any
+    dims: dict[str, int] = {}
     for trace in (*particles.guide_traces, *particles.model_traces):
         for _, site in trace.iter_stochastic_nodes():
-            for frame in site["cond_indep_stack"]:
-                if frame.name == PARTICLE_PLATE:
-                    return -frame.dim - 1
-    return 0
+            dims |= {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    particle_dim = dims.get(PARTICLE_PLATE, -1)
+    fillers = [dim - particle_dim for dim in range(particle_dim + 1, 0) if dim not in dims.values()]
+    return sorted((position for position in fillers if position < num_dims), reverse=True)
 
 
 def _has_observations(particles: Particles) -> bool:
@@ -163,61 +196,98 @@ def _has_observations(particles: Particles) -> bool:
     )
 
 
-class _Sums:
-    """Running sums of weights and weighted values, relative to the largest weight."""
+class _Mean:
+    """The mean of w f, and its standard error."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.is_self_normalized = False
+    is_self_normalized = False
+
+    def __init__(self, num_samples: int, value: Tensor) -> None:
         self.statistics = WeightStatistics(num_samples)
-        self.largest = self.first = self.second = torch.empty(0)
+        self.products = LogMoments()
 
     def update(self, log_w: Tensor, value: Tensor) -> None:
         """Adds log weights of shape ``(n,)`` and values of shape ``(n, ...)``."""
-        if self.statistics.num_samples == 0:
-            self.largest = log_w.new_full((), -math.inf)
-            self.first = value.new_zeros(2, *value.shape[1:])
-            self.second = value.new_zeros(3, *value.shape[1:])
-        largest = torch.maximum(log_w.amax(), self.largest)
-        reference = largest.masked_fill(largest.isneginf(), 0.0)
-        rescale = (self.largest - reference).exp()
-        w = (log_w - reference).exp().reshape(-1, *(1,) * (value.dim() - 1)).expand_as(value)
-        # Where the weight is zero, so is the product, whatever the value.
-        wf = (w * value).masked_fill(w == 0, 0.0)
-        self.first = self.first * rescale + torch.stack([w.sum(0), wf.sum(0)])
-        squares = torch.stack([w.square().sum(0), (w * wf).sum(0), wf.square().sum(0)])
-        self.second = self.second * rescale.square() + squares
-        self.largest = largest
-        self.statistics.update((w if self.is_self_normalized else wf.abs()).log() + reference)
+        log_w, value = _broadcast(log_w, value)
+        log_size = log_w + value.abs().log()
+        self.products.update(log_size, value.sign())
+        self.statistics.update(log_size)
 
     def result(self) -> Expectation:
         """The estimate."""
+        is_zero = self.products.largest.isneginf()
+        if bool(is_zero.any()):
+            warnings.warn(
+                f"estimate_expectation: each of {self.products.num_samples} draws gave zero, which "
+                "tells nothing of the error: use a guide that draws what the model returns a value "
+                f"for ({int(is_zero.sum())} of {is_zero.numel()} values).",
+                stacklevel=4,
+            )
+        scale = self.products.largest.exp()
+        return self._expectation(self.products.mean * scale, self.products.std_error * scale)
+
+    def _expectation(self, value: Tensor, std_error: Tensor) -> Expectation:
         S = self.statistics.num_samples
-        (w, wf), (ww, wwf, wwff) = self.first, self.second
-        if self.is_self_normalized:
-            if bool((w == 0).any()):
-                raise ValueError(
-                    f"estimate_expectation: expected draws with weights above zero, and all {S} "
-                    "weights are zero: the guide's support misses what the data allow."
-                )
-            value = wf / w
-            variance = (wwff - 2 * value * wwf + value.square() * ww) / w.square()
-        else:
-            scale = self.largest.exp()
-            mean = wf / S
-            value = mean * scale
-            variance = (wwff / S - mean.square()) / S * scale.square()
-            if bool((wwff == 0).any()):
-                warnings.warn(
-                    f"estimate_expectation: each of {S} draws gave zero, which tells nothing of "
-                    "the error: use a guide that draws what the model returns a value for.",
-                    stacklevel=3,
-                )
-        error = variance.relu().sqrt()
+        pareto_k, ess = self.statistics.pareto_k, self.statistics.ess
+        is_heavy = (pareto_k > 0.7) & (ess < 0.99 * S)
+        if S >= MIN_DRAWS and bool(is_heavy.any()):
+            warnings.warn(
+                f"estimate_expectation: Pareto k is above 0.7 for {int(is_heavy.sum())} of "
+                f"{is_heavy.numel()} values: a few draws carry the estimate, and its standard "
+                "error is too small. Use a guide with heavier tails.",
+                stacklevel=5,
+            )
         return Expectation(
             value=value,
-            std_error=error if S > 1 else torch.full_like(error, math.nan),
-            ess=self.statistics.ess,
-            pareto_k=self.statistics.pareto_k,
+            std_error=std_error if S > 1 else torch.full_like(std_error, math.nan),
+            ess=ess,
+            pareto_k=pareto_k,
             is_self_normalized=self.is_self_normalized,
             num_samples=S,
         )
+
+
+class _SelfNormalizedMean(_Mean):
+    """The mean of w f over that of w, and its standard error by the delta method."""
+
+    is_self_normalized = True
+
+    def __init__(self, num_samples: int, value: Tensor) -> None:
+        super().__init__(num_samples, value)
+        # Values are taken relative to some mean, for their squares not to cancel.
+        self.shift = value.where(value.isfinite(), 0.0).mean(0)
+        self.largest = torch.full_like(self.shift, -math.inf)
+        self.first = value.new_zeros(2, *self.shift.shape)
+        self.second = value.new_zeros(3, *self.shift.shape)
+
+    def update(self, log_w: Tensor, value: Tensor) -> None:
+        """Adds log weights of shape ``(n,)`` and values of shape ``(n, ...)``."""
+        log_w, value = _broadcast(log_w, value)
+        self.statistics.update(log_w)
+        largest = torch.maximum(log_w.amax(0), self.largest)
+        reference = largest.masked_fill(largest.isneginf(), 0.0)
+        rescale = (self.largest - reference).exp()
+        w = (log_w - reference).exp()
+        wg = w * (value - self.shift)
+        self.first = self.first * rescale + torch.stack([w.sum(0), wg.sum(0)])
+        squares = torch.stack([w.square().sum(0), (w * wg).sum(0), wg.square().sum(0)])
+        self.second = self.second * rescale.square() + squares
+        self.largest = largest
+
+    def result(self) -> Expectation:
+        """The estimate."""
+        (w, wg), (ww, wwg, wwgg) = self.first, self.second
+        if bool((w == 0).any()):
+            raise ValueError(
+                "estimate_expectation: expected draws with weights above zero, and all "
+                f"{self.statistics.num_samples} weights are zero: the guide's support misses what "
+                "the data allow."
+            )
+        mean = wg / w
+        variance = (wwgg - 2 * mean * wwg + mean.square() * ww) / w.square()
+        return self._expectation(self.shift + mean, variance.relu().sqrt())
+
+
+def _broadcast(log_w: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weights and values of the same shape; values are zero where weights are."""
+    log_w = log_w.reshape(-1, *(1,) * (value.dim() - 1)).expand_as(value)
+    return log_w, value.masked_fill(log_w.isneginf(), 0.0)

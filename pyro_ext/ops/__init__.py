@@ -21,11 +21,12 @@ from pyro_ext.ops.normal_scale_mixture import (
 )
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
-from pyro_ext.ops.weight_statistics import WeightStatistics
+from pyro_ext.ops.weight_statistics import LogMoments, WeightStatistics
 
 __all__ = [
     "MAX_SUBSETS",
     "MIN_DRAWS",
+    "LogMoments",
     "TooManySubsetsError",
     "WeightStatistics",
     "accumulation_dtype",

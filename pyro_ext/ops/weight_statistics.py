@@ -14,6 +14,53 @@ from pyro_ext.ops.precision import accumulation_dtype
 MAX_BLOCKS = 1024
 
 
+class LogMoments:
+    """Running mean and spread of numbers that are given by the logarithms of their sizes.
+
+    :ivar largest: the largest log size so far, to which the moments are relative.
+    :ivar mean: the mean divided by ``largest.exp()``.
+    :ivar squares: the sum of squared deviations from the mean, divided by its square.
+    :ivar num_samples: how many numbers there were.
+
+    Source: Chan, Golub and LeVeque (1983), Algorithms for Computing the Sample Variance.
+
+    >>> moments = LogMoments()
+    >>> moments.update(torch.tensor([1.0, 3.0]).log(), torch.tensor([-1.0, 1.0]))
+    >>> (moments.mean * moments.largest.exp()).item()
+    1.0
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.largest = self.mean = self.squares = torch.empty(0)
+
+    def update(self, log_size: Tensor, sign: Tensor | float = 1.0) -> None:
+        """Adds numbers.
+
+        :param torch.Tensor log_size: the logarithms of their absolute values, ``(n, ...)``.
+        :param torch.Tensor sign: their signs, likewise.
+        """
+        if self.num_samples == 0:
+            self.largest = log_size.new_full(log_size.shape[1:], -math.inf)
+            self.mean = self.squares = torch.zeros_like(self.largest)
+        n, before = len(log_size), self.num_samples
+        largest = torch.maximum(self.largest, log_size.amax(0))
+        reference = largest.masked_fill(largest.isneginf(), 0.0)
+        rescale = (self.largest - reference).exp()
+        x = sign * (log_size - reference).exp()
+        mean, old_mean = x.mean(0), self.mean * rescale
+        difference = mean - old_mean
+        squares = (x - mean).square().sum(0) + self.squares * rescale.square()
+        self.squares = squares + difference.square() * (n * before / (n + before))
+        self.mean = old_mean + difference * (n / (n + before))
+        self.largest, self.num_samples = largest, before + n
+
+    @property
+    def std_error(self) -> Tensor:
+        """The standard error of :attr:`mean`."""
+        return self.squares.sqrt() / self.num_samples
+
+
 class WeightStatistics:
     r"""Mean, spread, tail and jackknife of importance weights, given in chunks.
 
@@ -26,8 +73,6 @@ class WeightStatistics:
     mean fall with b as those of the mean of all draws fall with S. What is left is
     :math:`O(S^{-(m + 1)})` for order m.
 
-    Source: Chan, Golub and LeVeque (1983), Algorithms for Computing the Sample Variance.
-
     :param int num_samples: the number of draws S that is planned, which sizes tail and blocks.
 
     >>> statistics = WeightStatistics(num_samples=4)
@@ -38,10 +83,9 @@ class WeightStatistics:
     """
 
     def __init__(self, num_samples: int) -> None:
-        self.num_samples = 0
+        self._moments = LogMoments()
         self._tail_size = tail_size(num_samples)
         self._block_size = -(-num_samples // MAX_BLOCKS)
-        self._largest = self._mean = self._squares = torch.empty(0)
         self._tail = self._pending = torch.empty(0)
         self._blocks: list[Tensor] = []
 
@@ -52,10 +96,8 @@ class WeightStatistics:
         """
         log_w = log_w.to(accumulation_dtype(log_w.device))
         if self.num_samples == 0:
-            self._largest = log_w.new_full(log_w.shape[1:], -math.inf)
-            self._mean = self._squares = torch.zeros_like(self._largest)
             self._tail = self._pending = log_w[:0]
-        self._update_moments(log_w)
+        self._moments.update(log_w)
         tail = torch.cat([self._tail, log_w])
         self._tail = tail.topk(min(self._tail_size + 1, len(tail)), dim=0, sorted=True).values
         pending = torch.cat([self._pending, log_w])
@@ -65,42 +107,33 @@ class WeightStatistics:
             self._blocks.append(log_mean_exp(whole, dim=1))
         self._pending = pending[num_blocks * self._block_size :].clone()
 
-    def _update_moments(self, log_w: Tensor) -> None:
-        n, before = len(log_w), self.num_samples
-        largest = torch.maximum(self._largest, log_w.amax(0))
-        reference = largest.masked_fill(largest.isneginf(), 0.0)
-        rescale = (self._largest - reference).exp()
-        w = (log_w - reference).exp()
-        mean, old_mean = w.mean(0), self._mean * rescale
-        difference = mean - old_mean
-        squares = (w - mean).square().sum(0) + self._squares * rescale.square()
-        self._squares = squares + difference.square() * (n * before / (n + before))
-        self._mean = old_mean + difference * (n / (n + before))
-        self._largest, self.num_samples = largest, before + n
+    @property
+    def num_samples(self) -> int:
+        """The number of draws so far."""
+        return self._moments.num_samples
 
     @property
     def log_mean(self) -> Tensor:
         """The log of the mean weight."""
-        return self._largest + self._mean.log()
+        return self._moments.largest + self._moments.mean.log()
 
     @property
     def std_error(self) -> Tensor:
         """The standard error of :attr:`log_mean`, by the delta method; NaN for one draw."""
-        S = self.num_samples
-        error = self._squares.sqrt() / (S * self._mean)
-        return error if S > 1 else torch.full_like(error, math.nan)
+        error = self._moments.std_error / self._moments.mean
+        return error if self.num_samples > 1 else torch.full_like(error, math.nan)
 
     @property
     def ess(self) -> Tensor:
         """The effective sample size."""
         S = self.num_samples
-        return S / (1 + self._squares / (S * self._mean.square()))
+        return S / (1 + self._moments.squares / (S * self._moments.mean.square()))
 
     @property
     def pareto_k(self) -> Tensor:
         """The Pareto shape of the largest weights, as :func:`pareto_k` has it."""
         if self.num_samples < MIN_DRAWS:
-            return torch.full_like(self._mean, math.inf)
+            return torch.full_like(self._moments.mean, math.inf)
         size = min(tail_size(self.num_samples), self._tail_size)
         return pareto_k_of_largest(self._tail[: size + 1].movedim(0, -1))
 
@@ -113,12 +146,14 @@ class WeightStatistics:
         """
         num_blocks = sum(map(len, self._blocks))
         if num_blocks <= order:
-            return torch.full_like(self._mean, math.nan)
+            return torch.full_like(self._moments.mean, math.nan)
         blocks = torch.cat(self._blocks)
         while num_blocks > order + 1 and math.comb(num_blocks, order) > MAX_SUBSETS:
             num_blocks -= 1
         merged = -(-len(blocks) // num_blocks)
         num_blocks = len(blocks) // merged
+        if num_blocks <= order:
+            return torch.full_like(self._moments.mean, math.nan)
         means = log_mean_exp(
             blocks[: num_blocks * merged].unflatten(0, (num_blocks, merged)), dim=1
         )

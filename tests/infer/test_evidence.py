@@ -306,6 +306,7 @@ def test_weights_of_zero_and_nan_name_the_data_points():
 
     for bad, message in (
         (-math.inf, r"weights are zero for data points \[2\], of 4"),
+        (math.inf, r"a log weight for data points \[2\], of 4 is inf"),
         (math.nan, r"a log weight for data points \[2\], of 4"),
     ):
 

@@ -1,6 +1,7 @@
 """Expectations against closed forms, with and without observations; a rare event."""
 
 import math
+from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
@@ -47,6 +48,7 @@ def test_moments_without_observations(chunk_size, max_plate_nesting):
     assert within(found, torch.tensor([0.0, 1.0, math.exp(0.5)], **F64))
 
 
+@pytest.mark.filterwarnings("ignore:estimate_expectation. Pareto k")
 def test_the_reported_error_is_the_error():
     model, guide = normal(lambda z: z**2, loc=0.5, scale=1.5)
     runs = [
@@ -133,10 +135,88 @@ def test_a_rare_event(factors, error_at_10_000):
     assert 0.3 * exact_error < found.std_error.item() < 2 * exact_error
 
 
-def test_values_that_do_not_depend_on_a_draw():
-    model, guide = normal(lambda z: torch.tensor([2.0, 3.0]), observe=True)
-    found = estimate_expectation(model, guide, num_samples=50)
-    torch.testing.assert_close(found.value, torch.tensor([2.0, 3.0], **F64))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.sum(),
+        lambda z: z.mean(0),
+        lambda z: torch.arange(2.0),
+        lambda z: z.expand(5, *z.shape),
+    ],
+    ids=["sum", "mean(0)", "constant", "last"],
+)
+def test_values_without_the_dim_of_the_particles_are_refused(function):
+    model, guide = normal(function)
+    for num_samples in (2, 5, 50):
+        with pytest.raises(ValueError, match="whose first dim is that of the particles"):
+            estimate_expectation(model, guide, num_samples=num_samples)
+
+
+def test_any_reduction_is_right_one_by_one():
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), **F64), 1.0))
+        return z.sum() ** 2
+
+    assert within(estimate_expectation(model, num_samples=2000, chunk_size=1), 3.0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10])
+@pytest.mark.parametrize("sizes", [(1,), (3,), (1, 3), (3, 1)])
+def test_plates_keep_their_dims(sizes, chunk_size):
+    def model():
+        with ExitStack() as stack:
+            for i, size in enumerate(reversed(sizes)):
+                stack.enter_context(pyro.plate(f"p{i}", size, dim=-i - 1))
+            return pyro.sample("z", dist.Normal(torch.zeros((), **F64), 1.0))
+
+    found = estimate_expectation(model, num_samples=20, chunk_size=chunk_size)
+    assert found.value.shape == sizes
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_large_means_do_not_cancel(observe):
+    model, guide = normal(lambda z: 1e9 + z, loc=0.25, scale=1.0, observe=observe)
+    reference, _ = normal(lambda z: z, observe=observe)
+    errors = []
+    for program in (model, reference):
+        pyro.set_rng_seed(2)
+        options = {"num_samples": 5000, "max_plate_nesting": 0}
+        errors.append(estimate_expectation(program, None if not observe else guide, **options))
+    assert errors[0].std_error.item() == pytest.approx(errors[1].std_error.item(), rel=1e-4)
+
+
+def test_sizes_that_would_underflow():
+    model, guide = normal(lambda z: (z > 30).double(), loc=30.0)
+    found = estimate_expectation(model, guide, num_samples=20_000)
+    log_probability = torch.special.log_ndtr(torch.tensor(-30.0, **F64))
+    assert abs(found.value / log_probability.exp() - 1) < 4.5 * found.std_error / found.value
+    assert found.std_error > 0
+
+
+def test_values_are_looked_at_where_the_weight_is_not_zero():
+    def model():
+        z = pyro.sample("z", dist.HalfNormal(torch.ones((), **F64)))
+        return z.sqrt()
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.ones((), **F64), 1.5))
+
+    with pyro.validation_enabled(False):
+        found = estimate_expectation(model, guide, num_samples=5000)
+    assert within(found, 2**0.25 * math.gamma(0.75) / math.sqrt(math.pi))
+
+
+def test_a_guide_at_one_point_is_warned_of():
+    model, _ = normal(lambda z: z + 5)
+    with pytest.warns(UserWarning, match="puts site 'z' at one point"):
+        estimate_expectation(model, lambda: pyro.sample("z", dist.Delta(torch.tensor(0.0))))
+
+
+def test_a_narrow_guide_is_warned_of():
+    model, guide = normal(lambda z: z**2, scale=0.3)
+    with pytest.warns(UserWarning, match=r"Pareto k is above 0\.7 for 1 of 1 values"):
+        estimate_expectation(model, guide)
 
 
 def test_extreme_weights_do_not_overflow():
@@ -162,7 +242,8 @@ def test_an_event_that_was_not_seen_is_warned_of():
     [
         (lambda z: None, {}, "to return a real tensor, got NoneType"),
         (lambda z: z * 1j, {}, r"to return a real tensor, got torch\.complex128"),
-        (lambda z: z * math.nan, {}, "expected numbers from the model, got NaN"),
+        (lambda z: z * math.nan, {}, "expected finite numbers from the model, got NaN"),
+        (lambda z: z * math.inf, {}, "got NaN or infinity where the weight is not zero"),
         (lambda z: z, {"num_samples": 0}, "num_samples to be an integer >= 1, got 0"),
         (lambda z: z, {"chunk_size": -1}, "chunk_size to be an integer >= 1, got -1"),
     ],

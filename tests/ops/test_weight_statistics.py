@@ -76,6 +76,7 @@ def test_the_jackknife_over_blocks():
     statistics = statistics_of(log_w, 100)
     means = log_mean_exp(log_w.unflatten(0, (1024, 4)).T)
     torch.testing.assert_close(statistics.jackknife(2), jackknife(means, 2))
+    assert statistics_of(log_w[:24], 24).jackknife(12).isnan()
     early = statistics_of(log_w[:7], 7, num_samples=4096)
     assert early.jackknife(0).isfinite()
     assert early.jackknife(1).isnan()
