@@ -4,7 +4,11 @@
 
 A 784-400-400-10 network with the scale-mixture prior, a batch of 128, fused Adam, validation off.
 Then 8 particles, vectorised over looped. blitz-bayesian-pytorch and bayesian-torch take part where
-they are installed. Steps take turns in a random order; ratios are those of medians.
+they are installed; what is used of them needs none of their dependencies but torch:
+
+    pip install --no-deps blitz-bayesian-pytorch bayesian-torch
+
+Steps take turns in a random order; ratios are those of medians.
 """
 
 import argparse

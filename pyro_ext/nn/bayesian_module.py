@@ -24,7 +24,8 @@ class BayesianModule(PyroModule):
     of K vectorised particles or of ``Predictive(parallel=True)``, give outputs with leading dims:
     of shape ``(K, B, C)`` for ``(B, C)``. Leading dims of size 1, which keep the places of
     plates, are dropped: with particles to the left of n plates, the module's own output should
-    have n batch dims. The draws run under ``torch.func.vmap`` where PyTorch can batch all that the
+    have n batch dims. Call it outside of the plate of the data: inside, each data point would get
+    weights of its own. The draws run under ``torch.func.vmap`` where PyTorch can batch all that the
     module does, and in a loop where it cannot, such as for LSTMs; the numbers are the same, but
     for the masks of dropout.
 
