@@ -38,9 +38,9 @@ MEANS = {1: 4.0, 2: 4.0, 3: 2.0, 4: 5.0, 5: 2.0, 6: 3.0, 7: 2.0, 8: 3.0, 9: 2.0,
 WAITS_FOR = {2: [1], 3: [1], 4: [2], 5: [2], 6: [3], 7: [3], 8: [3], 9: [5, 6, 7], 10: [4, 8, 9]}
 LATE = 70.0
 
-#: By a Markov chain over the sets of finished tasks, whose paths are few enough to be summed.
+#: Exact, by a Markov chain over the sets of finished tasks.
 EXACT = 3.211525e-5
-#: The standard errors of one draw, from the second moment of the same chain.
+#: The standard errors of one draw, from the chain's second moment.
 EXACT_DEVIATIONS = {
     "plain Monte Carlo": 5.67e-3,
     "all tasks x 4": 1.92e-3,

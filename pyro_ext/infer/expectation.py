@@ -112,7 +112,7 @@ def estimate_expectation(
     )
     if stream.is_vectorized:
         _check_particle_dim(stream, args, kwargs)
-    estimate: _Mean | None = None
+    estimate: _Mean | _SelfNormalizedMean | None = None
     for particles, num_used, _ in stream.draw(args, kwargs):
         log_w, value = _weights_and_values(particles)
         if estimate is None:
@@ -196,34 +196,13 @@ def _has_observations(particles: Particles) -> bool:
     )
 
 
-class _Mean:
-    """The mean of w f, and its standard error."""
+class _Estimate:
+    """What both kinds of mean keep: the statistics of what carries the estimate."""
 
-    is_self_normalized = False
+    is_self_normalized: bool
 
-    def __init__(self, num_samples: int, value: Tensor) -> None:
+    def __init__(self, num_samples: int) -> None:
         self.statistics = WeightStatistics(num_samples)
-        self.products = LogMoments()
-
-    def update(self, log_w: Tensor, value: Tensor) -> None:
-        """Adds log weights of shape ``(n,)`` and values of shape ``(n, ...)``."""
-        log_w, value = _broadcast(log_w, value)
-        log_size = log_w + value.abs().log()
-        self.products.update(log_size, value.sign())
-        self.statistics.update(log_size)
-
-    def result(self) -> Expectation:
-        """The estimate."""
-        is_zero = self.products.largest.isneginf()
-        if bool(is_zero.any()):
-            warnings.warn(
-                f"estimate_expectation: each of {self.products.num_samples} draws gave zero, which "
-                "tells nothing of the error: use a guide that draws what the model returns a value "
-                f"for ({int(is_zero.sum())} of {is_zero.numel()} values).",
-                stacklevel=4,
-            )
-        scale = self.products.largest.exp()
-        return self._expectation(self.products.mean * scale, self.products.std_error * scale)
 
     def _expectation(self, value: Tensor, std_error: Tensor) -> Expectation:
         S = self.statistics.num_samples
@@ -246,13 +225,43 @@ class _Mean:
         )
 
 
-class _SelfNormalizedMean(_Mean):
+class _Mean(_Estimate):
+    """The mean of w f, and its standard error."""
+
+    is_self_normalized = False
+
+    def __init__(self, num_samples: int, value: Tensor) -> None:
+        super().__init__(num_samples)
+        self.products = LogMoments()
+
+    def update(self, log_w: Tensor, value: Tensor) -> None:
+        """Adds log weights of shape ``(n,)`` and values of shape ``(n, ...)``."""
+        log_w, value = _broadcast(log_w, value)
+        log_size = log_w + value.abs().log()
+        self.products.update(log_size, value.sign())
+        self.statistics.update(log_size)
+
+    def result(self) -> Expectation:
+        """The estimate."""
+        is_zero = self.products.largest.isneginf()
+        if bool(is_zero.any()):
+            warnings.warn(
+                f"estimate_expectation: each of {self.products.num_samples} draws gave zero, which "
+                "tells nothing of the error: use a guide that draws what the model returns a value "
+                f"for ({int(is_zero.sum())} of {is_zero.numel()} values).",
+                stacklevel=4,
+            )
+        scale = self.products.largest.exp()
+        return self._expectation(self.products.mean * scale, self.products.std_error * scale)
+
+
+class _SelfNormalizedMean(_Estimate):
     """The mean of w f over that of w, and its standard error by the delta method."""
 
     is_self_normalized = True
 
     def __init__(self, num_samples: int, value: Tensor) -> None:
-        super().__init__(num_samples, value)
+        super().__init__(num_samples)
         # Values are taken relative to some mean, for their squares not to cancel.
         self.shift = value.where(value.isfinite(), 0.0).mean(0)
         self.largest = torch.full_like(self.shift, -math.inf)

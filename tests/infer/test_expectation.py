@@ -13,7 +13,7 @@ from pyro_ext.infer import estimate_expectation
 F64 = {"dtype": torch.float64}
 
 
-def normal(function, loc=0.0, scale=1.0, observe=False, plates=0):
+def normal(function, loc=0.0, scale=1.0, observe=False):
     """A model that returns a function of a normal draw, and a guide."""
 
     def model():
@@ -121,7 +121,7 @@ def longer_tasks(factors):
     ids=["critical path x 2", "critical path x 3"],
 )
 def test_a_rare_event(factors, error_at_10_000):
-    """Owen (2013), example 9.1: the probability and the errors are exact, by a Markov chain."""
+    """Owen (2013), chapter 9; the probability and the errors are exact, by a Markov chain."""
     n = 200_000
     found = estimate_expectation(
         project_is_late,
