@@ -1,8 +1,10 @@
 """Estimators: ELBO classes for Pyro, and the evidence that they bound."""
 
 from pyro_ext.infer.combined import CombinedELBO
-from pyro_ext.infer.evidence import Evidence, estimate_evidence
+from pyro_ext.infer.evidence import Evidence, EvidenceHistory
+from pyro_ext.infer.evidence_state import EvidenceState
 from pyro_ext.infer.expectation import Expectation, estimate_expectation
+from pyro_ext.infer.importance_sampling import estimate_evidence
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.jackknife import JackknifeELBO
 from pyro_ext.infer.kl_schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
@@ -19,6 +21,8 @@ __all__ = [
     "CombinedELBO",
     "CyclicalKL",
     "Evidence",
+    "EvidenceHistory",
+    "EvidenceState",
     "Expectation",
     "GeometricKL",
     "GradientDiagnostics",

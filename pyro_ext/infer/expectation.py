@@ -1,17 +1,21 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from pyro_ext.infer.data_blocks import DataBlock
 from pyro_ext.infer.handlers import PARTICLE_PLATE, is_masked_out
 from pyro_ext.infer.particles import Particles
 from pyro_ext.infer.streaming import ParticleStream
 from pyro_ext.ops import MIN_DRAWS, LogMoments, WeightStatistics, accumulation_dtype
 from pyro_ext.ops.random_state import get_random_state, set_random_state
+
+NAME = "estimate_expectation"
 
 
 @dataclass(frozen=True)
@@ -100,43 +104,30 @@ def estimate_expectation(
     >>> bool((found.value - 2.8665e-7).abs() < 4 * found.std_error)
     True
     """
-    stream = ParticleStream(
-        "estimate_expectation",
-        model,
-        guide,
-        num_samples,
-        chunk_size,
-        1000,
-        max_plate_nesting,
-        progress_bar,
-    )
+    stream = ParticleStream(NAME, model, guide, num_samples, chunk_size, 1000, max_plate_nesting)
+    block = DataBlock(args, kwargs)
     if stream.is_vectorized:
-        _check_particle_dim(stream, args, kwargs)
+        _check_particle_dim(stream, DataBlock(args, kwargs))
     estimate: _Mean | _SelfNormalizedMean | None = None
-    for particles, num_used, _ in stream.draw(args, kwargs):
-        log_w, value = _weights_and_values(particles)
-        if estimate is None:
-            kind = _SelfNormalizedMean if _has_observations(particles) else _Mean
-            estimate = kind(num_samples, value)
-        estimate.update(log_w[:num_used], value[:num_used])
+    with tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar) as bar:
+        for particles, num_used in stream.draw(block, bar=bar):
+            log_w, value = _weights_and_values(particles)
+            if estimate is None:
+                kind = _SelfNormalizedMean if _has_observations(particles) else _Mean
+                estimate = kind(num_samples, value)
+            estimate.update(log_w[:num_used], value[:num_used])
     assert estimate is not None  # there is at least one chunk
     return estimate.result()
 
 
-def _check_particle_dim(
-    stream: ParticleStream, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
     """Raises unless the first dim of what the model returns is that of the particles."""
     state = get_random_state()
-    shapes = []
-    for num_particles in (2, 3):
-        probe = replace(stream, num_samples=num_particles, chunk_size=3, progress_bar=False)
-        particles, _, _ = next(iter(probe.draw(args, kwargs)))
-        shapes.append(_returned(particles)[0].shape)
+    shapes = [_returned(stream.run(block, size))[0].shape for size in (2, 3)]
     set_random_state(state)
     if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
         raise ValueError(
-            "estimate_expectation: expected the model to return a tensor whose first dim is that "
+            f"{NAME}: expected the model to return a tensor whose first dim is that "
             f"of the particles, got shapes {tuple(shapes[0])} for 2 and {tuple(shapes[1])} for 3 "
             "of them. Reduce over dims counted from the right, such as .sum(-1), not over all; "
             "or pass chunk_size=1."
@@ -149,9 +140,7 @@ def _returned(particles: Particles) -> list[Tensor]:
     for value in returned:
         if not isinstance(value, Tensor) or value.is_complex():
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"estimate_expectation: expected the model to return a real tensor, got {found}."
-            )
+            raise ValueError(f"{NAME}: expected the model to return a real tensor, got {found}.")
     return returned
 
 
@@ -170,7 +159,7 @@ def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
     has_weight = ~log_w.isneginf().reshape(-1, *(1,) * (value.dim() - 1))
     if (has_weight & ~value.isfinite()).any():
         raise ValueError(
-            "estimate_expectation: expected finite numbers from the model, got NaN or infinity "
+            f"{NAME}: expected finite numbers from the model, got NaN or infinity "
             "where the weight is not zero."
         )
     return log_w, value
@@ -210,7 +199,7 @@ class _Estimate:
         is_heavy = (pareto_k > 0.7) & (ess < 0.99 * S)
         if S >= MIN_DRAWS and bool(is_heavy.any()):
             warnings.warn(
-                f"estimate_expectation: Pareto k is above 0.7 for {int(is_heavy.sum())} of "
+                f"{NAME}: Pareto k is above 0.7 for {int(is_heavy.sum())} of "
                 f"{is_heavy.numel()} values: a few draws carry the estimate, and its standard "
                 "error is too small. Use a guide with heavier tails.",
                 stacklevel=5,
@@ -246,7 +235,7 @@ class _Mean(_Estimate):
         is_zero = self.products.largest.isneginf()
         if bool(is_zero.any()):
             warnings.warn(
-                f"estimate_expectation: each of {self.products.num_samples} draws gave zero, which "
+                f"{NAME}: each of {self.products.num_samples} draws gave zero, which "
                 "tells nothing of the error: use a guide that draws what the model returns a value "
                 f"for ({int(is_zero.sum())} of {is_zero.numel()} values).",
                 stacklevel=4,
@@ -287,7 +276,7 @@ class _SelfNormalizedMean(_Estimate):
         (w, wg), (ww, wwg, wwgg) = self.first, self.second
         if bool((w == 0).any()):
             raise ValueError(
-                "estimate_expectation: expected draws with weights above zero, and all "
+                f"{NAME}: expected draws with weights above zero, and all "
                 f"{self.statistics.num_samples} weights are zero: the guide's support misses what "
                 "the data allow."
             )

@@ -3,112 +3,107 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.handlers import SharedSubsamples, is_delta
+from pyro_ext.infer.data_blocks import DataBlock
+from pyro_ext.infer.handlers import is_delta
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
+from pyro_ext.infer.proposals import PriorProposal
 
 
-@dataclass(frozen=True)
 class ParticleStream:
     """The draws that an estimate by importance sampling is made of.
 
-    :ivar owner: the name of the estimate, for errors.
-    :ivar model: the model.
-    :ivar guide: the guide; None for the prior.
-    :ivar num_samples: the number of draws.
-    :ivar chunk_size: how many run at once, vectorised unless it is 1; None for the default.
-    :ivar default_chunk_size: that one, unless the draws are fewer.
-    :ivar max_plate_nesting: the number of nested plates; guessed if infinite.
-    :ivar progress_bar: whether to show one.
+    :param str owner: the name of the estimate, for errors.
+    :param model: the model.
+    :param guide: the guide; None for the prior.
+    :param int num_samples: the number of draws.
+    :param int chunk_size: how many run at once, vectorised unless it is 1; None for the default.
+    :param int default_chunk_size: that one, unless the draws are fewer.
+    :param max_plate_nesting: the number of nested plates; guessed if infinite.
     """
 
-    owner: str
-    model: Callable
-    guide: Callable | None
-    num_samples: int
-    chunk_size: int | None
-    default_chunk_size: int
-    max_plate_nesting: float = math.inf
-    progress_bar: bool = False
-
-    def __post_init__(self) -> None:
-        check_integer(self.owner, "num_samples", self.num_samples, 1)
-        if self.chunk_size is not None:
-            check_integer(self.owner, "chunk_size", self.chunk_size, 1)
-
-    @property
-    def is_vectorized(self) -> bool:
-        """Whether several particles run at once."""
-        return self._size > 1
-
-    @property
-    def _size(self) -> int:
-        return self.chunk_size or min(self.num_samples, self.default_chunk_size)
+    def __init__(
+        self,
+        owner: str,
+        model: Callable,
+        guide: Callable | None,
+        num_samples: int,
+        chunk_size: int | None,
+        default_chunk_size: int,
+        max_plate_nesting: float = math.inf,
+    ) -> None:
+        check_integer(owner, "num_samples", num_samples, 1)
+        if chunk_size is not None:
+            check_integer(owner, "chunk_size", chunk_size, 1)
+        size = chunk_size or min(num_samples, default_chunk_size)
+        self.owner = owner
+        self.model = model
+        self.guide = PriorProposal(model) if guide is None else guide
+        self.num_samples = num_samples
+        self.is_vectorized = size > 1
+        # Never fewer than two at once: it takes two to see what depends on the particle.
+        self._elbo = ImportanceWeightedELBO(
+            max(size, 2), vectorize_particles=size > 1, max_plate_nesting=max_plate_nesting
+        )
+        self._was_looked_at = False
 
     def draw(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[tuple[Particles, int, "tqdm[Any]"]]:
-        """Particles, how many of them to use, and the progress bar, chunk by chunk."""
-        # Never fewer than two at once: it takes two to see what depends on the particle.
-        elbo = ImportanceWeightedELBO(
-            max(self._size, 2),
-            vectorize_particles=self.is_vectorized,
-            max_plate_nesting=self.max_plate_nesting,
-        )
-        guide = PriorProposal(self.model) if self.guide is None else self.guide
-        subsamples = SharedSubsamples()
-        hidden = not self.progress_bar
-        with tqdm(total=self.num_samples, desc=self.owner, unit="draw", disable=hidden) as bar:
-            for start in range(0, self.num_samples, elbo.num_particles):
-                rest = self.num_samples - start
-                num_particles = max(2, min(elbo.num_particles, rest))
-                particles = elbo.trace_particles(
-                    self.model, guide, args, kwargs, subsamples, num_particles
-                )
-                num_used = min(num_particles, rest)
-                self._check(particles, num_used)
-                if start == 0:
-                    _warn_of_points(particles)
-                yield particles, num_used, bar
+        self, block: DataBlock, start: int = 0, bar: "tqdm[Any] | None" = None
+    ) -> Iterator[tuple[Particles, int]]:
+        """Particles, and how many of them to use, chunk by chunk.
+
+        :param DataBlock block: what the programs run on.
+        :param int start: how many draws there are already.
+        :param bar: a progress bar to count them on.
+        """
+        for first in range(start, self.num_samples, self._elbo.num_particles):
+            rest = self.num_samples - first
+            num_particles = max(2, min(self._elbo.num_particles, rest))
+            particles = self.run(block, num_particles)
+            num_used = min(num_particles, rest)
+            self._check(particles, num_used, block)
+            if not self._was_looked_at:
+                _warn_of_points(particles)
+                self._was_looked_at = True
+            yield particles, num_used
+            if bar is not None:
                 bar.update(num_used)
 
-    def _check(self, particles: Particles, num_used: int) -> None:
+    def run(self, block: DataBlock, num_particles: int = 2) -> Particles:
+        """Some particles."""
+        return self._elbo.trace_particles(
+            self.model, self.guide, block.args, block.kwargs, block.subsamples, num_particles
+        )
+
+    def _check(self, particles: Particles, num_used: int, block: DataBlock) -> None:
         log_w = particles.log_w[:num_used]
         for is_bad, value in ((log_w.isnan(), math.nan), (log_w.isposinf(), math.inf)):
             if is_bad.any():
-                what = f"{self.owner}: a log weight{data_points(is_bad.any(0))}"
-                raise_not_finite(what, value, particles)
+                where = data_points(is_bad.any(0), block.offset(particles.plates))
+                raise_not_finite(f"{self.owner}: a log weight{where}", value, particles)
 
 
-class PriorProposal:
-    """The prior of a model as a guide: its latent sites, without what is observed."""
+def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> str:
+    """Names the data points that are chosen, for a message; empty if there is only one in all.
 
-    def __init__(self, model: Callable) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Draws the latent sites."""
-        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
-            self.model(*args, **kwargs)
-
-
-def data_points(chosen: Tensor, most: int = 5) -> str:
-    """Names the data points that are chosen, for a message; empty if there is only one in all."""
+    :param tuple offset: what to add to their indices.
+    """
     if chosen.dim() == 0:
         return ""
-    indices = [tuple(row) if len(row) > 1 else row[0] for row in chosen.nonzero().tolist()]
+    shift = torch.tensor(offset or (0,) * chosen.dim(), device=chosen.device)
+    rows = (chosen.nonzero() + shift).tolist()
+    indices = [tuple(row) if len(row) > 1 else row[0] for row in rows]
     more = f" and {len(indices) - most} more" if len(indices) > most else ""
-    return f" for data points {indices[:most]}{more}, of {chosen.numel()}"
+    of = f"{chosen.numel()} in this block" if any(offset) else chosen.numel()
+    return f" for data points {indices[:most]}{more}, of {of}"
 
 
 def _warn_of_points(particles: Particles) -> None:

@@ -1,5 +1,6 @@
 """Statistics of importance weights that come in chunks."""
 
+import copy
 import math
 
 import torch
@@ -10,7 +11,7 @@ from pyro_ext.ops.log_mean_exp import log_mean_exp
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k_of_largest, tail_size
 from pyro_ext.ops.precision import accumulation_dtype
 
-#: The largest number of blocks whose means are kept for the jackknife.
+#: The largest number of blocks whose means are kept for the jackknife; even, to be merged in pairs.
 MAX_BLOCKS = 1024
 
 
@@ -65,7 +66,8 @@ class WeightStatistics:
     r"""Mean, spread, tail and jackknife of importance weights, given in chunks.
 
     What is kept for each data point is a few sums, the :math:`3 \sqrt S` largest weights, and the
-    means of at most :data:`MAX_BLOCKS` blocks of draws; hence memory that hardly grows with S.
+    means of at most :data:`MAX_BLOCKS` blocks of draws; hence memory that hardly grows with S. A
+    block is one draw until there are more than that, then two, then four, and so on.
 
     The jackknife is taken over the block means in place of the draws. They are independent weights
     with the same mean, so that it removes the same terms of the bias: with G blocks of b draws the
@@ -73,7 +75,7 @@ class WeightStatistics:
     mean fall with b as those of the mean of all draws fall with S. What is left is
     :math:`O(S^{-(m + 1)})` for order m.
 
-    :param int num_samples: the number of draws S that is planned, which sizes tail and blocks.
+    :param int num_samples: the number of draws S that is planned, which sizes the tail.
 
     >>> statistics = WeightStatistics(num_samples=4)
     >>> for chunk in torch.tensor([[0.0, 0.0], [1.0, 3.0]]).double().log():
@@ -85,7 +87,7 @@ class WeightStatistics:
     def __init__(self, num_samples: int) -> None:
         self._moments = LogMoments()
         self._tail_size = tail_size(num_samples)
-        self._block_size = -(-num_samples // MAX_BLOCKS)
+        self._block_size = 1
         self._tail = self._pending = torch.empty(0)
         self._blocks: list[Tensor] = []
 
@@ -100,12 +102,29 @@ class WeightStatistics:
         self._moments.update(log_w)
         tail = torch.cat([self._tail, log_w])
         self._tail = tail.topk(min(self._tail_size + 1, len(tail)), dim=0, sorted=True).values
-        pending = torch.cat([self._pending, log_w])
-        num_blocks = len(pending) // self._block_size
-        if num_blocks:
-            whole = pending[: num_blocks * self._block_size].unflatten(0, (num_blocks, -1))
-            self._blocks.append(log_mean_exp(whole, dim=1))
-        self._pending = pending[num_blocks * self._block_size :].clone()
+        self._pending = torch.cat([self._pending, log_w])
+        while len(self._pending) >= self._block_size:
+            self._fill_blocks()
+        self._pending = self._pending.clone()
+
+    def _fill_blocks(self) -> None:
+        room = MAX_BLOCKS - sum(map(len, self._blocks))
+        if room == 0:
+            pairs = torch.cat(self._blocks).unflatten(0, (MAX_BLOCKS // 2, 2))
+            self._blocks = [log_mean_exp(pairs, dim=1)]
+            self._block_size *= 2
+            return
+        number = min(room, len(self._pending) // self._block_size)
+        whole, self._pending = self._pending.tensor_split([number * self._block_size])
+        self._blocks.append(log_mean_exp(whole.unflatten(0, (number, -1)), dim=1))
+
+    def __copy__(self) -> "WeightStatistics":
+        """One that can be updated by itself: updates replace tensors, and change none."""
+        twin = object.__new__(WeightStatistics)
+        twin.__dict__ |= self.__dict__
+        twin._moments = copy.copy(self._moments)
+        twin._blocks = list(self._blocks)
+        return twin
 
     @property
     def num_samples(self) -> int:
@@ -140,7 +159,7 @@ class WeightStatistics:
     def jackknife(self, order: int) -> Tensor:
         """The jackknife estimate of the log evidence, over blocks where draws are many.
 
-        NaN where there are too few blocks, as after a stop before the number that was planned.
+        NaN where there are too few draws.
 
         :param int order: the order m, smaller than the number of draws.
         """

@@ -1,5 +1,6 @@
 """Running statistics against those of all weights at once, and the block jackknife's bias."""
 
+import copy
 import math
 
 import mpmath
@@ -78,6 +79,24 @@ def test_the_jackknife_over_blocks():
     torch.testing.assert_close(statistics.jackknife(2), jackknife(means, 2))
     assert statistics_of(log_w[:24], 24).jackknife(12).isnan()
     early = statistics_of(log_w[:7], 7, num_samples=4096)
-    assert early.jackknife(0).isfinite()
-    assert early.jackknife(1).isnan()
-    torch.testing.assert_close(early.log_mean, log_mean_exp(log_w[:7]))
+    torch.testing.assert_close(early.jackknife(1), jackknife(log_w[:7], 1))
+    # Pairs are merged when there is no room left, whatever the chunks; 1,025 is odd.
+    for chunks in (1, 10, 1025):
+        merged = statistics_of(log_w[:1025], chunks)
+        means = log_mean_exp(log_w[:1024].unflatten(0, (512, 2)).T)
+        corrected = jackknife(means, 1) - log_mean_exp(means)
+        torch.testing.assert_close(merged.jackknife(1), merged.log_mean + corrected)
+
+
+def test_a_copy_is_updated_by_itself():
+    log_w = torch.randn(3000, 2, **F64)
+    statistics = statistics_of(log_w[:2000], 30, num_samples=3000)
+    before = (statistics.log_mean, statistics.ess, statistics.pareto_k, statistics.jackknife(1))
+    twin = copy.copy(statistics)
+    twin.update(log_w[2000:])
+    after = (statistics.log_mean, statistics.ess, statistics.pareto_k, statistics.jackknife(1))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    at_once = statistics_of(log_w, 3000)
+    torch.testing.assert_close(twin.log_mean, at_once.log_mean)
+    torch.testing.assert_close(twin.pareto_k, at_once.pareto_k)
+    torch.testing.assert_close(twin.jackknife(1), at_once.jackknife(1))
