@@ -1,5 +1,6 @@
 """Estimators: ELBO classes for Pyro, and the evidence that they bound."""
 
+from pyro_ext.infer.annealing import AnnealedEvidence, annealed_importance_sampling
 from pyro_ext.infer.combined import CombinedELBO
 from pyro_ext.infer.evidence import Evidence, EvidenceHistory
 from pyro_ext.infer.evidence_state import EvidenceState
@@ -18,6 +19,7 @@ from pyro_ext.infer.thermodynamic import ThermodynamicELBO
 from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
 
 __all__ = [
+    "AnnealedEvidence",
     "CombinedELBO",
     "CyclicalKL",
     "Evidence",
@@ -38,6 +40,7 @@ __all__ = [
     "ThermodynamicELBO",
     "UniformKL",
     "VariationalRenyiELBO",
+    "annealed_importance_sampling",
     "estimate_evidence",
     "estimate_expectation",
     "gradient_diagnostics",

@@ -112,8 +112,10 @@ def estimate_expectation(
     with tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar) as bar:
         for particles, num_used in stream.draw(block, bar=bar):
             log_w, value = _weights_and_values(particles)
+            has_observations = _has_observations(particles)
+            del particles
             if estimate is None:
-                kind = _SelfNormalizedMean if _has_observations(particles) else _Mean
+                kind = _SelfNormalizedMean if has_observations else _Mean
                 estimate = kind(num_samples, value)
             estimate.update(log_w[:num_used], value[:num_used])
     assert estimate is not None  # there is at least one chunk

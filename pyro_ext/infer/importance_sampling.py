@@ -109,7 +109,7 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    orders = _checked_orders(jackknife_orders, num_samples)
+    orders = checked_orders(NAME, jackknife_orders, num_samples)
     if target_std_error is not None:
         check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
     _check_blocks(data_plate, batch_size, data_loader)
@@ -136,7 +136,11 @@ def estimate_evidence(
         blocks = iter([DataBlock(args, kwargs)])
     with tqdm(desc=NAME, unit="draw", disable=not progress_bar) as bar:
         evidence = _Sampler(stream, orders, target_std_error, state, is_kept, bar).run(blocks)
-    _warn_of_heavy_tails(evidence)
+    warn_of_heavy_tails(
+        NAME,
+        evidence,
+        "Widen the guide (proposal_scale=1.5) or train it further; more draws help slowly.",
+    )
     return evidence
 
 
@@ -216,6 +220,7 @@ class _Sampler:
                 num_new = block.num_new_rows(particles)
                 dim = 1 + state.position
                 log_w = log_w.narrow(dim, log_w.shape[dim] - num_new, num_new)
+            del particles
             self.num_chunks += 1
             state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks)
             self.state.blocks[index] = state
@@ -256,29 +261,32 @@ class _Sampler:
         self.bar.set_postfix_str(f"{total / sum(mean.numel() for mean in means):.4f} nats")
 
 
-def _warn_of_heavy_tails(evidence: Evidence) -> None:
+def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
+    """Warns, in the name of an estimate, of data points with a Pareto k above 0.7."""
     # Weights that differ by rounding have a tail of nothing else.
     is_heavy = (evidence.pareto_k > 0.7) & (evidence.ess < 0.99 * evidence.num_samples)
     if evidence.num_samples >= MIN_DRAWS and is_heavy.any():
         warnings.warn(
-            f"{NAME}: Pareto k is above 0.7{data_points(is_heavy)}: a few draws carry the "
-            "estimate, and its standard error is too small. Widen the guide (proposal_scale=1.5) "
-            "or train it further; more draws help slowly.",
+            f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}: a few draws carry the "
+            f"estimate, and its standard error is too small. {advice}",
             stacklevel=4,
         )
 
 
-def _checked_orders(jackknife_orders: Iterable[int], num_samples: int) -> tuple[int, ...]:
+def checked_orders(
+    owner: str, jackknife_orders: Iterable[int], num_samples: int
+) -> tuple[int, ...]:
+    """The orders of a jackknife as a tuple; raises a ValueError unless each is below the draws."""
     if not isinstance(jackknife_orders, Iterable):
         raise ValueError(
-            f"{NAME}: expected jackknife_orders to hold integers, got {jackknife_orders!r}."
+            f"{owner}: expected jackknife_orders to hold integers, got {jackknife_orders!r}."
         )
     orders = tuple(jackknife_orders)
     for order in orders:
-        check_integer(NAME, "each of jackknife_orders", order, 0)
+        check_integer(owner, "each of jackknife_orders", order, 0)
         if order >= num_samples:
             raise ValueError(
-                f"{NAME}: expected jackknife_orders below num_samples={num_samples}, "
+                f"{owner}: expected jackknife_orders below the number of draws, {num_samples}, "
                 f"got {orders}; for one draw, pass jackknife_orders=()."
             )
     return orders

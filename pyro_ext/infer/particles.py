@@ -125,7 +125,7 @@ def gather_particles(
         outer_terms.append(OuterTerm(value, site.plates, (program, name) in leaves))
 
     dims = [plate.dim for plate in common if plate.dim is not None]
-    layout = _Layout(
+    layout = Layout(
         traces.num_particles,
         traces.particle_dim,
         torch.Size(plate.size for plate in common),
@@ -186,7 +186,7 @@ def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
                 yield site, term
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Brings log-probabilities of sites to the shape ``(K, *common)``."""
 
     num_particles: int

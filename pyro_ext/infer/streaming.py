@@ -74,6 +74,7 @@ class ParticleStream:
                 _warn_of_points(particles)
                 self._was_looked_at = True
             yield particles, num_used
+            del particles  # nothing of one chunk is to live while another runs
             if bar is not None:
                 bar.update(num_used)
 
