@@ -10,7 +10,13 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, autoguide
 
 from pyro_ext.distributions import NormalScaleMixture
-from pyro_ext.infer import KLWeightedELBO, LinearKL, estimate_evidence
+from pyro_ext.infer import (
+    EvidenceState,
+    KLWeightedELBO,
+    LinearKL,
+    annealed_importance_sampling,
+    estimate_evidence,
+)
 from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
 from pyro_ext.ops import jackknife, jackknife_first_and_second, leave_one_out_log_mean_exp, pareto_k
 from tests.models import Hierarchical, NormalNormal, TwoLayer
@@ -98,9 +104,32 @@ def test_distributions_equal_those_on_the_cpu(name, dtype):
 
 def test_evidence(x):
     programs = NormalNormal(x, exact_guide=True)
-    found = estimate_evidence(programs.model, programs.guide, num_samples=50)
+    state = EvidenceState()
+    options = {"num_samples": 50, "chunk_size": 20, "jackknife_orders": (1, 2)}
+    for blocks in ({"state": state}, {"data_plate": "data", "batch_size": 4}):
+        found = estimate_evidence(programs.model, programs.guide, **options, **blocks)
+        assert found.log_evidence.is_cuda
+        torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+        assert found.to_dataset()["jackknife"].shape == (2, 6)
+    options["num_samples"] = 100
+    more = estimate_evidence(programs.model, programs.guide, state=state, **options)
+    torch.testing.assert_close(more.log_evidence, programs.log_evidence())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_annealing(x, dtype):
+    programs = NormalNormal(x.to(dtype))
+    found = annealed_importance_sampling(
+        programs.model,
+        programs.guide,
+        num_chains=50,
+        num_temperatures=20,
+        exact_sample={"z": programs.x / 2},
+    )
     assert found.log_evidence.is_cuda
-    torch.testing.assert_close(found.log_evidence, programs.log_evidence())
+    assert found.upper.is_cuda
+    error = found.log_evidence - programs.log_evidence()
+    assert (error.abs() < 5 * found.std_error).all()
     assert "nats" in repr(found)
 
 

@@ -75,9 +75,11 @@ class Evidence:
         :param int num_dims: the number of dimensions, such as height x width x channels.
         :raises ValueError: if ``num_dims`` is not positive.
         """
-        if num_dims < 1:
-            raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}.")
-        return -self.log_evidence / (num_dims * math.log(2))
+        return -self.log_evidence * _bits_per_nat(num_dims)
+
+    def bits_per_dim_std_error(self, num_dims: int) -> Tensor:
+        """The standard error of :meth:`bits_per_dim`, with the same argument and error."""
+        return self.std_error * _bits_per_nat(num_dims)
 
     def to_dataset(self) -> Any:
         """An :class:`xarray.Dataset` with the plates as dimensions.
@@ -213,6 +215,12 @@ def concatenate(parts: Sequence[Evidence], dim: int) -> Evidence:
             },
         ),
     )
+
+
+def _bits_per_nat(num_dims: int) -> float:
+    if num_dims < 1:
+        raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}.")
+    return 1 / (num_dims * math.log(2))
 
 
 def _at_sizes(history: EvidenceHistory, sizes: Sequence[int]) -> EvidenceHistory:
