@@ -45,9 +45,10 @@ class AnnealedEvidence(Evidence):
     def to_dataset(self) -> Any:
         """As :meth:`Evidence.to_dataset`, with ``acceptance`` and ``upper`` where there is one."""
         dataset = super().to_dataset()
-        dataset["acceptance"] = (self.plates, self.acceptance.cpu().numpy())
+        plates = dataset["log_evidence"].dims
+        dataset["acceptance"] = (plates, self.acceptance.cpu().numpy())
         if self.upper is not None:
-            dataset["upper"] = (self.plates, self.upper.cpu().numpy())
+            dataset["upper"] = (plates, self.upper.cpu().numpy())
         return dataset
 
     def __repr__(self) -> str:
@@ -136,7 +137,6 @@ def annealed_importance_sampling(
     >>> bool(((found.log_evidence - exact).abs() < 0.5).all() and (found.upper > exact - 0.5).all())
     True
     """
-    orders = checked_orders(NAME, jackknife_orders, num_chains)
     for name, value in (
         ("num_chains", num_chains),
         ("num_temperatures", num_temperatures),
@@ -144,6 +144,7 @@ def annealed_importance_sampling(
         ("chunk_size", 1 if chunk_size is None else chunk_size),
     ):
         check_integer(NAME, name, value, 1)
+    orders = checked_orders(NAME, jackknife_orders, num_chains)
     check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
     betas = _inverse_temperatures(ladder, num_temperatures)
     programs = UnconstrainedPrograms(

@@ -66,7 +66,9 @@ class DataBlock:
         if self.is_whole:
             return ()
         position = self.position(plates)
-        return tuple(self.first_row * (i == position) for i in range(len(plates)))
+        rows = self.subsamples
+        start = rows.start if isinstance(rows, RowsOfPlate) else self.first_row
+        return tuple(start * (i == position) for i in range(len(plates)))
 
     def num_new_rows(self, particles: Particles) -> int:
         """How many rows of the block, the last ones, no earlier block had."""
@@ -106,7 +108,7 @@ class RowsOfPlate(SharedSubsamples):
         self.plate = plate
         self.batch_size = batch_size
         self.size = size
-        self.first_row = 0
+        self.first_row = self.start = 0
 
     def _pyro_sample(self, msg: Any) -> None:
         if not (site_is_subsample(msg) and msg["name"] == self.plate):
@@ -116,8 +118,8 @@ class RowsOfPlate(SharedSubsamples):
         own_size = msg["fn"].subsample_size
         stop = min(self.first_row + self.batch_size, size)
         # A plate with a subsample size insists on it: the last block goes back over known rows.
-        start = self.first_row if own_size is None else max(0, stop - own_size)
-        rows = torch.arange(start, stop, device=msg["fn"].device)
+        self.start = self.first_row if own_size is None else max(0, stop - own_size)
+        rows = torch.arange(self.start, stop, device=msg["fn"].device)
         found = None
         if own_size is not None and own_size != min(self.batch_size, size):
             found = f"subsample_size={own_size}"

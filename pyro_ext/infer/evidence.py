@@ -92,15 +92,17 @@ class Evidence:
         import xarray as xr
 
         orders = list(self.jackknife)
+        taken = {"order", "num_samples", "log_evidence", "std_error", "ess", "pareto_k"}
+        plates = tuple(f"{name}_plate" if name in taken else name for name in self.plates)
         variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-            name: (self.plates, getattr(self, name).cpu().numpy())
+            name: (plates, getattr(self, name).cpu().numpy())
             for name in ("log_evidence", "std_error", "ess", "pareto_k")
         }
-        along = ("num_samples", *self.plates)
+        along = ("num_samples", *plates)
         for name in ("log_evidence", "std_error"):
             variables[f"history_{name}"] = (along, getattr(self.history, name).cpu().numpy())
         for name, dims, estimates in (
-            ("jackknife", self.plates, self.jackknife),
+            ("jackknife", plates, self.jackknife),
             ("history_jackknife", along, self.history.jackknife),
         ):
             if orders:
@@ -156,7 +158,10 @@ class Evidence:
         for chosen, color in ((~is_heavy, "C0"), (is_heavy, "C3")):
             axes.scatter(index[chosen], pareto_k[chosen], s=12, color=color)
         axes.axhline(0.7, color="black", linewidth=0.8, linestyle="--")
-        axes.set(xlabel="data point", ylabel="Pareto k", title=f"{is_heavy.sum()} above 0.7")
+        title = f"{is_heavy.sum()} of {len(pareto_k)} above 0.7"
+        if self.num_samples < MIN_DRAWS:
+            title = f"needs {MIN_DRAWS} draws"
+        axes.set(xlabel="data point", ylabel="Pareto k", title=title)
         return axes
 
     def __repr__(self) -> str:

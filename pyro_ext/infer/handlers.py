@@ -258,11 +258,16 @@ def outside_of_local_plate(program: str, name: str) -> str:
     )
 
 
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a Delta, possibly expanded, masked or with event dims."""
+def base_of(fn: Any) -> Any:
+    """A distribution without what expands or masks it, or gives it event dims."""
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return fn
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a Delta, possibly expanded, masked or with event dims."""
+    return isinstance(base_of(fn), Delta)
 
 
 def is_masked_out(site: Any) -> bool:

@@ -68,6 +68,40 @@ def _slopes(
     programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
 ) -> tuple[Densities, dict[str, Tensor]]:
     """The densities, and the gradient of the annealed one."""
+    try:
+        return _slopes_of_all(programs, positions, beta)
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
+            raise
+    # One chain at least has come to a singular matrix: find out which, and keep it from moving.
+    num_chains = len(next(iter(positions.values())))
+    rows = [
+        _slopes_of_one(programs, {name: u[[i, i]] for name, u in positions.items()}, beta)
+        for i in range(num_chains)
+    ]
+    densities = Densities(*map(torch.cat, zip(*(row[0] for row in rows), strict=True)))
+    return densities, {name: torch.cat([row[1][name] for row in rows]) for name in positions}
+
+
+def _slopes_of_one(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
+    """The same of one chain, which is given twice; densities of zero where there are none."""
+    try:
+        densities, slopes = _slopes_of_all(programs, positions, beta)
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
+            raise
+        zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)
+        return Densities(*[torch.full_like(zero, -math.inf)] * 3), {
+            name: torch.zeros_like(u[:1]) for name, u in positions.items()
+        }
+    return Densities(*(x[:1] for x in densities)), {name: s[:1] for name, s in slopes.items()}
+
+
+def _slopes_of_all(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
     with torch.enable_grad():
         leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
         densities = programs(leaves)
@@ -83,4 +117,4 @@ def _kinetic_energy(programs: UnconstrainedPrograms, momenta: dict[str, Tensor])
         event_dims = list(range(-programs.num_event_dims(p), 0))
         squares = p.square() / 2
         terms.append(squares.sum(event_dims) if event_dims else squares)
-    return programs.sum_out(terms)
+    return programs.sum_out(terms, len(terms[0]))

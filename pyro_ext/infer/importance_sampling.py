@@ -1,3 +1,4 @@
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,11 @@ from pyro_ext.infer.data_blocks import (
     blocks_of_plate,
 )
 from pyro_ext.infer.evidence import Evidence, concatenate
-from pyro_ext.infer.evidence_state import BlockState, EvidenceState
+from pyro_ext.infer.evidence_state import BlockDraws, BlockState, EvidenceState
 from pyro_ext.infer.proposals import WidenedProposal
 from pyro_ext.infer.streaming import ParticleStream, data_points
 from pyro_ext.ops import MIN_DRAWS
-from pyro_ext.ops.random_state import set_random_state
+from pyro_ext.ops.random_state import get_random_state, set_random_state
 
 NAME = "estimate_evidence"
 
@@ -109,11 +110,11 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    orders = checked_orders(NAME, jackknife_orders, num_samples)
     if target_std_error is not None:
         check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
     _check_blocks(data_plate, batch_size, data_loader)
     stream = ParticleStream(NAME, model, guide, num_samples, chunk_size, 100, max_plate_nesting)
+    orders = checked_orders(NAME, jackknife_orders, num_samples)
     check_real(NAME, "proposal_scale", proposal_scale, 0.0, 1e300)
     if proposal_scale == 0:
         raise ValueError(f"{NAME}: expected proposal_scale > 0, got {proposal_scale!r}.")
@@ -126,6 +127,7 @@ def estimate_evidence(
         proposal_scale=float(proposal_scale),
         data_plate=data_plate,
         batch_size=batch_size,
+        has_data_loader=data_loader is not None,
     )
     if data_loader is not None:
         blocks = blocks_of_loader(data_loader, data_plate, args, kwargs)
@@ -165,6 +167,7 @@ class _Sampler:
         self.parts: list[Evidence] = []
         self.position = self.num_rows = self.num_chunks = 0
         self._resume_from = state.latest
+        self._caller_random_state: Any = None
 
     def run(self, blocks: Iterator[DataBlock]) -> Evidence:
         """The evidence of all blocks, or of what there is at an interrupt."""
@@ -175,8 +178,10 @@ class _Sampler:
                     block.first_row = self.num_rows
                 self._draw(index, block)
                 self._finish(index)
+            self.state.is_complete = True
         except (RuntimeError, ValueError, IndexError) as error:
-            if block is not None and isinstance(block.subsamples, RowsOfPlate):
+            is_ours = str(error).startswith(NAME)
+            if block is not None and isinstance(block.subsamples, RowsOfPlate) and not is_ours:
                 error.add_note(
                     f"With batch_size={block.subsamples.batch_size}, model and guide have to index "
                     f"their data by what pyro.plate('{block.plate}') yields, or pyro.subsample."
@@ -194,6 +199,9 @@ class _Sampler:
                 f"{self.stream.num_samples} draws{rows}.",
                 stacklevel=4,
             )
+        finally:
+            if self._caller_random_state is not None:
+                set_random_state(self._caller_random_state)
         if not self.parts:
             raise ValueError(f"{NAME}: expected a data_loader with batches, got none.")
         return concatenate(self.parts, self.position)
@@ -205,10 +213,7 @@ class _Sampler:
         if start >= self.stream.num_samples or (state is not None and self._is_reached(state)):
             return
         if self._resume_from is not None:
-            # A first run may draw numbers of its own, as to set up an automatic guide.
-            self.stream.run(block)
-            set_random_state(self._resume_from.random_state)
-            self.num_chunks = self._resume_from.serial
+            self._resume(block, self._resume_from)
             self._resume_from = None
         for particles, num_used in self.stream.draw(block, start, self.bar):
             log_w = particles.log_w[:num_used]
@@ -228,6 +233,21 @@ class _Sampler:
             self._show(state, block)
             if self._is_reached(state):
                 break
+
+    def _resume(self, block: DataBlock, draws: BlockDraws) -> None:
+        self.num_chunks = draws.serial
+        if self.state.is_complete:
+            # Neither the numbers that follow on the saved state nor those of a seed: both may have
+            # been used.
+            on_cpu, _ = draws.random_state
+            digest = hashlib.sha256(on_cpu.numpy().tobytes()).digest()
+            self._caller_random_state = get_random_state()
+            torch.manual_seed(int.from_bytes(digest[:8]))
+        else:
+            # A first run may draw numbers of its own, as to set up an automatic guide.
+            self.stream.run(block)
+            set_random_state(draws.random_state)
+        self.state.is_complete = False
 
     def _finish(self, index: int) -> None:
         state = self.state.blocks[index]

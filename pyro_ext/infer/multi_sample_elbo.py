@@ -296,6 +296,9 @@ class MultiSampleELBO(ELBO):
         memory = self._recall(model, guide)
         vectorized = self.vectorize_particles and num_particles > 1
         local_plate = self.local_plate if num_particles > 1 else None
+        # For the runs that find out something, and hide their sites from handlers around them.
+        rows = subsamples or SharedSubsamples()
+        programs = rows(model), rows(guide)
         traces = run_particles(
             model,
             guide,
@@ -303,7 +306,7 @@ class MultiSampleELBO(ELBO):
             kwargs,
             num_particles=num_particles,
             max_plate_nesting=(
-                self._plate_nesting(model, guide, args, kwargs)
+                self._plate_nesting(model, guide, args, kwargs, programs)
                 if vectorized
                 else self.max_plate_nesting
             ),
@@ -321,7 +324,7 @@ class MultiSampleELBO(ELBO):
 
         def has_provenance(site: DensitySite) -> bool:
             if site[:2] not in memory.provenance.seen:
-                memory.provenance = track_provenance(model, guide, args, kwargs, local_plate)
+                memory.provenance = track_provenance(*programs, args, kwargs, local_plate)
             return site[:2] in memory.provenance.dependent
 
         def depends(site: DensitySite) -> bool:
@@ -420,12 +423,18 @@ class MultiSampleELBO(ELBO):
         return self._memory
 
     def _plate_nesting(
-        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        programs: tuple[Callable, Callable] | None = None,
     ) -> float:
         if self.max_plate_nesting != math.inf:
             return self.max_plate_nesting
         memory = self._recall(model, guide)
         if memory.plate_nesting is None:
+            model, guide = programs or (model, guide)
             memory.plate_nesting = self._guess_plate_nesting(model, guide, args, kwargs)
         return memory.plate_nesting
 

@@ -71,7 +71,7 @@ class ParticleStream:
             num_used = min(num_particles, rest)
             self._check(particles, num_used, block)
             if not self._was_looked_at:
-                _warn_of_points(particles)
+                warn_of_points(particles)
                 self._was_looked_at = True
             yield particles, num_used
             del particles  # nothing of one chunk is to live while another runs
@@ -107,7 +107,8 @@ def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> 
     return f" for data points {indices[:most]}{more}, of {of}"
 
 
-def _warn_of_points(particles: Particles) -> None:
+def warn_of_points(particles: Particles) -> None:
+    """Warns of sites that a guide puts at one point."""
     site: Any
     for name, site in particles.guide_traces[0].iter_stochastic_nodes():
         if not is_delta(site["fn"]):

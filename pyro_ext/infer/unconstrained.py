@@ -4,17 +4,28 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_ext.infer.data_blocks import DataBlock
-from pyro_ext.infer.handlers import PARTICLE_PLATE, SiteError, is_delta
+from pyro_ext.infer.handlers import (
+    PARTICLE_PLATE,
+    SiteError,
+    base_of,
+    is_delta,
+    is_masked_out,
+)
 from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.particles import Layout, Particles
-from pyro_ext.infer.streaming import data_points
+from pyro_ext.infer.plates import DensitySite, density_sites
+from pyro_ext.infer.streaming import data_points, warn_of_points
+
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 class UnconstrainedSites(Messenger):
@@ -48,6 +59,11 @@ class UnconstrainedSites(Messenger):
         if msg["value"] is not None or not _is_latent(msg):
             return
         name = msg["name"]
+        if is_masked_out(msg):
+            raise SiteError(
+                f"{self.owner}: expected latent sites with a density, got site '{name}', which is "
+                "masked out. Remove it from the model and the guide."
+            )
         self._of_guide.add(name)
         if self.given is not None:
             transform = self._transform(msg)
@@ -69,14 +85,15 @@ class UnconstrainedSites(Messenger):
     def _transform(self, msg: Any) -> Any:
         support = msg["fn"].support
         try:
-            if support.is_discrete:
+            # A circle is said to have the real line for support, on which its density is improper.
+            if support.is_discrete or isinstance(base_of(msg["fn"]), CIRCULAR):
                 raise NotImplementedError
             return biject_to(support)
         except NotImplementedError:
             raise SiteError(
                 f"{self.owner}: expected continuous latent sites that map to unconstrained space, "
-                f"got site '{msg['name']}' with support {support}. Sum it out of the model, or use "
-                "estimate_evidence."
+                f"got site '{msg['name']}', {msg['fn']}, with support {support}. Sum it out of the "
+                "model, or use estimate_evidence."
             ) from None
 
 
@@ -132,7 +149,6 @@ class UnconstrainedPrograms:
         self.guide = guide
         self.block = block
         self._elbo = ImportanceWeightedELBO(2, max_plate_nesting=max_plate_nesting)
-        self._num_particles = 0
         self._particle_dim = 0
         self.plates: tuple[Any, ...] = ()
         self.outer = 0.0
@@ -157,31 +173,52 @@ class UnconstrainedPrograms:
                 f"{self.owner}: expected exact_sample to hold the latent sites of the guide, "
                 f"{sorted(sites.positions)}, got {sorted(sample)}."
             )
+        warn_of_points(particles)
+        self._particle_dim = sites.particle_dim
+        self.plates = particles.plates
+        self.outer = float(particles.outer)
+        self._refuse_scales(particles)
         log_w = particles.log_w
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))
             raise ValueError(
                 f"{self.owner}: expected finite log weights, got NaN{where} for draws of the guide."
             )
-        self._num_particles, self._particle_dim = num_particles, sites.particle_dim
-        self.plates = particles.plates
-        self.outer = float(particles.outer)
         return sites.positions
+
+    def _refuse_scales(self, particles: Particles) -> None:
+        """Raises if the guide's density is scaled, beyond what lies outside of the weights."""
+        sites = density_sites("guide", particles.guide_traces[0])
+        terms = [_log_prob(site) for site in sites]
+        log_q = self.sum_out(terms, len(particles.log_q))
+        if not torch.allclose(log_q, particles.log_q, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"{self.owner}: expected latent sites without poutine.scale, or one scale around "
+                f"all of model and guide; among the guide's sites {[site.name for site in sites]} "
+                "there is one with a scale of its own, with which q is no density."
+            )
 
     def __call__(self, positions: dict[str, Tensor]) -> Densities:
         """The densities at some positions."""
         sites = UnconstrainedSites(self.owner, positions)
+        num_particles = len(next(iter(positions.values())))
         # A proposal may lie so far out that a value overflows: it is then rejected.
         with pyro.validation_enabled(False):
-            particles = self._trace(sites, self._num_particles)
-        log_det = self.sum_out(list(sites.log_dets.values()))
+            particles = self._trace(sites, num_particles)
+        # Automatic guides transform a draw, and say by how much in a Delta.
+        deltas = [
+            -_log_prob(site)
+            for site in density_sites("guide", particles.guide_traces[0])
+            if is_delta(site.node["fn"])
+        ]
+        log_det = self.sum_out([*sites.log_dets.values(), *deltas], num_particles)
         return Densities(particles.log_p, particles.log_q, log_det)
 
-    def sum_out(self, terms: list[Tensor]) -> Tensor:
+    def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
         """The sum of terms with the batch dims of sites, of shape ``(C, *common)``."""
         dims = {self._particle_dim, *(plate.dim for plate in self.plates)}
         shape = torch.Size(plate.size for plate in self.plates)
-        layout = Layout(self._num_particles, self._particle_dim, shape, dims, terms[0])
+        layout = Layout(num_particles, self._particle_dim, shape, dims, terms[0])
         return layout.stack([terms])
 
     def num_event_dims(self, position: Tensor) -> int:
@@ -203,3 +240,9 @@ class UnconstrainedPrograms:
             return self._elbo.trace_particles(
                 self.model, self.guide, block.args, block.kwargs, block.subsamples, num_particles
             )
+
+
+def _log_prob(site: DensitySite) -> Tensor:
+    """The log-probability of a site, masked but not scaled."""
+    log_prob = site.node["fn"].log_prob(site.node["value"])
+    return scale_and_mask(log_prob, mask=site.node["mask"])

@@ -13,6 +13,8 @@ from pyro_ext.ops.precision import accumulation_dtype
 
 #: The largest number of blocks whose means are kept for the jackknife; even, to be merged in pairs.
 MAX_BLOCKS = 1024
+#: How many of the largest weights are kept at least, in case more draws follow than were planned.
+MIN_TAIL = 256
 
 
 class LogMoments:
@@ -65,7 +67,8 @@ class LogMoments:
 class WeightStatistics:
     r"""Mean, spread, tail and jackknife of importance weights, given in chunks.
 
-    What is kept for each data point is a few sums, the :math:`3 \sqrt S` largest weights, and the
+    What is kept for each data point is a few sums, the :math:`3 \sqrt S` largest weights (256 at
+    least), and the
     means of at most :data:`MAX_BLOCKS` blocks of draws; hence memory that hardly grows with S. A
     block is one draw until there are more than that, then two, then four, and so on.
 
@@ -86,10 +89,15 @@ class WeightStatistics:
 
     def __init__(self, num_samples: int) -> None:
         self._moments = LogMoments()
-        self._tail_size = tail_size(num_samples)
+        self._tail_size = 0
+        self.plan(num_samples)
         self._block_size = 1
         self._tail = self._pending = torch.empty(0)
         self._blocks: list[Tensor] = []
+
+    def plan(self, num_samples: int) -> None:
+        """Keeps enough of the largest weights, from now on, for another number of draws."""
+        self._tail_size = max(self._tail_size, MIN_TAIL, tail_size(num_samples))
 
     def update(self, log_w: Tensor) -> None:
         """Adds draws.

@@ -6,7 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 
 from pyro_ext.infer import annealed_importance_sampling
 from tests.models import GlobalNormal, NormalNormal
@@ -165,6 +166,50 @@ def test_automatic_guides(auto_guide):
     assert found.std_error < 0.2
 
 
+@pytest.mark.parametrize(
+    ("auto_guide", "init_scale"),
+    [(AutoNormal, 1.0), (AutoMultivariateNormal, 1.5), (AutoDiagonalNormal, 1.0)],
+)
+def test_the_transforms_of_automatic_guides_count(auto_guide, init_scale):
+    """log s ~ N(0, 1), x ~ N(log s, 1); a Delta of the guide holds the Jacobian of s."""
+    x = torch.tensor(0.7, dtype=torch.float64)
+
+    def model():
+        s = pyro.sample("s", dist.LogNormal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(s.log(), 1.0), obs=x)
+
+    guide = auto_guide(model, init_scale=init_scale)
+    guide()
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(x)
+    runs = [
+        annealed_importance_sampling(
+            model, guide, num_chains=200, num_temperatures=10, num_leapfrog_steps=3
+        )
+        for _ in range(5)
+    ]
+    assert_mean(torch.stack([run.log_evidence - exact for run in runs]).exp(), 1.0)
+    assert all(run.std_error < 0.1 for run in runs)
+
+
+def test_covariances_that_become_singular_reject():
+    """A Gaussian process whose length scale and variance wander far."""
+    t = torch.linspace(0, 1, 12, dtype=torch.float64)
+
+    def model():
+        length, variance, noise = (
+            pyro.sample(name, dist.LogNormal(t.new_zeros(()), 2.0)) for name in "lvs"
+        )
+        distance = (t[:, None] - t).square()
+        covariance = variance[..., None, None] * torch.exp(-distance / length[..., None, None] ** 2)
+        covariance = covariance + noise[..., None, None] ** 2 * torch.eye(12)
+        pyro.sample("x", dist.MultivariateNormal(t.new_zeros(12), covariance), obs=(3 * t).sin())
+
+    found = annealed_importance_sampling(
+        model, num_chains=10, num_temperatures=10, num_leapfrog_steps=3, max_plate_nesting=0
+    )
+    assert found.log_evidence.isfinite()
+
+
 def test_prints_a_table():
     programs = NormalNormal(X)
     found = annealed_importance_sampling(
@@ -207,7 +252,7 @@ def discrete():
 def test_bad_arguments():
     programs = NormalNormal(X)
     pair = (programs.model, programs.guide)
-    with pytest.raises(ValueError, match=r"continuous latent sites .* got site 'k' with support B"):
+    with pytest.raises(ValueError, match=r"continuous latent sites .* got site 'k', Bernoulli"):
         annealed_importance_sampling(discrete)
     for options, message in (
         ({"num_chains": 0}, "num_chains to be an integer >= 1"),
@@ -230,6 +275,46 @@ def test_bad_arguments():
 
     with pytest.raises(ValueError, match="expected the guide to draw a latent site"):
         annealed_importance_sampling(programs.model, points, **FEW)
+
+
+def test_sites_that_annealing_cannot_move():
+    def model(kind):
+        with pyro.plate("data", 4):
+            if kind == "circular":
+                pyro.sample("a", dist.VonMises(X.new_zeros(()), X.new_ones(())))
+            if kind == "masked":
+                pyro.sample("w", dist.Normal(X.new_zeros(()), 1.0).mask(False))
+            with poutine.scale(scale=0.1 if kind == "scaled" else 1.0):
+                z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    for kind, message in (
+        ("circular", "got site 'a', VonMises"),
+        ("masked", "got site 'w', which is masked out"),
+        ("scaled", r"without poutine\.scale, or one scale around all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            annealed_importance_sampling(model, None, kind, **FEW)
+    with poutine.scale(scale=0.1):  # the same around all is no matter
+        found = annealed_importance_sampling(model, None, None, **FEW | {"num_chains": 50})
+    error = found.log_evidence - NormalNormal(X).log_evidence()
+    assert (error.abs() < 5 * found.std_error).all()
+
+
+def test_a_guide_at_one_point_is_warned_of():
+    def model():
+        with pyro.plate("data", 4):
+            a = pyro.sample("a", dist.Normal(X.new_zeros(()), 1.0))
+            z = pyro.sample("z", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    def guide():
+        with pyro.plate("data", 4):
+            pyro.sample("a", dist.Delta(X / 3))
+            pyro.sample("z", dist.Normal(X / 2, 1.0))
+
+    with pytest.warns(UserWarning, match="puts site 'a' at one point"):
+        annealed_importance_sampling(model, guide, **FEW)
 
 
 def test_bad_weights_name_the_data_points():

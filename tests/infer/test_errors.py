@@ -256,7 +256,7 @@ CONSTRUCTORS = {
     ),
     "order of the evidence": (
         lambda: estimate_evidence(model, guide, X, num_samples=2, jackknife_orders=(2,)),
-        r"jackknife_orders below num_samples=2, got \(2,\)",
+        r"jackknife_orders below the number of draws, 2, got \(2,\)",
     ),
 }
 

@@ -193,6 +193,56 @@ def test_a_complete_run_goes_on_to_more_draws(options):
         estimate_evidence(programs.model, programs.guide, jackknife_orders=(), state=state)
 
 
+def test_runs_that_go_on_share_no_draws_with_others():
+    """Neither with a run that followed on the first, nor with one of the same seed."""
+    drawn = []
+
+    def model():
+        drawn.append(pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0)))
+        pyro.sample("x", dist.Normal(drawn[-1], 1.0), obs=X[0])
+
+    options = {"chunk_size": 100, "max_plate_nesting": 0}
+    state = EvidenceState()
+    estimate_evidence(model, num_samples=100, state=state, **options)
+    estimate_evidence(model, num_samples=100, **options)
+    pyro.set_rng_seed(0)
+    before = torch.get_rng_state()
+    estimate_evidence(model, num_samples=200, state=state, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    guide_draws = torch.cat([z.flatten() for z in drawn[::2]])
+    assert len(guide_draws) == 300
+    assert len(guide_draws.unique()) == 300
+
+
+def test_a_state_of_other_data_is_refused():
+    state = EvidenceState()
+    loader = list(X.split(5))
+    estimate_evidence(model_of, guide_of, data_loader=loader, num_samples=10, state=state)
+    with pytest.raises(ValueError, match="has_data_loader=True, with which"):
+        estimate_evidence(model_of, guide_of, X, num_samples=20, state=state)
+    with pytest.raises(ValueError, match=r"shape \(5,\), of which the state is, got \(4,\)"):
+        estimate_evidence(
+            model_of, guide_of, data_loader=list(X.split(4)), num_samples=20, state=state
+        )
+
+
+def test_a_call_that_fails_leaves_the_state_open():
+    programs = NormalNormal(X)
+    state = EvidenceState()
+    with pytest.raises(ValueError, match="data_plate='dat'"):
+        estimate_evidence(
+            programs.model, programs.guide, data_plate="dat", batch_size=4, state=state
+        )
+    found = estimate_evidence(programs.model, programs.guide, num_samples=20, state=state, **ROWS)
+    assert found.log_evidence.shape == (10,)
+
+
+def test_no_run_sees_more_rows_than_a_block():
+    programs = Counted(X)
+    estimate_evidence(programs.model, programs.guide, num_samples=10, **ROWS)
+    assert max(map(len, programs.rows)) == 4
+
+
 def test_an_interrupt_between_blocks_keeps_the_rows_that_are_done():
     programs = NormalNormal(X, exact_guide=True)
     options = {"num_samples": 50, "chunk_size": 50, "max_plate_nesting": 1, **ROWS}
@@ -223,19 +273,24 @@ def test_data_points_are_named_across_blocks():
     bad = torch.zeros(10)
     bad[6] = math.nan
 
-    def model():
-        with pyro.plate("data", 10) as index:
+    def model(subsample_size=None):
+        with pyro.plate("data", 10, subsample_size=subsample_size) as index:
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
             pyro.factor("f", bad[index] + 0 * z)
 
-    def guide():
-        with pyro.plate("data", 10):
+    def guide(subsample_size=None):
+        with pyro.plate("data", 10, subsample_size=subsample_size):
             pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
     with pyro.validation_enabled(False):
         with pytest.raises(ValueError, match=r"for data points \[6\], of 4 in this block"):
             estimate_evidence(model, guide, num_samples=10, **ROWS)
-        bad[6] = -math.inf
+        # The last block goes back over known rows, for a plate with a subsample size.
+        bad[6:] = torch.tensor([0.0, 0.0, 0.0, math.nan])
+        with pytest.raises(ValueError, match=r"for data points \[9\]") as raised:
+            estimate_evidence(model, guide, 4, num_samples=10, **ROWS)
+        assert not hasattr(raised.value, "__notes__")
+        bad[6:] = torch.tensor([-math.inf, 0.0, 0.0, 0.0])
         with pytest.raises(ValueError, match=r"weights are zero for data points \[6\]"):
             estimate_evidence(model, guide, num_samples=10, **ROWS)
 

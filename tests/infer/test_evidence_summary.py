@@ -2,6 +2,8 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -77,7 +79,19 @@ def test_plots():
     assert found.plot_pareto_k(own) is own
     points = torch.tensor(own.collections[0].get_offsets().tolist())
     assert len(points) == (found.pareto_k <= 0.7).sum()
+    few = evidence(num_samples=20)
+    assert few.plot_pareto_k().get_title() == "needs 21 draws"
     plt.close("all")
+
+
+def test_plates_with_the_names_of_other_dims():
+    def model():
+        with pyro.plate("order", 3, dim=-1), pyro.plate("num_samples", 2, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(2, 3))
+
+    dataset = estimate_evidence(model, num_samples=50).to_dataset()
+    assert dataset["log_evidence"].dims == ("num_samples_plate", "order_plate")
 
 
 def test_bits_per_dim_and_its_error():

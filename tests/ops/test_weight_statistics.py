@@ -49,7 +49,7 @@ def test_memory_does_not_grow_with_the_draws(num_samples):
     for _ in range(num_samples // 25):
         statistics.update(torch.randn(25, 2, **F64))
     assert sum(map(len, statistics._blocks)) <= 1024
-    assert len(statistics._tail) <= 3 * math.sqrt(num_samples) + 2
+    assert len(statistics._tail) <= max(256, 3 * math.sqrt(num_samples)) + 2
     assert len(statistics._pending) <= num_samples / 1024 + 1
 
 
@@ -86,6 +86,15 @@ def test_the_jackknife_over_blocks():
         means = log_mean_exp(log_w[:1024].unflatten(0, (512, 2)).T)
         corrected = jackknife(means, 1) - log_mean_exp(means)
         torch.testing.assert_close(merged.jackknife(1), merged.log_mean + corrected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(25, 20_000), (5000, 20_000)])
+def test_the_tail_grows_with_the_plan(before, after):
+    log_w = 2 * torch.randn(after, **F64)
+    statistics = statistics_of(log_w[:before], 25, num_samples=before)
+    statistics.plan(after)
+    statistics.update(log_w[before:])
+    torch.testing.assert_close(statistics.pareto_k, pareto_k(log_w))
 
 
 def test_a_copy_is_updated_by_itself():

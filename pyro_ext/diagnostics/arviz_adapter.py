@@ -1,0 +1,175 @@
+"""Both generations of ArviZ, 0.23 and 1.x, behind a few functions of numpy arrays and labels.
+
+It imports neither torch nor Pyro, so that it can be tested where they are not installed.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+#: Groups whose arrays have one value for each observation, rather than for each draw.
+DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
+
+
+def arviz() -> Any:
+    """The installed ArviZ; imported late, for its import is slow and warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz
+
+    return arviz
+
+
+def has_data_tree() -> bool:
+    """Whether it is of the generation whose container is a DataTree."""
+    return int(arviz().__version__.split(".")[0]) >= 1
+
+
+def to_container(
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+) -> Any:
+    """An InferenceData (ArviZ 0.23) or DataTree (1.x).
+
+    :param groups: from the name of a group to its variables. Those of :data:`DATA_GROUPS` have no
+        sample dims, others have ``(chain, draw)`` on the left.
+    :param dims: from the name of a variable to those of its dims but the sample dims; dims that
+        have no name are called ``<variable>_dim_<i>``.
+    :param coords: from the name of a dim to its labels; integers where there are none.
+    :param attributes: of each group.
+    """
+    import xarray as xr
+
+    datasets = {
+        name: _dataset(variables, name not in DATA_GROUPS, dims, coords, attributes)
+        for name, variables in groups.items()
+        if variables
+    }
+    if has_data_tree():
+        return xr.DataTree.from_dict(datasets)
+    return arviz().InferenceData(**datasets)
+
+
+def _dataset(
+    variables: Mapping[str, np.ndarray],
+    has_draws: bool,
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+) -> Any:
+    import xarray as xr
+
+    arrays = {}
+    sizes: dict[str, int] = {}
+    for name, values in variables.items():
+        sample_dims = ("chain", "draw") if has_draws else ()
+        own = tuple(dims.get(name, ()))
+        num_unnamed = values.ndim - len(sample_dims) - len(own)
+        if num_unnamed < 0:
+            raise ValueError(
+                f"dims of '{name}': expected at most {values.ndim - len(sample_dims)} names for "
+                f"the shape {values.shape[len(sample_dims) :]}, got {list(own)}."
+            )
+        unnamed = tuple(f"{name}_dim_{i}" for i in range(len(own), len(own) + num_unnamed))
+        names = (*sample_dims, *own, *unnamed)
+        for dim, size in zip(names, values.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(
+                    f"dim '{dim}': expected one size in a group, got {sizes[dim]} and {size} (in "
+                    f"'{name}'). Give one of them another name by dims=."
+                )
+        arrays[name] = (names, values)
+    labels = {}
+    for dim, size in sizes.items():
+        labels[dim] = np.arange(size) if dim not in coords else np.asarray(coords[dim])
+        if len(labels[dim]) != size:
+            raise ValueError(f"coords of '{dim}': expected {size} labels, got {len(labels[dim])}.")
+    return xr.Dataset(arrays, labels, dict(attributes))
+
+
+def group(container: Any, name: str) -> Any:
+    """A group as a Dataset, of either container.
+
+    :raises ValueError: if there is none.
+    """
+    has_it = name in container.children if has_data_tree() else hasattr(container, name)
+    if not has_it:
+        raise ValueError(f"expected a group '{name}' in the data, got {group_names(container)}.")
+    found = container[name]
+    return found.to_dataset() if has_data_tree() else found
+
+
+def group_names(container: Any) -> list[str]:
+    """The names of the groups of either container."""
+    return list(container.children) if has_data_tree() else list(container.groups())
+
+
+def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed log weights, normalised, and the Pareto k, over the last axis.
+
+    :param numpy.ndarray log_weights: unnormalised log weights, ``(..., S)``.
+    """
+    if has_data_tree():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from arviz_stats.base import array_stats
+        # This generation takes the log-likelihood, minus the log weight.
+        smoothed, pareto_k = array_stats.psislw(-log_weights)
+    else:
+        smoothed, pareto_k = arviz().psislw(np.array(log_weights))
+    return np.asarray(smoothed), np.asarray(pareto_k)
+
+
+def elpd_data(
+    elpd_i: Any,
+    p_loo: float,
+    pareto_k: Any,
+    num_samples: int,
+) -> Any:
+    """What ``arviz.loo(..., pointwise=True)`` returns, of the installed generation.
+
+    :param elpd_i: a DataArray of expected log pointwise predictive densities.
+    :param float p_loo: the effective number of parameters.
+    :param pareto_k: a DataArray of the same shape.
+    :param int num_samples: the number of draws.
+    """
+    n = elpd_i.size
+    elpd = float(elpd_i.sum())
+    error = float((n * elpd_i.var()) ** 0.5)
+    good_k = min(1 - 1 / np.log10(num_samples), 0.7)
+    is_bad = bool((pareto_k > good_k).any())
+    if has_data_tree():
+        from arviz_stats import utils
+
+        # Early 1.x has one class for every kind.
+        kind = {} if hasattr(utils, "ELPDDataLOO") else {"kind": "loo"}
+        return getattr(utils, "ELPDDataLOO", utils.ELPDData)(
+            **kind,
+            elpd=elpd,
+            se=error,
+            p=p_loo,
+            n_samples=num_samples,
+            n_data_points=n,
+            scale="log",
+            warning=is_bad,
+            good_k=good_k,
+            elpd_i=elpd_i,
+            pareto_k=pareto_k,
+        )
+    values = {
+        "elpd_loo": elpd,
+        "se": error,
+        "p_loo": p_loo,
+        "n_samples": num_samples,
+        "n_data_points": n,
+        "warning": is_bad,
+        "loo_i": elpd_i.rename("loo_i"),
+        "pareto_k": pareto_k,
+        "scale": "log",
+        "good_k": good_k,
+    }
+    return arviz().stats.ELPDData(data=list(values.values()), index=list(values))
