@@ -296,8 +296,7 @@ class MultiSampleELBO(ELBO):
         memory = self._recall(model, guide)
         vectorized = self.vectorize_particles and num_particles > 1
         local_plate = self.local_plate if num_particles > 1 else None
-        # For the runs that find out something, and hide their sites from handlers around them.
-        rows = subsamples or SharedSubsamples()
+        rows = subsamples or SharedSubsamples()  # for runs that hide their sites from handlers
         programs = rows(model), rows(guide)
         traces = run_particles(
             model,

@@ -92,7 +92,8 @@ class WeightStatistics:
         self._tail_size = 0
         self.plan(num_samples)
         self._block_size = 1
-        self._tail = self._pending = torch.empty(0)
+        self._tail: list[Tensor] = []
+        self._pending = torch.empty(0)
         self._blocks: list[Tensor] = []
 
     def plan(self, num_samples: int) -> None:
@@ -106,10 +107,11 @@ class WeightStatistics:
         """
         log_w = log_w.to(accumulation_dtype(log_w.device))
         if self.num_samples == 0:
-            self._tail = self._pending = log_w[:0]
+            self._pending = log_w[:0]
         self._moments.update(log_w)
-        tail = torch.cat([self._tail, log_w])
-        self._tail = tail.topk(min(self._tail_size + 1, len(tail)), dim=0, sorted=True).values
+        self._tail.append(log_w)
+        if sum(map(len, self._tail)) > 2 * self._tail_size:
+            self._tail = [self._largest(self._tail_size + 1)]
         self._pending = torch.cat([self._pending, log_w])
         while len(self._pending) >= self._block_size:
             self._fill_blocks()
@@ -124,14 +126,21 @@ class WeightStatistics:
             return
         number = min(room, len(self._pending) // self._block_size)
         whole, self._pending = self._pending.tensor_split([number * self._block_size])
-        self._blocks.append(log_mean_exp(whole.unflatten(0, (number, -1)), dim=1))
+        if self._block_size > 1:
+            whole = log_mean_exp(whole.unflatten(0, (number, -1)), dim=1)
+        self._blocks.append(whole)
+
+    def _largest(self, number: int) -> Tensor:
+        """The largest weights, in descending order."""
+        tail = torch.cat(self._tail)
+        return tail.topk(min(number, len(tail)), dim=0, sorted=True).values
 
     def __copy__(self) -> "WeightStatistics":
         """One that can be updated by itself: updates replace tensors, and change none."""
         twin = object.__new__(WeightStatistics)
         twin.__dict__ |= self.__dict__
         twin._moments = copy.copy(self._moments)
-        twin._blocks = list(self._blocks)
+        twin._tail, twin._blocks = list(self._tail), list(self._blocks)
         return twin
 
     @property
@@ -162,7 +171,7 @@ class WeightStatistics:
         if self.num_samples < MIN_DRAWS:
             return torch.full_like(self._moments.mean, math.inf)
         size = min(tail_size(self.num_samples), self._tail_size)
-        return pareto_k_of_largest(self._tail[: size + 1].movedim(0, -1))
+        return pareto_k_of_largest(self._largest(size + 1).movedim(0, -1))
 
     def jackknife(self, order: int) -> Tensor:
         """The jackknife estimate of the log evidence, over blocks where draws are many.
