@@ -17,7 +17,12 @@ def arviz() -> Any:
     """The installed ArviZ; imported late, for its import is slow and warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import arviz
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError(
+                "pyro_ext.diagnostics needs ArviZ: pip install 'arviz>=0.23'"
+            ) from error
 
     return arviz
 
@@ -28,7 +33,7 @@ def has_data_tree() -> bool:
 
 
 def to_container(
-    groups: Mapping[str, Mapping[str, np.ndarray]],
+    groups: Mapping[str, Mapping[str, Any]],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Any],
     attributes: Mapping[str, Any],
@@ -36,7 +41,8 @@ def to_container(
     """An InferenceData (ArviZ 0.23) or DataTree (1.x).
 
     :param groups: from the name of a group to its variables. Those of :data:`DATA_GROUPS` have no
-        sample dims, others have ``(chain, draw)`` on the left.
+        sample dims, others have ``(chain, draw)`` on the left; a variable that is a pair has the
+        dims that it names.
     :param dims: from the name of a variable to those of its dims but the sample dims; dims that
         have no name are called ``<variable>_dim_<i>``.
     :param coords: from the name of a dim to its labels; integers where there are none.
@@ -55,7 +61,7 @@ def to_container(
 
 
 def _dataset(
-    variables: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any],
     has_draws: bool,
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Any],
@@ -65,9 +71,11 @@ def _dataset(
 
     arrays = {}
     sizes: dict[str, int] = {}
-    for name, values in variables.items():
-        sample_dims = ("chain", "draw") if has_draws else ()
-        own = tuple(dims.get(name, ()))
+    for name, variable in variables.items():
+        sample_dims: tuple[str, ...] = ("chain", "draw") if has_draws else ()
+        own, values = tuple(dims.get(name, ())), variable
+        if isinstance(variable, tuple):
+            sample_dims, (own, values) = (), variable
         num_unnamed = values.ndim - len(sample_dims) - len(own)
         if num_unnamed < 0:
             raise ValueError(

@@ -1,0 +1,296 @@
+"""Draws of a guide with all that the model makes of them, as numpy arrays with names of dims."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_ext.infer import ImportanceWeightedELBO
+from pyro_ext.infer.data_blocks import RowsOfPlate
+from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.local_plate import ParticlePlate, SharedGlobals
+from pyro_ext.infer.plates import DensitySite, Plate, density_sites, find_common_plates, plates_of
+from pyro_ext.infer.tracing import ParticleTraces, run_particles
+
+
+class SiteArray(NamedTuple):
+    """Values of a site: the names of its plates, and an array ``(draw, *plates, *event)``."""
+
+    plates: tuple[str, ...]
+    values: np.ndarray
+
+    def sum_to(self, plates: Sequence[str]) -> np.ndarray:
+        """Sums over the other plates."""
+        axes = tuple(1 + i for i, name in enumerate(self.plates) if name not in plates)
+        return self.values.sum(axes)
+
+
+#: From the name of a group to its sites. Log-densities of sites are in groups of their own.
+Groups = dict[str, dict[str, SiteArray]]
+
+
+class DrawSource:
+    """A fitted model and guide, to draw from.
+
+    :param model: the model.
+    :param guide: the guide.
+    :param tuple args: positional arguments of both.
+    :param dict kwargs: keyword arguments of both.
+    :param int batch_size: how many draws run at once, vectorised unless it is 1.
+
+    :ivar common: names of the plates around all that is random.
+    :ivar local_plates: names of other plates that hold both latent sites and data.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.args = args
+        self.kwargs = kwargs
+        self.batch_size = batch_size
+        self.is_vectorized = batch_size > 1
+        self.nesting = self._guess_plate_nesting()
+        self._row_plate: Plate | None = None
+        self.common: tuple[str, ...] = ()
+        self.local_plates: tuple[str, ...] = ()
+        self._find_plates()
+
+    def draw(self, num_draws: int, *, predictive: bool) -> Groups:
+        """Draws from the guide.
+
+        :param int num_draws: how many.
+        :param bool predictive: whether to draw observations as well.
+        :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``log_p`` and
+            ``log_q``, and ``posterior_predictive`` if asked for.
+        """
+        return self._in_batches(num_draws, lambda n: self._merge(self._blocks(n, predictive)))
+
+    def draw_prior(self, num_draws: int) -> Groups:
+        """Draws from the model alone: the groups ``prior`` and ``prior_predictive``."""
+
+        def batch(n: int) -> Groups:
+            rows = SharedSubsamples()
+            traces = [self._run_model(n, None, rows) for _ in self._runs(n)]
+            return {
+                "prior": self._arrays(traces, n, _is_latent, _value),
+                "prior_predictive": self._arrays(traces, n, _is_observation, _value),
+            }
+
+        return self._in_batches(num_draws, batch)
+
+    def _in_batches(self, num_draws: int, batch: Callable[[int], Groups]) -> Groups:
+        sizes = [self.batch_size] * (num_draws // self.batch_size)
+        if rest := num_draws - sum(sizes):
+            sizes.append(rest)
+        with torch.no_grad():
+            # One vectorised draw would lack the dim of the draws.
+            parts = [batch(max(2, size) if self.is_vectorized else size) for size in sizes]
+        joined: Groups = {}
+        for group, sites in parts[0].items():
+            if group == "observed_data":
+                joined[group] = sites
+                continue
+            joined[group] = {
+                name: SiteArray(
+                    array.plates,
+                    np.concatenate([part[group][name].values for part in parts])[:num_draws],
+                )
+                for name, array in sites.items()
+            }
+        return joined
+
+    def _guess_plate_nesting(self) -> int:
+        probe = ImportanceWeightedELBO(2, vectorize_particles=False)
+        with torch.no_grad():
+            probe._guess_max_plate_nesting(self.model, self.guide, self.args, self.kwargs)
+        return int(probe.max_plate_nesting)
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether a plate is subsampled."""
+        return self._row_plate is not None
+
+    def _find_plates(self) -> None:
+        """Finds out the plate that is subsampled, and those around all and around some latents."""
+        with torch.no_grad():
+            traces = self._run(2, SharedSubsamples())
+        sites = [
+            site
+            for program, run in (("model", traces.model_traces), ("guide", traces.guide_traces))
+            for site in density_sites(program, run[0])
+        ]
+        subsampled = {p.name: p for s in sites for p in s.plates if p.subsampling_scale != 1}
+        if len(subsampled) > 1:
+            raise ValueError(f"expected at most one subsampled plate, got {sorted(subsampled)}.")
+        self._row_plate = next(iter(subsampled.values()), None)
+
+        def depends(site: DensitySite) -> bool:
+            return not self.is_vectorized or traces.depends_on_particle(site.program, site.name)
+
+        self.common = tuple(plate.name for plate in find_common_plates(sites, depends))
+        of_data = {p.name for s in sites if s.is_observed for p in s.plates}
+        of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
+        self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
+
+    def _blocks(self, num_draws: int, predictive: bool) -> Iterator[Groups]:
+        """The groups of one batch of draws, for the rows of a subsampled plate block by block."""
+        if self._row_plate is None:
+            yield self._groups(num_draws, SharedSubsamples(), predictive)
+            return
+        name, size = self._row_plate.name, self._row_plate.full_size
+        rows = RowsOfPlate(name, self._row_plate.size, size)
+        with SharedGlobals(name):
+            while rows.first_row < size:
+                groups = self._groups(num_draws, rows, predictive)
+                num_new = min(rows.batch_size, size - rows.first_row)
+                for sites in groups.values():
+                    for site, array in sites.items():
+                        if name in array.plates:
+                            axis = 1 + array.plates.index(name)
+                            length = array.values.shape[axis]
+                            new = np.arange(length - num_new, length)
+                            sites[site] = SiteArray(array.plates, array.values.take(new, axis))
+                yield groups
+                rows.first_row += rows.batch_size
+
+    def _merge(self, blocks: Iterable[Groups]) -> Groups:
+        first, *others = blocks
+        name = self._row_plate.name if self._row_plate else ""
+        for group, sites in first.items():
+            for site, array in sites.items():
+                if name in array.plates:
+                    parts = [array.values, *(other[group][site].values for other in others)]
+                    joined = np.concatenate(parts, 1 + array.plates.index(name))
+                    sites[site] = SiteArray(array.plates, joined)
+        return first
+
+    def _groups(self, num_draws: int, rows: SharedSubsamples, predictive: bool) -> Groups:
+        traces = self._run(num_draws, rows)
+        models = traces.model_traces
+        groups = {
+            "posterior": self._arrays(models, num_draws, _is_latent, _value),
+            "log_likelihood": self._arrays(models, num_draws, _is_observation, _log_prob),
+            "observed_data": self._arrays(models[:1], 1, _is_observation, _value),
+            "log_p": self._arrays(models, num_draws, _has_density, _log_prob),
+            "log_q": self._arrays(traces.guide_traces, num_draws, _has_density, _log_prob),
+        }
+        if predictive:
+            drawn = [self._run_model(num_draws, guide, rows) for guide in traces.guide_traces]
+            arrays = self._arrays(drawn, num_draws, _is_observation, _value)
+            groups["posterior_predictive"] = arrays
+        for name, array in groups["posterior"].items():
+            if np.isnan(array.values).any():
+                raise ValueError(
+                    f"expected draws without NaN, got NaN at site '{name}': the fit has diverged."
+                )
+        return groups
+
+    def _runs(self, num_draws: int) -> range:
+        return range(1 if self.is_vectorized else num_draws)
+
+    def _run(self, num_draws: int, rows: SharedSubsamples) -> ParticleTraces:
+        return run_particles(
+            self.model,
+            self.guide,
+            self.args,
+            self.kwargs,
+            num_particles=num_draws,
+            max_plate_nesting=self.nesting,
+            vectorized=self.is_vectorized,
+            subsamples=rows,
+        )
+
+    def _run_model(self, num_draws: int, guide_trace: Any, rows: SharedSubsamples) -> Any:
+        """The trace of the model with nothing observed."""
+        model: Any = poutine.uncondition(self.model)
+        if guide_trace is not None:
+            model = poutine.replay(model, trace=guide_trace)
+        if self.is_vectorized:
+            model = ParticlePlate(num_draws, -self.nesting - 1, None)(model)
+        with rows:
+            return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+
+    def _arrays(
+        self,
+        traces: Sequence[Any],
+        num_draws: int,
+        is_wanted: Callable[[Any], bool],
+        value_of: Callable[[Any], tuple[Tensor, int]],
+    ) -> dict[str, SiteArray]:
+        """The arrays of some sites of one vectorised trace, or of one trace for each draw."""
+        arrays = {}
+        for name, node in traces[0].nodes.items():
+            if node["type"] != "sample" or site_is_subsample(node) or not is_wanted(node):
+                continue
+            plates = sorted(
+                (plate for plate in plates_of(node) if plate.dim is not None),
+                key=lambda plate: plate.dim or 0,
+            )
+            values = [
+                self._lay_out(*value_of(trace.nodes[name]), plates, num_draws) for trace in traces
+            ]
+            stacked = torch.cat(values).cpu().numpy()
+            arrays[name] = SiteArray(tuple(plate.name for plate in plates), stacked)
+        return arrays
+
+    def _lay_out(
+        self, value: Tensor, event_dim: int, plates: Sequence[Plate], num_draws: int
+    ) -> Tensor:
+        """A value of shape ``(draw, *plates, *event)``."""
+        rank = self.nesting + 1
+        if event_dim == value.dim():
+            # As pyro.deterministic has it where no event_dim is given: what is no plate is event.
+            depth = max((-(plate.dim or 0) for plate in plates), default=0)
+            event_dim = max(0, value.dim() - (rank if self.is_vectorized else depth))
+        num_batch = value.dim() - event_dim
+        batch, event = value.shape[:num_batch], value.shape[num_batch:]
+        value = value.reshape((1,) * (rank - len(batch)) + tuple(batch) + tuple(event))
+        sizes = {plate.dim: plate.size for plate in plates}
+        fillers = [dim + rank for dim in range(-rank + 1, 0) if dim not in sizes]
+        shape = [num_draws if self.is_vectorized else 1]
+        shape += [sizes.get(dim, 1) for dim in range(-rank + 1, 0)]
+        value = value.expand(*shape, *event)
+        kept = [i for i in range(value.dim()) if i not in fillers]
+        return value.reshape([value.shape[i] for i in kept])
+
+
+def _is_deterministic(node: Any) -> bool:
+    return bool(node["infer"].get("_deterministic"))
+
+
+def _was_observed(node: Any) -> bool:
+    return bool(node["is_observed"] or node["infer"].get("was_observed"))
+
+
+def _is_latent(node: Any) -> bool:
+    return not _was_observed(node) or _is_deterministic(node)
+
+
+def _is_observation(node: Any) -> bool:
+    return _was_observed(node) and not _is_deterministic(node) and not isinstance(node["fn"], Unit)
+
+
+def _has_density(node: Any) -> bool:
+    return node["mask"] is not False and getattr(node["fn"], "_mask", None) is not False
+
+
+def _value(node: Any) -> tuple[Tensor, int]:
+    return node["value"], node["fn"].event_dim
+
+
+def _log_prob(node: Any) -> tuple[Tensor, int]:
+    log_prob = node["fn"].log_prob(node["value"])
+    return scale_and_mask(log_prob, mask=node["mask"]), 0

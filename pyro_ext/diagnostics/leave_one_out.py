@@ -1,0 +1,155 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
+from pyro_ext.diagnostics.draws import DrawSource, SiteArray
+from pyro_ext.diagnostics.svi_export import draw_source
+from pyro_ext.infer import ImportanceWeightedELBO
+from pyro_ext.infer.arguments import check_integer
+from pyro_ext.ops import log_mean_exp
+
+NAME = "loo"
+
+
+def loo(
+    svi: Any,
+    *,
+    model_args: Sequence[Any] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    num_local_samples: int = 100,
+    var_name: str | None = None,
+    batch_size: int | None = None,
+) -> Any:
+    r"""Leave-one-out cross-validation of a fit by SVI, corrected for the error of the guide.
+
+    .. math::
+
+        \widehat{\mathrm{elpd}}_n = \log \frac{\sum_s r_{sn} \, p(x_n \mid \theta_s)}
+            {\sum_s r_{sn}}, \qquad
+        r_{sn} \propto \frac{p(\theta_s, x)}{q(\theta_s)} \frac{1}{p(x_n \mid \theta_s)}, \qquad
+        \theta_s \sim q
+
+    with Pareto-smoothed r. Here :math:`\theta` stands for the global latent sites alone. Where
+    there are local ones too, :math:`p(x_n \mid \theta) = \int p(x_n, z_n \mid \theta) \, dz_n` is
+    estimated by importance sampling from the guide, for each draw. With
+    :math:`p(x_n \mid z_n, \theta)` in its place, leaving out :math:`x_n` would leave a
+    :math:`z_n` that has seen it: the ratios would be hopeless, and the result too good.
+
+    Without global latent sites there is nothing to leave out a point of: parameters that were
+    learnt as points have seen all data. Use :func:`pyro_ext.infer.estimate_evidence` on data that
+    were held out.
+
+    Sources: Vehtari, Gelman and Gabry (2017), Practical Bayesian Model Evaluation Using
+    Leave-One-Out Cross-Validation and WAIC; Magnusson, Andersen, Jonasson and Vehtari (2019),
+    Bayesian Leave-One-Out Cross-Validation for Large Data.
+
+    :param svi: a :class:`pyro.infer.SVI` or a (model, guide) pair.
+    :param model_args: positional arguments of model and guide.
+    :param model_kwargs: keyword arguments of both.
+    :param int num_samples: draws of the global latent sites, 2 or more.
+    :param int num_local_samples: draws of the local ones for each of these, 2 or more.
+    :param str var_name: the observed site; None if there is one. With local latent sites, all
+        observed sites in their plate count as one.
+    :param int batch_size: how many draws run at once, vectorised unless it is 1; at most 100 by
+        default.
+    :returns: what ``arviz.loo(..., pointwise=True)`` returns: for ``arviz.compare``, and with the
+        Pareto k of each observation.
+    :raises ValueError: if there are no global latent sites, if the observed site is not clear, and
+        where :func:`from_pyro_svi` raises it.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> pyro.set_rng_seed(0)
+    >>> found = loo((model, AutoNormal(model, init_scale=0.5)), model_args=(torch.zeros(3),))
+    >>> found["n_data_points"]
+    3
+    """
+    arviz()
+    check_integer(NAME, "num_samples", num_samples, 2)
+    check_integer(NAME, "num_local_samples", num_local_samples, 2)
+    size = min(num_samples, 100) if batch_size is None else batch_size
+    check_integer(NAME, "batch_size", size, 1)
+    source = draw_source(svi, tuple(model_args), dict(model_kwargs or {}), size)
+    if source.common:
+        raise ValueError(
+            f"{NAME}: expected global latent sites, got latent sites in the plates "
+            f"{list(source.common)} alone. Parameters that were learnt as points leave nothing to "
+            "average: use pyro_ext.infer.estimate_evidence on held-out data."
+        )
+    if source.local_plates:
+        log_weight, log_likelihood = _integrated(source, num_samples, num_local_samples)
+    else:
+        log_weight, log_likelihood = _of_observations(source, num_samples, var_name)
+    return _corrected(log_weight, log_likelihood)
+
+
+def _of_observations(
+    source: DrawSource, num_samples: int, var_name: str | None
+) -> tuple[np.ndarray, SiteArray]:
+    """Log weights of the draws, and the log-likelihood of each observation of a site."""
+    groups = source.draw(num_samples, predictive=False)
+    found = groups["log_likelihood"]
+    if var_name is None and len(found) == 1:
+        (var_name,) = found
+    if var_name not in found:
+        raise ValueError(
+            f"{NAME}: expected var_name to be one of the observed sites {sorted(found)}, got "
+            f"{var_name!r}."
+        )
+    log_p, log_q = (
+        sum(array.sum_to(()).astype(np.float64) for array in groups[name].values())
+        for name in ("log_p", "log_q")
+    )
+    return np.asarray(log_p - log_q), found[var_name]
+
+
+def _integrated(
+    source: DrawSource, num_samples: int, num_local_samples: int
+) -> tuple[np.ndarray, SiteArray]:
+    """The same with the local latent sites integrated out, for each draw of the global ones."""
+    if len(source.local_plates) > 1 or source.is_subsampled:
+        raise ValueError(
+            f"{NAME}: expected local latent sites in one plate, with all of its rows, got the "
+            f"plates {list(source.local_plates)}{', subsampled' if source.is_subsampled else ''}."
+        )
+    (plate,) = source.local_plates
+    elbo = ImportanceWeightedELBO(
+        num_local_samples,
+        vectorize_particles=source.is_vectorized,
+        max_plate_nesting=source.nesting,
+        local_plate=plate,
+    )
+    log_weights, log_likelihoods = [], []
+    for _ in range(num_samples):
+        with torch.no_grad():
+            particles = elbo.trace_particles(source.model, source.guide, source.args, source.kwargs)
+        log_likelihood = log_mean_exp(particles.log_w.double())
+        log_weights.append(float(particles.outer) + log_likelihood.sum().item())
+        log_likelihoods.append(log_likelihood.cpu().numpy())
+    names = tuple(p.name for p in particles.plates)
+    return np.array(log_weights), SiteArray(names, np.stack(log_likelihoods))
+
+
+def _corrected(log_weight: np.ndarray, log_likelihood: SiteArray) -> Any:
+    import xarray as xr
+
+    num_samples = len(log_weight)
+    by_point = np.moveaxis(log_likelihood.values.astype(np.float64), 0, -1)
+    smoothed, pareto_k = psis(log_weight - by_point)
+    elpd = np.logaddexp.reduce(smoothed + by_point, -1)
+    lppd = np.logaddexp.reduce(psis(log_weight)[0] + by_point, -1)
+    dims = log_likelihood.plates
+    return elpd_data(
+        xr.DataArray(elpd, dims=dims),
+        float((lppd - elpd).sum()),
+        xr.DataArray(np.asarray(pareto_k), dims=dims),
+        num_samples,
+    )
