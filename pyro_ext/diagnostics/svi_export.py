@@ -97,7 +97,7 @@ def from_pyro_svi(
         chain = source.draw(num_samples, predictive=posterior_predictive is True)
         if not chain["observed_data"] and not _has_factor(chain):
             raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
-        statistics = _sample_statistics(chain, source.common)
+        statistics = sample_statistics(chain, source.common)
         if resample:
             _resample(chain, statistics, source.common)
         chain["sample_stats"] = statistics
@@ -170,7 +170,7 @@ def _has_factor(groups: Groups) -> bool:
     return bool(groups["log_p"].keys() - groups["posterior"].keys())
 
 
-def _sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, SiteArray]:
+def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, SiteArray]:
     """Log-densities, log weights and their Pareto k, which has no dim of draws."""
 
     def total(group: str, plates: Sequence[str]) -> Any:
