@@ -9,6 +9,8 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, autoguide
 
+from pyro_ext.diagnostics import from_pyro_svi, loo
+from pyro_ext.diagnostics.arviz_adapter import group
 from pyro_ext.distributions import NormalScaleMixture
 from pyro_ext.infer import (
     EvidenceState,
@@ -188,3 +190,19 @@ def test_a_bayesian_module_that_was_moved(handler):
         elbo.schedule.step()
     many = Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
     assert many.differentiable_loss(model, guide, x, y).is_cuda
+
+
+def test_export(x):
+    programs = NormalNormal(x, exact_guide=True)
+    found = from_pyro_svi((programs.model, programs.guide), num_samples=20, resample="psis")
+    posterior = group(found, "posterior")["z"]
+    assert posterior.shape == (1, 20, 6)
+    weights = group(found, "sample_stats")["log_weight_local"].values
+    expected = programs.log_evidence().cpu().expand(1, 20, 6)
+    torch.testing.assert_close(torch.tensor(weights), expected)
+
+
+def test_leave_one_out(x):
+    programs = Hierarchical(x, exact_guide=True)
+    found = loo((programs.model, programs.guide), num_samples=20, num_local_samples=5)
+    assert found["n_data_points"] == 6

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
 from pyro_ext.diagnostics.draws import DrawSource, SiteArray
@@ -23,6 +24,7 @@ def loo(
     num_local_samples: int = 100,
     var_name: str | None = None,
     batch_size: int | None = None,
+    progress_bar: bool = False,
 ) -> Any:
     r"""Leave-one-out cross-validation of a fit by SVI, corrected for the error of the guide.
 
@@ -56,6 +58,7 @@ def loo(
         observed sites in their plate count as one.
     :param int batch_size: how many draws run at once, vectorised unless it is 1; at most 100 by
         default.
+    :param bool progress_bar: whether to show one, where local latent sites are integrated out.
     :returns: what ``arviz.loo(..., pointwise=True)`` returns: for ``arviz.compare``, and with the
         Pareto k of each observation.
     :raises ValueError: if there are no global latent sites, if the observed site is not clear, and
@@ -85,7 +88,9 @@ def loo(
             "average: use pyro_ext.infer.estimate_evidence on held-out data."
         )
     if source.local_plates:
-        log_weight, log_likelihood = _integrated(source, num_samples, num_local_samples)
+        log_weight, log_likelihood = _integrated(
+            source, num_samples, num_local_samples, progress_bar
+        )
     else:
         log_weight, log_likelihood = _of_observations(source, num_samples, var_name)
     return _corrected(log_weight, log_likelihood)
@@ -112,7 +117,7 @@ def _of_observations(
 
 
 def _integrated(
-    source: DrawSource, num_samples: int, num_local_samples: int
+    source: DrawSource, num_samples: int, num_local_samples: int, progress_bar: bool
 ) -> tuple[np.ndarray, SiteArray]:
     """The same with the local latent sites integrated out, for each draw of the global ones."""
     if len(source.local_plates) > 1 or source.is_subsampled:
@@ -128,7 +133,7 @@ def _integrated(
         local_plate=plate,
     )
     log_weights, log_likelihoods = [], []
-    for _ in range(num_samples):
+    for _ in tqdm(range(num_samples), desc=NAME, disable=not progress_bar):
         with torch.no_grad():
             particles = elbo.trace_particles(source.model, source.guide, source.args, source.kwargs)
         log_likelihood = log_mean_exp(particles.log_w.double())

@@ -45,7 +45,8 @@ def from_pyro_svi(
     .. math:: w \propto \frac{p(x, z)}{q(z)},
 
     for each element of the common plates by itself, jointly where there are none. That corrects
-    for the guide's error where the Pareto k is below 0.7.
+    for the guide's error where the Pareto k is below 0.7; ``sample_stats`` stay those of the draws
+    as they came.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;
     Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational

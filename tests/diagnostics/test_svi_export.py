@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pyro
@@ -275,3 +277,14 @@ def test_a_guide_fitted_to_other_data():
     with pytest.raises((ValueError, RuntimeError)) as raised:
         from_pyro_svi((model, guide), model_args=(torch.zeros(5),), num_samples=10)
     assert "fitted to other data" in raised.value.__notes__[0]
+
+
+def test_without_arviz_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install 'arviz>=0\.23'"):
+        from_pyro_svi(pair(GlobalNormal(X)))
+
+
+def test_importing_the_package_imports_no_arviz():
+    command = "import sys, pyro_ext.diagnostics, pyro_ext.infer; assert 'arviz' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], check=True)
