@@ -238,9 +238,9 @@ def draw_figure(
     axes[2].hist(digits[0].numpy(), bins=30)
     axes[2].axvline(0.7, color="black", linewidth=0.8, linestyle="--")
     axes[2].set(title="Autoencoder", xlabel="Pareto k of a digit")
-    rows = [digits[1][start : start + 8].reshape(8, 8, 8) for start in (0, -8 % len(digits[1]))]
-    picture = torch.cat([torch.cat(list(row), 1) for row in rows])
-    axes[3].imshow(picture, cmap="gray_r")
+    shown = nn.functional.pad(torch.cat([digits[1][:8], digits[1][-8:]]).reshape(16, 8, 8), [1] * 4)
+    axes[3].imshow(shown.reshape(4, 4, 10, 10).permute(0, 2, 1, 3).reshape(40, 40), cmap="gray_r")
+    axes[3].axhline(19.5, color="black", linewidth=0.8)
     axes[3].set(title="Largest k above, smallest below", xticks=[], yticks=[])
     figure.savefig(output, dpi=120)
     print(f"\nFigure: {output}")

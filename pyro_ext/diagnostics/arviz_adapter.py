@@ -45,13 +45,21 @@ def to_container(
         dims that it names.
     :param dims: from the name of a variable to those of its dims but the sample dims; dims that
         have no name are called ``<variable>_dim_<i>``.
-    :param coords: from the name of a dim to its labels; integers where there are none.
+    :param coords: from the name of a dim to its labels; integers where there are none, and in
+        groups of predictions where they do not fit.
     :param attributes: of each group.
     """
     import xarray as xr
 
     datasets = {
-        name: _dataset(variables, name not in DATA_GROUPS, dims, coords, attributes)
+        name: _dataset(
+            variables,
+            dims,
+            coords,
+            attributes,
+            has_draws=name not in DATA_GROUPS,
+            is_new=name.startswith("predictions"),
+        )
         for name, variables in groups.items()
         if variables
     }
@@ -62,10 +70,12 @@ def to_container(
 
 def _dataset(
     variables: Mapping[str, Any],
-    has_draws: bool,
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Any],
     attributes: Mapping[str, Any],
+    *,
+    has_draws: bool,
+    is_new: bool,
 ) -> Any:
     import xarray as xr
 
@@ -94,6 +104,8 @@ def _dataset(
     labels = {}
     for dim, size in sizes.items():
         labels[dim] = np.arange(size) if dim not in coords else np.asarray(coords[dim])
+        if is_new and len(labels[dim]) != size:
+            labels[dim] = np.arange(size)
         if len(labels[dim]) != size:
             raise ValueError(f"coords of '{dim}': expected {size} labels, got {len(labels[dim])}.")
     return xr.Dataset(arrays, labels, dict(attributes))
@@ -121,6 +133,10 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     :param numpy.ndarray log_weights: unnormalised log weights, ``(..., S)``.
     """
+    # Weights that differ by rounding have a tail of nothing else.
+    spread = np.ptp(log_weights, axis=-1)
+    is_constant = spread <= 1e-6 * np.maximum(1, np.abs(log_weights).max(-1))
+    log_weights = np.where(is_constant[..., None], 0.0, log_weights)
     if has_data_tree():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,8 +144,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # This generation takes the log-likelihood, minus the log weight.
         smoothed, pareto_k = array_stats.psislw(-log_weights)
     else:
-        smoothed, pareto_k = arviz().psislw(np.array(log_weights))
-    return np.asarray(smoothed), np.asarray(pareto_k)
+        smoothed, pareto_k = arviz().psislw(log_weights)
+    return np.asarray(smoothed), np.where(is_constant, 0.0, pareto_k)
 
 
 def elpd_data(

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,8 @@ def simulation_based_calibration(
     Source: Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational
     Inference.
 
-    :param model: the model; what it observes is simulated, for any data in its arguments.
+    :param model: the model; what it observes is simulated, for any data in its arguments. Its
+        parameters stay as they are.
     :param make_guide: makes a guide from a model, which observes what was simulated, and the
         simulated observations by site: ``lambda model, data: AutoNormal(model)``. When vectorised,
         both have the simulations in a plate to the left of all others; a guide that draws the
@@ -141,11 +143,11 @@ def simulation_based_calibration(
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
     loss = loss or Trace_ELBO()
-    free: Callable = poutine.uncondition(model)
+    free = _with_fixed_parameters(poutine.uncondition(model), args, kwargs)
     num_fits = num_simulations
     if vectorize:
         free, num_fits = _in_plate(free, num_simulations, args, kwargs), 1
-    ranks: dict[str, list[Tensor]] = {}
+    ranks: dict[str, list[Tensor]] = {}  # draws below the truth, ties broken at random
     with tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar) as bar:
         for _ in range(num_fits):
             with pyro.get_param_store().scope():
@@ -160,9 +162,11 @@ def simulation_based_calibration(
                     ranks.setdefault(name, []).append(below if vectorize else below[None])
     fractions = {}
     for name, parts in ranks.items():
-        below = torch.cat(parts).double().reshape(num_simulations, -1)
-        jittered = (below + torch.rand_like(below)) / (num_samples + 1)
-        fractions[name] = jittered.squeeze(1).cpu().numpy()
+        below = torch.cat(parts).reshape(num_simulations, -1)
+        is_wanted = below.isfinite().all(0)
+        if is_wanted.any():
+            fraction = below[:, is_wanted] / (num_samples + 1)
+            fractions[name] = fraction.squeeze(1).cpu().numpy()
     return _tested(fractions)
 
 
@@ -196,11 +200,39 @@ def _simulate(
             continue
         if node["infer"].get("_deterministic"):
             continue
-        found = observations if node["infer"].get("was_observed") else truth
-        found[name] = node["value"].detach()
+        for frame in node["cond_indep_stack"]:
+            if (frame.full_size or frame.size) != frame.size:
+                raise ValueError(
+                    f"{NAME}: expected plates without subsampling, got '{frame.name}' with "
+                    f"{frame.size} of {frame.full_size} rows."
+                )
+        value = node["value"].detach()
+        if node["infer"].get("was_observed"):
+            observations[name] = value
+        elif isinstance(node["mask"], Tensor):
+            # What is masked out says nothing of the guide.
+            mask = node["mask"].reshape(node["mask"].shape + (1,) * node["fn"].event_dim)
+            truth[name] = value.double().where(mask, math.nan)
+        else:
+            truth[name] = value
     if not observations:
         raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
     return truth, observations
+
+
+def _with_fixed_parameters(
+    model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable:
+    """The model with its parameters as they are, hidden from optimisers."""
+    store = pyro.get_param_store()
+    with poutine.block(), torch.no_grad(), store.scope(store.get_state()):
+        trace: Any = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
+    values = {
+        name: node["value"].detach()
+        for name, node in trace.nodes.items()
+        if node["type"] == "param"
+    }
+    return poutine.block(poutine.substitute(model, data=values), hide_types=["param"])
 
 
 def _ranks(
@@ -210,8 +242,9 @@ def _ranks(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """How many draws of each site are below the truth."""
-    below = {name: torch.zeros_like(value) for name, value in truth.items()}
+    """The rank of the truth among the draws of each site, ties broken at random."""
+    below = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in truth.items()}
+    ties = {name: torch.ones_like(count) for name, count in below.items()}
     with torch.no_grad():
         for _ in range(num_samples):
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -224,7 +257,9 @@ def _ranks(
                         f"{tuple(value.shape)}, got {found}."
                     )
                 below[name] += draw < value
-    return below
+                ties[name] += draw == value
+                below[name][value.isnan()] = math.nan
+    return {name: count + ties[name] * torch.rand_like(count) for name, count in below.items()}
 
 
 def _tested(fractions: dict[str, np.ndarray]) -> Calibration:

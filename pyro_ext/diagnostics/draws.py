@@ -1,5 +1,6 @@
 """Draws of a guide with all that the model makes of them, as numpy arrays with names of dims."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.infer.data_blocks import RowsOfPlate
-from pyro_ext.infer.handlers import SharedSubsamples
+from pyro_ext.infer.handlers import SharedSubsamples, lies_in
 from pyro_ext.infer.local_plate import ParticlePlate, SharedGlobals
 from pyro_ext.infer.plates import DensitySite, Plate, density_sites, find_common_plates, plates_of
+from pyro_ext.infer.streaming import warn_of_points
 from pyro_ext.infer.tracing import ParticleTraces, run_particles
 
 
@@ -28,7 +30,7 @@ class SiteArray(NamedTuple):
     def sum_to(self, plates: Sequence[str]) -> np.ndarray:
         """Sums over the other plates."""
         axes = tuple(1 + i for i, name in enumerate(self.plates) if name not in plates)
-        return self.values.sum(axes)
+        return self.values.sum(axes, dtype=np.float64)
 
 
 #: From the name of a group to its sites. Log-densities of sites are in groups of their own.
@@ -66,6 +68,8 @@ class DrawSource:
         self._row_plate: Plate | None = None
         self.common: tuple[str, ...] = ()
         self.local_plates: tuple[str, ...] = ()
+        self._constants: set[str] = set()
+        self._data: dict[str, Tensor] = {}
         self._find_plates()
 
     def draw(self, num_draws: int, *, predictive: bool) -> Groups:
@@ -76,20 +80,94 @@ class DrawSource:
         :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``log_p`` and
             ``log_q``, and ``posterior_predictive`` if asked for.
         """
-        return self._in_batches(num_draws, lambda n: self._merge(self._blocks(n, predictive)))
+
+        def batch(n: int) -> Groups:
+            return self._merge(self._blocks(lambda rows: self._groups(n, rows, predictive)))
+
+        return self._in_batches(num_draws, batch)
 
     def draw_prior(self, num_draws: int) -> Groups:
         """Draws from the model alone: the groups ``prior`` and ``prior_predictive``."""
 
-        def batch(n: int) -> Groups:
-            rows = SharedSubsamples()
-            traces = [self._run_model(n, None, rows) for _ in self._runs(n)]
+        def of_rows(n: int, rows: SharedSubsamples) -> Groups:
+            traces = [self._run_model(n, rows) for _ in self._runs(n)]
             return {
                 "prior": self._arrays(traces, n, _is_latent, _value),
                 "prior_predictive": self._arrays(traces, n, _is_observation, _value),
             }
 
+        def batch(n: int) -> Groups:
+            return self._merge(self._blocks(lambda rows: of_rows(n, rows)))
+
         return self._in_batches(num_draws, batch)
+
+    def draw_predictions(
+        self,
+        posterior: dict[str, SiteArray],
+        names: Iterable[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, SiteArray]:
+        """Observations for other arguments, one for each draw of the posterior.
+
+        Latent sites in the plates of the data are drawn from the model, given the others: the
+        posterior knows nothing of new rows.
+
+        :param dict posterior: the draws.
+        :param names: the sites that were observed.
+        """
+        with torch.no_grad(), poutine.block():
+            probe = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+        nodes: dict[str, Any] = {
+            name: node for name, node in probe.nodes.items() if node["type"] == "sample"
+        }
+        frames = [plate for node in nodes.values() for plate in plates_of(node)]
+        nesting = max((-(plate.dim or 0) for plate in frames), default=0)
+        of_data = {p.name for name in names if name in nodes for p in plates_of(nodes[name])}
+        known = {
+            name: array
+            for name, array in posterior.items()
+            if name in nodes and not of_data.intersection(array.plates)
+        }
+        num_draws = len(next(iter(posterior.values())).values)
+
+        def batch(start: int, n: int) -> dict[str, SiteArray]:
+            data = {}
+            for name, array in known.items():
+                sizes = {p.dim: p.size for p in plates_of(nodes[name]) if p.dim is not None}
+                values = torch.as_tensor(array.values[start : start + n])
+                event = values.shape[1 + len(array.plates) :]
+                shape = [sizes.get(dim, 1) for dim in range(-nesting, 0)]
+                data[name] = values.reshape(n, *shape, *event).to(nodes[name]["value"].device)
+            if self.is_vectorized:
+                traces = [self._predict(data, n, nesting, args, kwargs)]
+            else:
+                rows = [{k: data[k][i] for k in data} for i in range(n)]
+                traces = [self._predict(row, 1, nesting, args, kwargs) for row in rows]
+            return self._arrays(traces, n, lambda node: node["name"] in names, _value, nesting)
+
+        with torch.no_grad():
+            size = max(2, self.batch_size) if self.is_vectorized else self.batch_size
+            parts = [
+                batch(start, min(size, num_draws - start)) for start in range(0, num_draws, size)
+            ]
+        return {
+            name: SiteArray(array.plates, np.concatenate([part[name].values for part in parts]))
+            for name, array in parts[0].items()
+        }
+
+    def _predict(
+        self,
+        data: dict[str, Tensor],
+        num_draws: int,
+        nesting: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        model: Any = poutine.condition(poutine.uncondition(self.model), data=data)
+        if self.is_vectorized:
+            model = ParticlePlate(num_draws, -nesting - 1, None)(model)
+        return poutine.trace(model).get_trace(*args, **kwargs)
 
     def _in_batches(self, num_draws: int, batch: Callable[[int], Groups]) -> Groups:
         sizes = [self.batch_size] * (num_draws // self.batch_size)
@@ -126,7 +204,10 @@ class DrawSource:
     def _find_plates(self) -> None:
         """Finds out the plate that is subsampled, and those around all and around some latents."""
         with torch.no_grad():
-            traces = self._run(2, SharedSubsamples())
+            rows = SharedSubsamples()
+            traces = self._run(2, rows)
+            self._find_constants(traces, self._run(3, rows))
+        warn_of_points(traces)
         sites = [
             site
             for program, run in (("model", traces.model_traces), ("guide", traces.guide_traces))
@@ -136,6 +217,11 @@ class DrawSource:
         if len(subsampled) > 1:
             raise ValueError(f"expected at most one subsampled plate, got {sorted(subsampled)}.")
         self._row_plate = next(iter(subsampled.values()), None)
+        if self._row_plate is not None and self._row_plate.dim is None:
+            raise ValueError(
+                f"plate '{self._row_plate.name}': expected a vectorised plate, or no subsampling, "
+                "got a sequential one that is subsampled."
+            )
 
         def depends(site: DensitySite) -> bool:
             return not self.is_vectorized or traces.depends_on_particle(site.program, site.name)
@@ -145,16 +231,36 @@ class DrawSource:
         of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
         self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
 
-    def _blocks(self, num_draws: int, predictive: bool) -> Iterator[Groups]:
+    def _find_constants(self, two: ParticleTraces, three: ParticleTraces) -> None:
+        """Finds the deterministic sites without the dim of the draws, in runs of 2 and of 3."""
+        if not self.is_vectorized:
+            return
+        for name, node in two.model_traces[0].nodes.items():
+            if node["type"] != "sample" or not _is_deterministic(node):
+                continue
+            value: Any = node["value"]
+            other: Any = three.model_traces[0].nodes[name]["value"]
+            if value.shape != other.shape:
+                continue
+            if not torch.equal(value, other):
+                raise ValueError(
+                    f"deterministic site '{name}': expected a value with the dim of the draws on "
+                    f"the left, got shape {tuple(value.shape)} for 2 and for 3 draws, which it "
+                    "mixes. Reduce over dims counted from the right, or pass batch_size=1."
+                )
+            self._constants.add(name)
+
+    def _blocks(self, make: Callable[[SharedSubsamples], Groups]) -> Iterator[Groups]:
         """The groups of one batch of draws, for the rows of a subsampled plate block by block."""
+        self._data = {}
         if self._row_plate is None:
-            yield self._groups(num_draws, SharedSubsamples(), predictive)
+            yield make(SharedSubsamples())
             return
         name, size = self._row_plate.name, self._row_plate.full_size
         rows = RowsOfPlate(name, self._row_plate.size, size)
         with SharedGlobals(name):
             while rows.first_row < size:
-                groups = self._groups(num_draws, rows, predictive)
+                groups = make(rows)
                 num_new = min(rows.batch_size, size - rows.first_row)
                 for sites in groups.values():
                     for site, array in sites.items():
@@ -180,15 +286,17 @@ class DrawSource:
     def _groups(self, num_draws: int, rows: SharedSubsamples, predictive: bool) -> Groups:
         traces = self._run(num_draws, rows)
         models = traces.model_traces
+        self._check_rows(models[0])
         groups = {
             "posterior": self._arrays(models, num_draws, _is_latent, _value),
             "log_likelihood": self._arrays(models, num_draws, _is_observation, _log_prob),
             "observed_data": self._arrays(models[:1], 1, _is_observation, _value),
-            "log_p": self._arrays(models, num_draws, _has_density, _log_prob),
-            "log_q": self._arrays(traces.guide_traces, num_draws, _has_density, _log_prob),
+            "is_unmasked": self._arrays(models, num_draws, _is_observation, _mask),
+            "log_p": self._arrays(models, num_draws, _has_density, _log_density),
+            "log_q": self._arrays(traces.guide_traces, num_draws, _has_density, _log_density),
         }
         if predictive:
-            drawn = [self._run_model(num_draws, guide, rows) for guide in traces.guide_traces]
+            drawn = [self._run_model(num_draws, rows, guide) for guide in traces.guide_traces]
             arrays = self._arrays(drawn, num_draws, _is_observation, _value)
             groups["posterior_predictive"] = arrays
         for name, array in groups["posterior"].items():
@@ -197,6 +305,24 @@ class DrawSource:
                     f"expected draws without NaN, got NaN at site '{name}': the fit has diverged."
                 )
         return groups
+
+    def _check_rows(self, trace: Any) -> None:
+        """Raises if a second block of rows comes with the very data of the first."""
+        if self._row_plate is None:
+            return
+        name = self._row_plate.name
+        data = {
+            site: node["value"]
+            for site, node in trace.nodes.items()
+            if node["type"] == "sample" and _is_observation(node) and lies_in(node, name)
+        }
+        before, self._data = self._data, data
+        if before and all(data[site].data_ptr() == before[site].data_ptr() for site in data):
+            raise ValueError(
+                f"plate '{name}' is subsampled: expected observations that follow the indices it "
+                f"yields, got the same tensor for other rows at {sorted(data)}. Use the indices, "
+                "or pass all rows and no subsample_size."
+            )
 
     def _runs(self, num_draws: int) -> range:
         return range(1 if self.is_vectorized else num_draws)
@@ -213,7 +339,7 @@ class DrawSource:
             subsamples=rows,
         )
 
-    def _run_model(self, num_draws: int, guide_trace: Any, rows: SharedSubsamples) -> Any:
+    def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
         """The trace of the model with nothing observed."""
         model: Any = poutine.uncondition(self.model)
         if guide_trace is not None:
@@ -229,6 +355,7 @@ class DrawSource:
         num_draws: int,
         is_wanted: Callable[[Any], bool],
         value_of: Callable[[Any], tuple[Tensor, int]],
+        nesting: int | None = None,
     ) -> dict[str, SiteArray]:
         """The arrays of some sites of one vectorised trace, or of one trace for each draw."""
         arrays = {}
@@ -239,22 +366,24 @@ class DrawSource:
                 (plate for plate in plates_of(node) if plate.dim is not None),
                 key=lambda plate: plate.dim or 0,
             )
-            values = [
-                self._lay_out(*value_of(trace.nodes[name]), plates, num_draws) for trace in traces
-            ]
+            rank = 1 + (self.nesting if nesting is None else nesting)
+            values = []
+            for trace in traces:
+                value, event_dim = value_of(trace.nodes[name])
+                if _is_deterministic(node) and event_dim == value.dim():
+                    # No event_dim was given: what is neither plate nor draw is event.
+                    depth = max((-(plate.dim or 0) for plate in plates), default=0)
+                    has_draws = self.is_vectorized and name not in self._constants
+                    event_dim = max(0, value.dim() - (rank if has_draws else depth))
+                values.append(self._lay_out(value, event_dim, plates, num_draws, rank))
             stacked = torch.cat(values).cpu().numpy()
             arrays[name] = SiteArray(tuple(plate.name for plate in plates), stacked)
         return arrays
 
     def _lay_out(
-        self, value: Tensor, event_dim: int, plates: Sequence[Plate], num_draws: int
+        self, value: Tensor, event_dim: int, plates: Sequence[Plate], num_draws: int, rank: int
     ) -> Tensor:
         """A value of shape ``(draw, *plates, *event)``."""
-        rank = self.nesting + 1
-        if event_dim == value.dim():
-            # As pyro.deterministic has it where no event_dim is given: what is no plate is event.
-            depth = max((-(plate.dim or 0) for plate in plates), default=0)
-            event_dim = max(0, value.dim() - (rank if self.is_vectorized else depth))
         num_batch = value.dim() - event_dim
         batch, event = value.shape[:num_batch], value.shape[num_batch:]
         value = value.reshape((1,) * (rank - len(batch)) + tuple(batch) + tuple(event))
@@ -294,3 +423,19 @@ def _value(node: Any) -> tuple[Tensor, int]:
 def _log_prob(node: Any) -> tuple[Tensor, int]:
     log_prob = node["fn"].log_prob(node["value"])
     return scale_and_mask(log_prob, mask=node["mask"]), 0
+
+
+def _log_density(node: Any) -> tuple[Tensor, int]:
+    """With the scales of a user, as SVI has it, but not those of subsampling."""
+    scale = math.prod(plate.subsampling_scale for plate in plates_of(node))
+    return node["log_prob"] / scale, 0
+
+
+def _mask(node: Any) -> tuple[Tensor, int]:
+    """Which elements count."""
+    log_prob = node["log_prob"]
+    mask = torch.ones_like(log_prob, dtype=torch.bool)
+    for part in (node["mask"], getattr(node["fn"], "_mask", None)):
+        if part is not None:
+            mask = mask & torch.as_tensor(part, device=mask.device)
+    return mask, 0

@@ -110,10 +110,13 @@ def _of_observations(
             f"{var_name!r}."
         )
     log_p, log_q = (
-        sum(array.sum_to(()).astype(np.float64) for array in groups[name].values())
-        for name in ("log_p", "log_q")
+        sum(array.sum_to(()) for array in groups[name].values()) for name in ("log_p", "log_q")
     )
-    return np.asarray(log_p - log_q), found[var_name]
+    array, is_unmasked = found[var_name], groups["is_unmasked"][var_name].values[0]
+    if not is_unmasked.all():
+        # One dim, of the observations that there are.
+        array = SiteArray(("observation",), array.values[:, is_unmasked])
+    return np.asarray(log_p - log_q), array
 
 
 def _integrated(

@@ -45,8 +45,9 @@ def from_pyro_svi(
     .. math:: w \propto \frac{p(x, z)}{q(z)},
 
     for each element of the common plates by itself, jointly where there are none. That corrects
-    for the guide's error where the Pareto k is below 0.7; ``sample_stats`` stay those of the draws
-    as they came.
+    for the guide's error where the Pareto k is below 0.7. What cannot be put together again for
+    single elements is left out: deterministic sites outside of the common plates, and the joint
+    ``log_p``, ``log_q`` and ``log_weight``.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;
     Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational
@@ -60,8 +61,10 @@ def from_pyro_svi(
     :param prior: whether to draw from the prior; or arrays ``(draw, ...)`` by site.
     :param posterior_predictive: whether to draw observations; or arrays ``(draw, ...)`` by site.
     :param bool log_likelihood: whether to export it.
-    :param predictions: positional arguments of model and guide for new data, whose observations
-        are drawn; or arrays ``(draw, ...)`` by site.
+    :param predictions: positional arguments of the model for new data, or a pair of these (a
+        tuple) and keyword arguments (a dict), in place of ``model_kwargs``: for each draw of the
+        posterior, observations are drawn by the model, and with them the latent sites in their
+        plates. Or arrays ``(draw, ...)`` by site.
     :param constant_data: arrays by name.
     :param coords: labels by name of a dim.
     :param dims: names of a site's dims, all but chain and draw, in place of the plates' names; or
@@ -102,11 +105,12 @@ def from_pyro_svi(
         if resample:
             _resample(chain, statistics, source.common)
         chain["sample_stats"] = statistics
+        if predictions is not None and not isinstance(predictions, Mapping):
+            new = _new_arguments(predictions, kwargs)
+            observed = list(chain["observed_data"])
+            chain["predictions"] = source.draw_predictions(chain["posterior"], observed, *new)
         if prior is True:
             chain |= source.draw_prior(num_samples)
-        if predictions is not None and not isinstance(predictions, Mapping):
-            new = draw_source(run, tuple(predictions), kwargs, size)
-            chain["predictions"] = new.draw(num_samples, predictive=True)["posterior_predictive"]
         chains.append(chain)
     groups, names = _stack(chains, dims or {})
     if not log_likelihood:
@@ -162,7 +166,7 @@ def draw_source(
     except (RuntimeError, ValueError) as error:
         error.add_note(
             f"{NAME}: if the sizes do not fit, the guide may have been fitted to other data than "
-            "model_args."
+            "model_args. Programs that cannot take several draws at once run with batch_size=1."
         )
         raise
 
@@ -215,19 +219,36 @@ def _resample(groups: Groups, statistics: dict[str, SiteArray], common: tuple[st
     order = torch.randperm(num_draws).numpy()
     index = np.moveaxis(chosen[..., order], -1, 0)
     for group in ("posterior", "posterior_predictive", "log_likelihood"):
-        for site, array in groups.get(group, {}).items():
-            groups[group][site] = SiteArray(array.plates, _take(array, index, common))
+        for site, array in list(groups.get(group, {}).items()):
+            if set(common) <= set(array.plates):
+                groups[group][site] = SiteArray(array.plates, _take(array, index, common))
+            elif group == "posterior":
+                del groups[group][site]
+    for name in [name for name in statistics if name.startswith("log_")]:
+        if common and name != "log_weight_local":
+            del statistics[name]
+        else:
+            array = statistics[name]
+            statistics[name] = SiteArray(array.plates, _take(array, index, common))
 
 
 def _take(array: SiteArray, index: np.ndarray, common: tuple[str, ...]) -> np.ndarray:
     """The draws of an array by index ``(draw, *common)``."""
-    if not set(common) <= set(array.plates):
-        return array.values
     axes = [1 + array.plates.index(name) for name in common]
     shape = [1] * array.values.ndim
     for axis, size in zip([0, *axes], index.shape, strict=True):
         shape[axis] = size
     return np.take_along_axis(array.values, index.reshape(shape), 0)
+
+
+def _new_arguments(
+    predictions: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for new data."""
+    if len(predictions) == 2 and isinstance(predictions[0], tuple):
+        args, new_kwargs = predictions
+        return args, dict(new_kwargs)
+    return tuple(predictions), kwargs
 
 
 def _stack(
@@ -237,7 +258,7 @@ def _stack(
     groups: dict[str, dict[str, Any]] = {}
     names: dict[str, Sequence[str]] = dict(dims)
     for group, sites in chains[0].items():
-        if group in ("log_p", "log_q"):
+        if group in ("log_p", "log_q", "is_unmasked"):
             continue
         groups[group] = {}
         for site, array in sites.items():

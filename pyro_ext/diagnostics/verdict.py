@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext.diagnostics.arviz_adapter import psis
-from pyro_ext.diagnostics.draws import SiteArray
+from pyro_ext.diagnostics.draws import Groups
 from pyro_ext.diagnostics.svi_export import draw_source, sample_statistics
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.ops import jackknife
@@ -158,8 +158,8 @@ def diagnose(
         loss_change=change,
         loss_change_error=error,
         predictive_p_values={
-            site: _p_values(groups["observed_data"][site], array, statistics or STATISTICS)
-            for site, array in groups["posterior_predictive"].items()
+            site: _p_values(groups, site, statistics or STATISTICS)
+            for site in groups["posterior_predictive"]
         },
     )
 
@@ -182,11 +182,13 @@ def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]
     return float(before.mean() - after.mean()), math.sqrt(variance)
 
 
-def _p_values(
-    observed: SiteArray, drawn: SiteArray, statistics: Mapping[str, Callable]
-) -> dict[str, float]:
-    data = observed.values.reshape(-1)
-    replicated = drawn.values.reshape(len(drawn.values), -1)
+def _p_values(groups: Groups, site: str, statistics: Mapping[str, Callable]) -> dict[str, float]:
+    """Of the observations that are not masked out."""
+    observed = groups["observed_data"][site].values
+    drawn = groups["posterior_predictive"][site].values
+    is_unmasked = groups["is_unmasked"][site].values[0]
+    data = observed[0][is_unmasked].reshape(-1)
+    replicated = drawn[:, is_unmasked].reshape(len(drawn), -1)
     p_values = {}
     for name, statistic in statistics.items():
         of_data, of_draws = statistic(data), statistic(replicated)

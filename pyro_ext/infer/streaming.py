@@ -16,6 +16,7 @@ from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.not_finite import raise_not_finite
 from pyro_ext.infer.particles import Particles
 from pyro_ext.infer.proposals import PriorProposal
+from pyro_ext.infer.tracing import ParticleTraces
 
 
 class ParticleStream:
@@ -107,7 +108,7 @@ def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> 
     return f" for data points {indices[:most]}{more}, of {of}"
 
 
-def warn_of_points(particles: Particles) -> None:
+def warn_of_points(particles: Particles | ParticleTraces) -> None:
     """Warns of sites that a guide puts at one point."""
     site: Any
     for name, site in particles.guide_traces[0].iter_stochastic_nodes():

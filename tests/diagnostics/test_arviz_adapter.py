@@ -56,7 +56,7 @@ def test_bad_labels():
 
 
 def test_netcdf(tmp_path):
-    pytest.importorskip("h5netcdf")
+    pytest.importorskip("h5py")
     found = container(data=["a", "b", "c"])
     found.to_netcdf(tmp_path / "found.nc")
     loaded = adapter.arviz().from_netcdf(tmp_path / "found.nc")

@@ -5,8 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
 from scipy import stats
+from torch import nn
 
 from pyro_ext.diagnostics import simulation_based_calibration
 
@@ -128,3 +131,62 @@ def test_bad_input():
 
     with pytest.raises(ValueError, match="got no such site"):
         simulation_based_calibration(model, other, num_steps=0)
+
+
+def test_discrete_latents_and_masked_ones():
+    def coin():
+        pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+        with pyro.plate("data", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def make_guide(model, data):
+        def guide():
+            with pyro.plate("simulations", 200, dim=-2):
+                pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+                with pyro.plate("data", 3):
+                    pyro.sample("z", dist.Normal(torch.zeros(3), torch.tensor([1.0, 9.0, 1.0])))
+
+        return guide
+
+    found = simulation_based_calibration(coin, make_guide, num_steps=0)
+    assert found.symmetry_p_values["k"] > 1e-3
+    assert found.uniformity_p_values["k"] > 1e-3
+    assert found.probabilities["z"].shape == (200, 2)
+    assert (found.uniformity_p_values["z"] > 1e-3).all()
+
+
+def test_parameters_of_the_model_stay_as_they_are():
+    pyro.param("sigma", torch.tensor(3.0))
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self):
+            sigma = pyro.param("sigma", torch.tensor(1.0))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.weight * z, sigma), obs=torch.tensor(0.0))
+
+    seen = []
+
+    def make_guide(model, data):
+        seen.append(data["x"])
+        return AutoNormal(model)
+
+    module = Model()
+    simulation_based_calibration(module, make_guide, num_steps=20)
+    assert module.weight == 2
+    assert pyro.param("sigma") == 3
+    assert seen[0].std() == pytest.approx(13**0.5, rel=0.25)
+
+
+def test_subsampled_plates_are_refused():
+    def subsampled():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=2):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(2))
+
+    with pytest.raises(ValueError, match="without subsampling, got 'data' with 2 of 10 rows"):
+        simulation_based_calibration(subsampled, guides(), num_steps=0)

@@ -87,3 +87,18 @@ def test_what_it_refuses():
     assert loo((two, programs.guide), num_samples=50, var_name="y")["n_data_points"] == 12
     with pytest.raises(ValueError, match="num_local_samples to be an integer >= 2"):
         loo((programs.model, programs.guide), num_local_samples=1)
+
+
+def test_masked_observations_do_not_count():
+    kept = torch.arange(12) % 3 != 0
+    padded = X.where(kept, 0.0)
+
+    def masked():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", len(X)), pyro.poutine.mask(mask=kept):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=padded)
+
+    programs = GlobalNormal(X[kept])
+    found = loo((masked, programs.guide), num_samples=4000)
+    assert found["n_data_points"] == 8
+    torch.testing.assert_close(pointwise(found), exact_loo(X[kept], 1.0), rtol=0, atol=0.03)

@@ -163,7 +163,7 @@ def test_a_fitted_svi(auto_guide, tmp_path):
     assert group(found, "predictions")["x"].shape == (1, 200, 2)
     assert (posterior["scale"] > 0).all()
 
-    pytest.importorskip("h5netcdf")
+    pytest.importorskip("h5py")
     found.to_netcdf(tmp_path / "found.nc")
     from pyro_ext.diagnostics.arviz_adapter import arviz
 
@@ -288,3 +288,146 @@ def test_without_arviz_the_error_names_the_command(monkeypatch):
 def test_importing_the_package_imports_no_arviz():
     command = "import sys, pyro_ext.diagnostics, pyro_ext.infer; assert 'arviz' not in sys.modules"
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+def test_resampled_sites_stay_together():
+    """Deterministic sites outside of the plates cannot, and statistics follow their draws."""
+
+    def model():
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.deterministic("twice", 2 * z, event_dim=0)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+        pyro.deterministic("total", z.sum(-1, keepdim=True))
+
+    options = {"num_samples": 200, "prior": False}
+    plain = from_pyro_svi((model, NormalNormal(X).guide), **options)
+    z = group(plain, "posterior")["z"].values
+    np.testing.assert_allclose(group(plain, "posterior")["total"].values, z.sum(-1))
+    found = from_pyro_svi((model, NormalNormal(X).guide), resample="psis", **options)
+    posterior = group(found, "posterior")
+    np.testing.assert_array_equal(posterior["twice"].values, 2 * posterior["z"].values)
+    assert "total" not in posterior
+    assert "log_weight" not in group(found, "sample_stats")
+    z = torch.tensor(posterior["z"].values)
+    log_weight = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X)
+    log_weight = log_weight - dist.Normal(0.0, 1.2).log_prob(z)
+    found_weight = group(found, "sample_stats")["log_weight_local"].values
+    np.testing.assert_allclose(found_weight, log_weight, rtol=1e-5)
+
+
+def test_a_deterministic_site_that_mixes_draws_is_refused():
+    def model():
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+        pyro.deterministic("edges", torch.arange(3.0))
+        pyro.deterministic("total", z.sum())
+
+    with pytest.raises(ValueError, match=r"deterministic site 'total'.*which it mixes"):
+        from_pyro_svi((model, NormalNormal(X).guide), num_samples=10)
+    found = from_pyro_svi((model, NormalNormal(X).guide), num_samples=10, batch_size=1)
+    posterior = group(found, "posterior")
+    np.testing.assert_allclose(posterior["total"].values, posterior["z"].values.sum(-1))
+    assert posterior["edges"].shape == (1, 10, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 500])
+def test_predictions_go_with_the_posterior(batch_size):
+    def model(x, y=None):
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(z, 0.1))
+            pyro.sample("y", dist.Normal(w, 0.1), obs=y)
+
+    def guide(x, y=None):
+        pyro.sample("z", dist.Normal(X.new_tensor(0.3), 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("w", dist.Normal(x, 0.5))
+
+    options = {"num_samples": 200, "batch_size": batch_size, "prior": False}
+    for predictions in ((torch.zeros(2),), ((), {"x": torch.zeros(2)})):
+        found = from_pyro_svi(
+            (model, guide),
+            model_args=(X, X),
+            predictions=predictions,
+            coords={"data": list("abcde")},
+            **options,
+        )
+        z = group(found, "posterior")["z"].values
+        y = group(found, "predictions")["y"].values
+        assert y.shape == (1, 200, 2)
+        assert abs((y - z[..., None]).std() - math.sqrt(0.02)) < 0.03
+
+
+@pytest.mark.parametrize("batch_size", [1, 20])
+def test_event_dims_of_data_outside_of_plates(batch_size):
+    y = torch.randn(3)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = z.unsqueeze(-1) * torch.ones(3)
+        pyro.sample("y", dist.MultivariateNormal(loc, torch.eye(3)), obs=y)
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    found = from_pyro_svi((model, guide), num_samples=20, batch_size=batch_size)
+    np.testing.assert_array_equal(group(found, "observed_data")["y"].values, y)
+    assert group(found, "log_likelihood")["y"].shape == (1, 20)
+    assert group(found, "posterior_predictive")["y"].shape == (1, 20, 3)
+
+
+def test_subsampled_plates_that_cannot_be_visited():
+    def ignores(x):
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", 5, subsample_size=2):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+
+    with pytest.raises(ValueError, match="observations that follow the indices it yields"):
+        from_pyro_svi((ignores, guide), model_args=(X[:2],), num_samples=10)
+
+    def sequential(x):
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        for i in pyro.plate("data", 5, subsample_size=2):
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    with pytest.raises(ValueError, match="got a sequential one that is subsampled"):
+        from_pyro_svi((sequential, guide), model_args=(X,), num_samples=10)
+
+
+def test_the_prior_of_a_subsampled_plate_has_all_rows_in_order():
+    shifted = 100 * torch.arange(5.0)
+
+    def model():
+        with pyro.plate("data", 5, subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + shifted[index], 1.0), obs=shifted[index])
+
+    def guide():
+        with pyro.plate("data", 5, subsample_size=2):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    found = from_pyro_svi((model, guide), num_samples=150, coords={"data": list("abcde")})
+    for name in ("prior_predictive", "posterior_predictive"):
+        rows = group(found, name)["x"].values[0].mean(0)
+        np.testing.assert_allclose(rows, shifted, atol=4.5 * math.sqrt(2 / 150))
+
+
+def test_scales_of_the_user_are_in_the_weights():
+    """The target is that of SVI: the likelihood to the power of 1/4."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", 5), pyro.poutine.scale(scale=0.25):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.25 * X.sum() / 2.25, 1 / 1.5))
+
+    found = from_pyro_svi((model, guide), num_samples=100)
+    assert group(found, "sample_stats")["log_weight"].values.std() < 1e-6
+    assert group(found, "sample_stats")["pareto_k"].values == 0

@@ -84,3 +84,27 @@ def test_predictions():
     ).predictive_p_values
     assert list(p_values["x"]) == ["median"]
     assert 0.01 < p_values["x"]["median"] < 0.99
+
+
+def test_masked_observations_do_not_count():
+    x = torch.randn(40, dtype=torch.float64)
+    kept = torch.arange(40) % 2 == 0
+    padded = x.where(kept, math.nan)
+
+    def masked():
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", 40), pyro.poutine.mask(mask=kept):
+            pyro.sample("x", dist.Normal(z, 1.0, validate_args=False), obs=padded)
+
+    with pyro.validation_enabled(False):
+        found = diagnose((masked, GlobalNormal(x[kept]).guide))
+    assert "reproduces the data" in repr(found)
+    assert all(0 < p < 1 for p in found.predictive_p_values["x"].values())
+
+
+def test_a_guide_at_one_point_is_warned_of():
+    def point():
+        pyro.sample("z", dist.Delta(X.mean()))
+
+    with pytest.warns(UserWarning, match="puts site 'z' at one point"):
+        diagnose((GlobalNormal(X).model, point), num_samples=50)
