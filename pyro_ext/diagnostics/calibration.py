@@ -7,12 +7,15 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer import SVI, Trace_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ext.diagnostics.site_arrays import is_unmasked
 from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.handlers import is_masked_out
 
 NAME = "simulation_based_calibration"
 PLATE = "simulations"
@@ -117,8 +120,9 @@ def simulation_based_calibration(
     :param bool vectorize: whether the guides are fitted all at once, rather than one by one.
     :param bool progress_bar: whether to show one.
     :returns: a :class:`Calibration`. The parameter store is left as it was.
-    :raises ValueError: if an argument is out of range, if nothing is observed, or if a latent site
-        is missing from the guide or has another shape there.
+    :raises ValueError: if an argument is out of range, if nothing is observed, if a plate is
+        subsampled or there is a factor, or if a latent site is missing from the guide or has
+        another shape there.
 
     >>> import pyro.distributions as dist
     >>> def model():
@@ -192,14 +196,17 @@ def _simulate(
     """Latent values and observations that the model draws."""
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
     truth: dict[str, Tensor] = {}
     observations: dict[str, Tensor] = {}
     node: Any
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node) or node["mask"] is False:
+        if node["type"] != "sample" or site_is_subsample(node) or is_masked_out(node):
             continue
-        if node["infer"].get("_deterministic"):
-            continue
+        if isinstance(node["fn"], Unit):
+            raise ValueError(
+                f"{NAME}: expected a model that can be simulated from, got the factor '{name}'."
+            )
         for frame in node["cond_indep_stack"]:
             if (frame.full_size or frame.size) != frame.size:
                 raise ValueError(
@@ -209,12 +216,11 @@ def _simulate(
         value = node["value"].detach()
         if node["infer"].get("was_observed"):
             observations[name] = value
-        elif isinstance(node["mask"], Tensor):
-            # What is masked out says nothing of the guide.
-            mask = node["mask"].reshape(node["mask"].shape + (1,) * node["fn"].event_dim)
-            truth[name] = value.double().where(mask, math.nan)
         else:
-            truth[name] = value
+            # What is masked out says nothing of the guide.
+            mask, _ = is_unmasked(node)
+            mask = mask.reshape(mask.shape + (1,) * node["fn"].event_dim)
+            truth[name] = value if mask.all() else value.double().where(mask, math.nan)
     if not observations:
         raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
     return truth, observations

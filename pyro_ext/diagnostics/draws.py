@@ -1,17 +1,26 @@
-"""Draws of a guide with all that the model makes of them, as numpy arrays with names of dims."""
+"""Draws of a guide with all that the model makes of them."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_ext.diagnostics.site_arrays import (
+    Groups,
+    SiteArray,
+    has_density,
+    is_deterministic,
+    is_latent,
+    is_observation,
+    is_unmasked,
+    log_density,
+    log_prob,
+    site_arrays,
+    value_of_site,
+)
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.infer.data_blocks import RowsOfPlate
 from pyro_ext.infer.handlers import SharedSubsamples, lies_in
@@ -19,22 +28,6 @@ from pyro_ext.infer.local_plate import ParticlePlate, SharedGlobals
 from pyro_ext.infer.plates import DensitySite, Plate, density_sites, find_common_plates, plates_of
 from pyro_ext.infer.streaming import warn_of_points
 from pyro_ext.infer.tracing import ParticleTraces, run_particles
-
-
-class SiteArray(NamedTuple):
-    """Values of a site: the names of its plates, and an array ``(draw, *plates, *event)``."""
-
-    plates: tuple[str, ...]
-    values: np.ndarray
-
-    def sum_to(self, plates: Sequence[str]) -> np.ndarray:
-        """Sums over the other plates."""
-        axes = tuple(1 + i for i, name in enumerate(self.plates) if name not in plates)
-        return self.values.sum(axes, dtype=np.float64)
-
-
-#: From the name of a group to its sites. Log-densities of sites are in groups of their own.
-Groups = dict[str, dict[str, SiteArray]]
 
 
 class DrawSource:
@@ -92,8 +85,8 @@ class DrawSource:
         def of_rows(n: int, rows: SharedSubsamples) -> Groups:
             traces = [self._run_model(n, rows) for _ in self._runs(n)]
             return {
-                "prior": self._arrays(traces, n, _is_latent, _value),
-                "prior_predictive": self._arrays(traces, n, _is_observation, _value),
+                "prior": self._arrays(traces, n, is_latent, value_of_site),
+                "prior_predictive": self._arrays(traces, n, is_observation, value_of_site),
             }
 
         def batch(n: int) -> Groups:
@@ -131,6 +124,9 @@ class DrawSource:
         }
         num_draws = len(next(iter(posterior.values())).values)
 
+        def is_predicted(node: Any) -> bool:
+            return node["name"] in names
+
         def batch(start: int, n: int) -> dict[str, SiteArray]:
             data = {}
             for name, array in known.items():
@@ -144,7 +140,7 @@ class DrawSource:
             else:
                 rows = [{k: data[k][i] for k in data} for i in range(n)]
                 traces = [self._predict(row, 1, nesting, args, kwargs) for row in rows]
-            return self._arrays(traces, n, lambda node: node["name"] in names, _value, nesting)
+            return self._arrays(traces, n, is_predicted, value_of_site, nesting)
 
         with torch.no_grad():
             size = max(2, self.batch_size) if self.is_vectorized else self.batch_size
@@ -236,7 +232,7 @@ class DrawSource:
         if not self.is_vectorized:
             return
         for name, node in two.model_traces[0].nodes.items():
-            if node["type"] != "sample" or not _is_deterministic(node):
+            if node["type"] != "sample" or not is_deterministic(node):
                 continue
             value: Any = node["value"]
             other: Any = three.model_traces[0].nodes[name]["value"]
@@ -288,16 +284,16 @@ class DrawSource:
         models = traces.model_traces
         self._check_rows(models[0])
         groups = {
-            "posterior": self._arrays(models, num_draws, _is_latent, _value),
-            "log_likelihood": self._arrays(models, num_draws, _is_observation, _log_prob),
-            "observed_data": self._arrays(models[:1], 1, _is_observation, _value),
-            "is_unmasked": self._arrays(models, num_draws, _is_observation, _mask),
-            "log_p": self._arrays(models, num_draws, _has_density, _log_density),
-            "log_q": self._arrays(traces.guide_traces, num_draws, _has_density, _log_density),
+            "posterior": self._arrays(models, num_draws, is_latent, value_of_site),
+            "log_likelihood": self._arrays(models, num_draws, is_observation, log_prob),
+            "observed_data": self._arrays(models[:1], 1, is_observation, value_of_site),
+            "is_unmasked": self._arrays(models, num_draws, is_observation, is_unmasked),
+            "log_p": self._arrays(models, num_draws, has_density, log_density),
+            "log_q": self._arrays(traces.guide_traces, num_draws, has_density, log_density),
         }
         if predictive:
             drawn = [self._run_model(num_draws, rows, guide) for guide in traces.guide_traces]
-            arrays = self._arrays(drawn, num_draws, _is_observation, _value)
+            arrays = self._arrays(drawn, num_draws, is_observation, value_of_site)
             groups["posterior_predictive"] = arrays
         for name, array in groups["posterior"].items():
             if np.isnan(array.values).any():
@@ -314,7 +310,7 @@ class DrawSource:
         data = {
             site: node["value"]
             for site, node in trace.nodes.items()
-            if node["type"] == "sample" and _is_observation(node) and lies_in(node, name)
+            if node["type"] == "sample" and is_observation(node) and lies_in(node, name)
         }
         before, self._data = self._data, data
         if before and all(data[site].data_ptr() == before[site].data_ptr() for site in data):
@@ -357,85 +353,11 @@ class DrawSource:
         value_of: Callable[[Any], tuple[Tensor, int]],
         nesting: int | None = None,
     ) -> dict[str, SiteArray]:
-        """The arrays of some sites of one vectorised trace, or of one trace for each draw."""
-        arrays = {}
-        for name, node in traces[0].nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node) or not is_wanted(node):
-                continue
-            plates = sorted(
-                (plate for plate in plates_of(node) if plate.dim is not None),
-                key=lambda plate: plate.dim or 0,
-            )
-            rank = 1 + (self.nesting if nesting is None else nesting)
-            values = []
-            for trace in traces:
-                value, event_dim = value_of(trace.nodes[name])
-                if _is_deterministic(node) and event_dim == value.dim():
-                    # No event_dim was given: what is neither plate nor draw is event.
-                    depth = max((-(plate.dim or 0) for plate in plates), default=0)
-                    has_draws = self.is_vectorized and name not in self._constants
-                    event_dim = max(0, value.dim() - (rank if has_draws else depth))
-                values.append(self._lay_out(value, event_dim, plates, num_draws, rank))
-            stacked = torch.cat(values).cpu().numpy()
-            arrays[name] = SiteArray(tuple(plate.name for plate in plates), stacked)
-        return arrays
-
-    def _lay_out(
-        self, value: Tensor, event_dim: int, plates: Sequence[Plate], num_draws: int, rank: int
-    ) -> Tensor:
-        """A value of shape ``(draw, *plates, *event)``."""
-        num_batch = value.dim() - event_dim
-        batch, event = value.shape[:num_batch], value.shape[num_batch:]
-        value = value.reshape((1,) * (rank - len(batch)) + tuple(batch) + tuple(event))
-        sizes = {plate.dim: plate.size for plate in plates}
-        fillers = [dim + rank for dim in range(-rank + 1, 0) if dim not in sizes]
-        shape = [num_draws if self.is_vectorized else 1]
-        shape += [sizes.get(dim, 1) for dim in range(-rank + 1, 0)]
-        value = value.expand(*shape, *event)
-        kept = [i for i in range(value.dim()) if i not in fillers]
-        return value.reshape([value.shape[i] for i in kept])
-
-
-def _is_deterministic(node: Any) -> bool:
-    return bool(node["infer"].get("_deterministic"))
-
-
-def _was_observed(node: Any) -> bool:
-    return bool(node["is_observed"] or node["infer"].get("was_observed"))
-
-
-def _is_latent(node: Any) -> bool:
-    return not _was_observed(node) or _is_deterministic(node)
-
-
-def _is_observation(node: Any) -> bool:
-    return _was_observed(node) and not _is_deterministic(node) and not isinstance(node["fn"], Unit)
-
-
-def _has_density(node: Any) -> bool:
-    return node["mask"] is not False and getattr(node["fn"], "_mask", None) is not False
-
-
-def _value(node: Any) -> tuple[Tensor, int]:
-    return node["value"], node["fn"].event_dim
-
-
-def _log_prob(node: Any) -> tuple[Tensor, int]:
-    log_prob = node["fn"].log_prob(node["value"])
-    return scale_and_mask(log_prob, mask=node["mask"]), 0
-
-
-def _log_density(node: Any) -> tuple[Tensor, int]:
-    """With the scales of a user, as SVI has it, but not those of subsampling."""
-    scale = math.prod(plate.subsampling_scale for plate in plates_of(node))
-    return node["log_prob"] / scale, 0
-
-
-def _mask(node: Any) -> tuple[Tensor, int]:
-    """Which elements count."""
-    log_prob = node["log_prob"]
-    mask = torch.ones_like(log_prob, dtype=torch.bool)
-    for part in (node["mask"], getattr(node["fn"], "_mask", None)):
-        if part is not None:
-            mask = mask & torch.as_tensor(part, device=mask.device)
-    return mask, 0
+        return site_arrays(
+            traces,
+            num_draws if self.is_vectorized else 1,
+            1 + (self.nesting if nesting is None else nesting),
+            is_wanted,
+            value_of,
+            self._constants,
+        )

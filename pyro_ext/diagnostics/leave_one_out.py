@@ -6,7 +6,8 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
-from pyro_ext.diagnostics.draws import DrawSource, SiteArray
+from pyro_ext.diagnostics.draws import DrawSource
+from pyro_ext.diagnostics.site_arrays import SiteArray
 from pyro_ext.diagnostics.svi_export import draw_source
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.infer.arguments import check_integer

@@ -6,7 +6,8 @@ import pyro
 import torch
 
 from pyro_ext.diagnostics.arviz_adapter import arviz, psis, to_container
-from pyro_ext.diagnostics.draws import DrawSource, Groups, SiteArray
+from pyro_ext.diagnostics.draws import DrawSource
+from pyro_ext.diagnostics.site_arrays import Groups, SiteArray
 from pyro_ext.infer.arguments import check_integer
 
 NAME = "from_pyro_svi"
@@ -98,13 +99,7 @@ def from_pyro_svi(
     chains = []
     for run in runs:
         source = draw_source(run, args, kwargs, size)
-        chain = source.draw(num_samples, predictive=posterior_predictive is True)
-        if not chain["observed_data"] and not _has_factor(chain):
-            raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
-        statistics = sample_statistics(chain, source.common)
-        if resample:
-            _resample(chain, statistics, source.common)
-        chain["sample_stats"] = statistics
+        chain = _posterior(source, num_samples, posterior_predictive is True, resample)
         if predictions is not None and not isinstance(predictions, Mapping):
             new = _new_arguments(predictions, kwargs)
             observed = list(chain["observed_data"])
@@ -171,8 +166,18 @@ def draw_source(
         raise
 
 
-def _has_factor(groups: Groups) -> bool:
-    return bool(groups["log_p"].keys() - groups["posterior"].keys())
+def _posterior(
+    source: DrawSource, num_samples: int, predictive: bool, resample: str | None
+) -> Groups:
+    """Draws of the guide, drawn again if asked for, with their statistics."""
+    groups = source.draw(num_samples, predictive=predictive)
+    if not groups["log_p"].keys() - groups["posterior"].keys():
+        raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
+    statistics = sample_statistics(groups, source.common)
+    if resample:
+        _resample(groups, statistics, source.common)
+    groups["sample_stats"] = statistics
+    return groups
 
 
 def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, SiteArray]:

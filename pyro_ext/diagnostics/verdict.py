@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext.diagnostics.arviz_adapter import psis
-from pyro_ext.diagnostics.draws import Groups
+from pyro_ext.diagnostics.site_arrays import Groups
 from pyro_ext.diagnostics.svi_export import draw_source, sample_statistics
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.ops import jackknife

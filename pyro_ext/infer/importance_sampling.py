@@ -115,9 +115,7 @@ def estimate_evidence(
     _check_blocks(data_plate, batch_size, data_loader)
     stream = ParticleStream(NAME, model, guide, num_samples, chunk_size, 100, max_plate_nesting)
     orders = checked_orders(NAME, jackknife_orders, num_samples)
-    check_real(NAME, "proposal_scale", proposal_scale, 0.0, 1e300)
-    if proposal_scale == 0:
-        raise ValueError(f"{NAME}: expected proposal_scale > 0, got {proposal_scale!r}.")
+    _check_proposal_scale(proposal_scale)
     if proposal_scale != 1:
         stream.guide = WidenedProposal(stream.guide, proposal_scale)
     is_kept = state is not None
@@ -129,13 +127,12 @@ def estimate_evidence(
         batch_size=batch_size,
         has_data_loader=data_loader is not None,
     )
+    blocks = iter([DataBlock(args, kwargs)])
     if data_loader is not None:
         blocks = blocks_of_loader(data_loader, data_plate, args, kwargs)
     elif batch_size is not None:
         rows = RowsOfPlate(str(data_plate), batch_size, state.num_rows)
         blocks = blocks_of_plate(rows, args, kwargs)
-    else:
-        blocks = iter([DataBlock(args, kwargs)])
     with tqdm(desc=NAME, unit="draw", disable=not progress_bar) as bar:
         evidence = _Sampler(stream, orders, target_std_error, state, is_kept, bar).run(blocks)
     warn_of_heavy_tails(
@@ -310,6 +307,12 @@ def checked_orders(
                 f"got {orders}; for one draw, pass jackknife_orders=()."
             )
     return orders
+
+
+def _check_proposal_scale(proposal_scale: float) -> None:
+    check_real(NAME, "proposal_scale", proposal_scale, 0.0, math.inf)
+    if proposal_scale in (0, math.inf):
+        raise ValueError(f"{NAME}: expected 0 < proposal_scale < inf, got {proposal_scale!r}.")
 
 
 def _check_blocks(

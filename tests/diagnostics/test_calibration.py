@@ -190,3 +190,13 @@ def test_subsampled_plates_are_refused():
 
     with pytest.raises(ValueError, match="without subsampling, got 'data' with 2 of 10 rows"):
         simulation_based_calibration(subsampled, guides(), num_steps=0)
+
+
+def test_factors_are_refused():
+    def penalised():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("penalty", -z.abs())
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match="can be simulated from, got the factor 'penalty'"):
+        simulation_based_calibration(penalised, guides(), num_steps=0)

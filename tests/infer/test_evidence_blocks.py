@@ -306,7 +306,7 @@ def test_bad_blocks():
         ({"data_loader": []}, "a data_loader with batches, got none"),
         ({"data_loader": 3}, "to yield batches, got 3"),
         ({"data_loader": [X], "batch_size": 4, "data_plate": "data"}, "without data_loader"),
-        ({"proposal_scale": 0.0}, "proposal_scale > 0"),
+        ({"proposal_scale": 0.0}, "0 < proposal_scale < inf"),
         ({"proposal_scale": math.nan}, "proposal_scale to be a number"),
     ):
         with pytest.raises(ValueError, match=message):
