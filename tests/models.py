@@ -118,3 +118,21 @@ class Hierarchical(NormalNormal):
         N = len(self.x)
         covariance = 2 * torch.eye(N, dtype=self.x.dtype, device=self.x.device) + 1
         return dist.MultivariateNormal(self.x.new_zeros(N), covariance).log_prob(self.x)
+
+
+class Interrupted:
+    """A program that is interrupted at a call.
+
+    :param program: the program.
+    :param calls: how many calls go through.
+    """
+
+    def __init__(self, program, calls):
+        self.program = program
+        self.calls = calls
+
+    def __call__(self, *args):
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        self.program(*args)

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 
 from pyro_ext.infer import annealed_importance_sampling
-from tests.models import GlobalNormal, NormalNormal
+from tests.models import GlobalNormal, Interrupted, NormalNormal
 from tests.statistics import assert_mean
 
 X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
@@ -218,20 +218,6 @@ def test_prints_a_table():
     for part in ("AnnealedEvidence(mean of 4 data points, 3 draws)", "upper", "acceptance"):
         assert part in repr(found)
     assert found.to_dataset()["upper"].dims == ("data",)
-
-
-class Interrupted:
-    """A program that is interrupted at a call."""
-
-    def __init__(self, program, calls):
-        self.program = program
-        self.calls = calls
-
-    def __call__(self):
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        self.program()
 
 
 def test_an_interrupt_keeps_the_chains_that_are_complete():

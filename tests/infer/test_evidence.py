@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_ext.infer import estimate_evidence
 from pyro_ext.ops import jackknife, pareto_k
-from tests.models import GlobalNormal, NormalNormal
+from tests.models import GlobalNormal, Interrupted, NormalNormal
 from tests.statistics import assert_mean
 
 X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
@@ -274,20 +274,6 @@ def test_stops_at_the_target():
     assert found.std_error.max() <= 0.08
     everything = estimate_evidence(programs.model, programs.guide, target_std_error=0.0, **options)
     assert everything.num_samples == 5000
-
-
-class Interrupted:
-    """A program that is interrupted at a call."""
-
-    def __init__(self, program, calls):
-        self.program = program
-        self.calls = calls
-
-    def __call__(self):
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        self.program()
 
 
 def test_an_interrupt_returns_what_there_is():

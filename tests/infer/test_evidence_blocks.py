@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_ext.infer import EvidenceState, estimate_evidence
 from pyro_ext.infer.proposals import WidenedProposal
-from tests.models import GlobalNormal, NormalNormal
+from tests.models import GlobalNormal, Interrupted, NormalNormal
 
 X = torch.linspace(-2, 3, 10, dtype=torch.float64)
 ROWS = {"data_plate": "data", "batch_size": 4}
@@ -133,20 +133,6 @@ def test_automatic_guides_see_blocks_of_rows():
     guide()
     found = estimate_evidence(programs.model, guide, num_samples=3000, proposal_scale=8.0, **ROWS)
     assert ((found.log_evidence - programs.log_evidence()).abs() < 5 * found.std_error).all()
-
-
-class Interrupted:
-    """A program that is interrupted at a call."""
-
-    def __init__(self, program, calls):
-        self.program = program
-        self.calls = calls
-
-    def __call__(self, *args):
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        self.program(*args)
 
 
 @pytest.mark.parametrize("options", [{}, ROWS], ids=["whole", "blocks"])
