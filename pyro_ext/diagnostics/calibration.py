@@ -264,8 +264,12 @@ def _ranks(
                     )
                 below[name] += draw < value
                 ties[name] += draw == value
-                below[name][value.isnan()] = math.nan
-    return {name: count + ties[name] * torch.rand_like(count) for name, count in below.items()}
+    return {
+        name: (count + ties[name] * torch.rand_like(count)).masked_fill(
+            truth[name].isnan(), math.nan
+        )
+        for name, count in below.items()
+    }
 
 
 def _tested(fractions: dict[str, np.ndarray]) -> Calibration:

@@ -1,6 +1,6 @@
 """Draws of a guide with all that the model makes of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ class DrawSource:
     def draw_predictions(
         self,
         posterior: dict[str, SiteArray],
-        names: Iterable[str],
+        names: Collection[str],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, SiteArray]:
@@ -120,7 +120,9 @@ class DrawSource:
         known = {
             name: array
             for name, array in posterior.items()
-            if name in nodes and not of_data.intersection(array.plates)
+            if name in nodes
+            and not is_deterministic(nodes[name])
+            and not of_data.intersection(array.plates)
         }
         num_draws = len(next(iter(posterior.values())).values)
 

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
 from pyro_ext.diagnostics.draws import DrawSource
 from pyro_ext.diagnostics.site_arrays import SiteArray
-from pyro_ext.diagnostics.svi_export import draw_source
+from pyro_ext.diagnostics.svi_export import draw_source, sample_statistics
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.ops import log_mean_exp
@@ -77,11 +77,8 @@ def loo(
     3
     """
     arviz()
-    check_integer(NAME, "num_samples", num_samples, 2)
     check_integer(NAME, "num_local_samples", num_local_samples, 2)
-    size = min(num_samples, 100) if batch_size is None else batch_size
-    check_integer(NAME, "batch_size", size, 1)
-    source = draw_source(svi, tuple(model_args), dict(model_kwargs or {}), size)
+    source = draw_source(NAME, svi, model_args, model_kwargs, num_samples, batch_size)
     if source.common:
         raise ValueError(
             f"{NAME}: expected global latent sites, got latent sites in the plates "
@@ -110,14 +107,11 @@ def _of_observations(
             f"{NAME}: expected var_name to be one of the observed sites {sorted(found)}, got "
             f"{var_name!r}."
         )
-    log_p, log_q = (
-        sum(array.sum_to(()) for array in groups[name].values()) for name in ("log_p", "log_q")
-    )
     array, is_unmasked = found[var_name], groups["is_unmasked"][var_name].values[0]
     if not is_unmasked.all():
         # One dim, of the observations that there are.
         array = SiteArray(("observation",), array.values[:, is_unmasked])
-    return np.asarray(log_p - log_q), array
+    return sample_statistics(groups, source.common)["log_weight"].values, array
 
 
 def _integrated(

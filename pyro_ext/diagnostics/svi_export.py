@@ -89,19 +89,15 @@ def from_pyro_svi(
     (('chain', 'draw'), ('chain', 'draw', 'data'))
     """
     arviz()
-    check_integer(NAME, "num_samples", num_samples, 2)
     if resample not in (None, "psis"):
         raise ValueError(f"{NAME}: expected resample to be None or 'psis', got {resample!r}.")
-    size = min(num_samples, 100) if batch_size is None else batch_size
-    check_integer(NAME, "batch_size", size, 1)
-    args, kwargs = tuple(model_args), dict(model_kwargs or {})
     runs = svi if isinstance(svi, list) else [svi]
     chains = []
     for run in runs:
-        source = draw_source(run, args, kwargs, size)
+        source = draw_source(NAME, run, model_args, model_kwargs, num_samples, batch_size)
         chain = _posterior(source, num_samples, posterior_predictive is True, resample)
         if predictions is not None and not isinstance(predictions, Mapping):
-            new = _new_arguments(predictions, kwargs)
+            new = _new_arguments(predictions, source.kwargs)
             observed = list(chain["observed_data"])
             chain["predictions"] = source.draw_predictions(chain["posterior"], observed, *new)
         if prior is True:
@@ -131,12 +127,24 @@ def from_pyro_svi(
 
 
 def draw_source(
-    svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int
+    owner: str,
+    svi: Any,
+    model_args: Sequence[Any],
+    model_kwargs: Mapping[str, Any] | None,
+    num_samples: int,
+    batch_size: int | None,
 ) -> DrawSource:
     """The programs of an SVI or pair, run once.
 
+    :param str owner: the name of the function that asks for them, for errors.
+    :param int num_samples: how many draws are planned.
+    :param int batch_size: how many of them run at once; None for at most 100.
     :raises ValueError: if it has never been stepped, or if arguments do not fit the programs.
     """
+    check_integer(owner, "num_samples", num_samples, 2)
+    size = min(num_samples, 100) if batch_size is None else batch_size
+    check_integer(owner, "batch_size", size, 1)
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
     if isinstance(svi, tuple) and len(svi) == 2:
         model, guide = svi
     elif hasattr(svi, "model") and hasattr(svi, "guide"):
@@ -144,23 +152,23 @@ def draw_source(
         is_new = not getattr(svi.optim, "optim_objs", True)
         if is_new and len(pyro.get_param_store()) == 0:
             raise ValueError(
-                f"{NAME}: expected an SVI that has been stepped, got one without a step. Pass "
+                f"{owner}: expected an SVI that has been stepped, got one without a step. Pass "
                 "(model, guide) if that is meant."
             )
     else:
         raise ValueError(
-            f"{NAME}: expected an SVI or a (model, guide) pair, got {type(svi).__name__}."
+            f"{owner}: expected an SVI or a (model, guide) pair, got {type(svi).__name__}."
         )
     try:
-        return DrawSource(model, guide, args, kwargs, batch_size)
+        return DrawSource(model, guide, args, kwargs, size)
     except TypeError as error:
         raise ValueError(
-            f"{NAME}: expected model_args and model_kwargs that fit the model and guide, got "
+            f"{owner}: expected model_args and model_kwargs that fit the model and guide, got "
             f"{len(args)} arguments and {sorted(kwargs)}: {error}"
         ) from error
     except (RuntimeError, ValueError) as error:
         error.add_note(
-            f"{NAME}: if the sizes do not fit, the guide may have been fitted to other data than "
+            f"{owner}: if the sizes do not fit, the guide may have been fitted to other data than "
             "model_args. Programs that cannot take several draws at once run with batch_size=1."
         )
         raise
@@ -185,7 +193,7 @@ def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, Site
 
     def total(group: str, plates: Sequence[str]) -> Any:
         terms = [
-            array.sum_to(plates).astype(np.float64)
+            array.sum_to(plates)
             for array in groups[group].values()
             if set(plates) <= set(array.plates)
         ]

@@ -10,7 +10,6 @@ from torch import Tensor
 from pyro_ext.diagnostics.arviz_adapter import psis
 from pyro_ext.diagnostics.site_arrays import Groups
 from pyro_ext.diagnostics.svi_export import draw_source, sample_statistics
-from pyro_ext.infer.arguments import check_integer
 from pyro_ext.ops import jackknife
 
 NAME = "diagnose"
@@ -136,10 +135,7 @@ def diagnose(
     >>> found.pareto_k > 0.7
     True
     """
-    check_integer(NAME, "num_samples", num_samples, 2)
-    size = min(num_samples, 100) if batch_size is None else batch_size
-    check_integer(NAME, "batch_size", size, 1)
-    source = draw_source(svi, tuple(model_args), dict(model_kwargs or {}), size)
+    source = draw_source(NAME, svi, model_args, model_kwargs, num_samples, batch_size)
     groups = source.draw(num_samples, predictive=True)
     found = sample_statistics(groups, source.common)
     joint = found["log_weight"].values

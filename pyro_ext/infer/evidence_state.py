@@ -74,7 +74,7 @@ class BlockDraws(NamedTuple):
     :ivar statistics: those of the weights.
     :ivar history: the estimates at 1, 2, 4, ... draws.
     :ivar random_state: the state after the draws.
-    :ivar serial: how many chunks were drawn before, in all blocks together.
+    :ivar serial: how many chunks were drawn so far, in all blocks together.
     """
 
     statistics: WeightStatistics
@@ -108,6 +108,7 @@ class BlockState:
         :param torch.Tensor log_w: their log weights, ``(n, *common)``.
         :param tuple orders: the orders of the jackknife.
         :param int num_samples: the number of draws that is planned.
+        :param int serial: how many chunks were drawn so far, in all blocks together.
         """
         statistics = WeightStatistics(num_samples)
         history: tuple[HistoryEntry, ...] = ()

@@ -236,8 +236,9 @@ class _Sampler:
         if self.state.is_complete:
             # Neither the numbers that follow on the saved state nor those of a seed: both may have
             # been used.
-            on_cpu, _ = draws.random_state
-            digest = hashlib.sha256(on_cpu.numpy().tobytes()).digest()
+            on_cpu, on_cuda = draws.random_state
+            states = b"".join(state.numpy().tobytes() for state in (on_cpu, *on_cuda))
+            digest = hashlib.sha256(states).digest()
             self._caller_random_state = get_random_state()
             torch.manual_seed(int.from_bytes(digest[:8]))
         else:

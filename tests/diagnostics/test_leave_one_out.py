@@ -85,6 +85,10 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match=r"one of the observed sites \['x', 'y'\], got None"):
         loo((two, programs.guide), num_samples=10)
     assert loo((two, programs.guide), num_samples=50, var_name="y")["n_data_points"] == 12
+    with pytest.raises(
+        ValueError, match=r"loo: expected an SVI or a \(model, guide\) pair, got int"
+    ):
+        loo(3)
     with pytest.raises(ValueError, match="num_local_samples to be an integer >= 2"):
         loo((programs.model, programs.guide), num_local_samples=1)
 

@@ -332,10 +332,11 @@ def test_a_deterministic_site_that_mixes_draws_is_refused():
     assert posterior["edges"].shape == (1, 10, 3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 500])
+@pytest.mark.parametrize("batch_size", [1, 199, 500])
 def test_predictions_go_with_the_posterior(batch_size):
     def model(x, y=None):
         z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        pyro.deterministic("twice", 2 * z)
         with pyro.plate("data", len(x)):
             w = pyro.sample("w", dist.Normal(z, 0.1))
             pyro.sample("y", dist.Normal(w, 0.1), obs=y)

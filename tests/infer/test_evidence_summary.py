@@ -28,12 +28,11 @@ def test_history_holds_the_first_draws(chunk_size):
     assert found.history.std_error[0].isnan().all()
     assert found.history.jackknife[2][:2].isnan().all()
     assert found.history.jackknife[2][2:].isfinite().all()
-    if chunk_size < 300:
+    if chunk_size == 1:
         torch.manual_seed(0)
-        fewer = evidence(chunk_size=chunk_size, num_samples=64 // chunk_size * chunk_size)
-        if chunk_size == 1:
-            torch.testing.assert_close(found.history.log_evidence[6], fewer.log_evidence)
-            torch.testing.assert_close(found.history.jackknife[1][6], fewer.jackknife[1])
+        fewer = evidence(chunk_size=1, num_samples=64)
+        torch.testing.assert_close(found.history.log_evidence[6], fewer.log_evidence)
+        torch.testing.assert_close(found.history.jackknife[1][6], fewer.jackknife[1])
 
 
 def test_dataset():
