@@ -15,13 +15,17 @@ from pyro_ext.infer.multiply_importance_weighted import MultiplyImportanceWeight
 from pyro_ext.infer.partially_importance_weighted import PartiallyImportanceWeightedELBO
 from pyro_ext.infer.particles import Particles
 from pyro_ext.infer.signal_to_noise import GradientDiagnostics, gradient_diagnostics
+from pyro_ext.infer.svi import CompiledSVI, EagerSVI, EarlyStopping, TrainingHistory
 from pyro_ext.infer.thermodynamic import ThermodynamicELBO
 from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
 
 __all__ = [
     "AnnealedEvidence",
     "CombinedELBO",
+    "CompiledSVI",
     "CyclicalKL",
+    "EagerSVI",
+    "EarlyStopping",
     "Evidence",
     "EvidenceHistory",
     "EvidenceState",
@@ -38,6 +42,7 @@ __all__ = [
     "PartiallyImportanceWeightedELBO",
     "Particles",
     "ThermodynamicELBO",
+    "TrainingHistory",
     "UniformKL",
     "VariationalRenyiELBO",
     "annealed_importance_sampling",

@@ -1,0 +1,122 @@
+"""Captures a step as a graph: its loss and gradients as functions of tensors alone."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_ext.infer.svi.observation import (
+    CaptureError,
+    CurrentSite,
+    Outcome,
+    TensorsForNumbers,
+    reason_of,
+)
+
+
+def compute(owner: Any, objective: Callable[[], Any], has_gradients: bool) -> Outcome:
+    """The loss of a step by Pyro's own means, and its gradients, looking at no value.
+
+    :param owner: the objective's object.
+    :param objective: gives the differentiable loss.
+    :param bool has_gradients: whether gradients are wanted.
+    """
+    with (
+        pyro.validation_enabled(False),
+        without_warnings_of_nan(owner),
+        torch.set_grad_enabled(has_gradients),
+    ):
+        with poutine.trace(param_only=True) as trace:
+            loss = objective()
+        if not isinstance(loss, Tensor):
+            raise CaptureError(f"expected the loss to be a tensor, got {type(loss).__name__}")
+        sites: dict[str, Any] = dict(trace.trace.nodes)
+        params = {name: site["value"].unconstrained() for name, site in sites.items()}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(params)
+        wanted = {name: param for name, param in params.items() if param.requires_grad}
+        if has_gradients and loss.requires_grad and wanted:
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            gradients |= dict(zip(wanted, found, strict=True))
+        return Outcome(loss.detach(), gradients, params)
+
+
+@contextmanager
+def without_warnings_of_nan(objective: Any) -> Iterator[None]:
+    """Keeps Pyro's objectives from looking at values: NaN is looked for after the step."""
+    owners = objective, getattr(objective, "elbo", None)
+    modules = {sys.modules[cls.__module__] for owner in owners for cls in type(owner).__mro__}
+    patches = [
+        patch.object(module, "warn_if_nan", lambda value, *args, **kwargs: value)
+        for module in modules
+        if hasattr(module, "warn_if_nan")
+    ]
+    for each in patches:
+        each.start()
+    try:
+        yield
+    finally:
+        for each in patches:
+            each.stop()
+
+
+def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:
+    """The graph of a run that reads the inputs, whatever way it comes by them.
+
+    :raises CaptureError: if the run looks at values, or has results of a shape that depends on
+        values.
+    """
+    site = CurrentSite()
+
+    def traced(*inputs: Tensor) -> list[Tensor | None]:
+        with site, TensorsForNumbers():
+            return run().tensors
+
+    try:
+        graph = make_fx(traced)(*inputs)
+    except Exception as error:
+        raise CaptureError(f"{reason_of(error)}, {site.place}") from error
+    for node in _variable_nodes(graph):
+        if _has_shape_of_values(node):
+            raise CaptureError(f"the shape of a result of {node.target} depends on values")
+    _keep_random_numbers(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _variable_nodes(graph: GraphModule) -> Iterator[Node]:
+    """The nodes that depend on inputs or random numbers, hence are no constants."""
+    variable: set[Node] = set()
+    for node in graph.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "placeholder" or is_random or not variable.isdisjoint(node.all_input_nodes):
+            variable.add(node)
+            yield node
+
+
+def _has_shape_of_values(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    masks = [index for index in node.args[1] if isinstance(index, Node)]  # type: ignore[union-attr]
+    return any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in masks)
+
+
+def _keep_random_numbers(graph: GraphModule) -> None:
+    """Random numbers that nothing uses are drawn all the same, for the stream to be Pyro's."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    unused = [
+        node
+        for node in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not node.users
+    ]
+    output.args = ([*output.args[0], *unused],)

@@ -1,0 +1,245 @@
+"""One captured step: how it is made, checked and run."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_ext.infer.svi.backends import Backend, compile_graph
+from pyro_ext.infer.svi.capture import capture, compute
+from pyro_ext.infer.svi.guards import (
+    Surroundings,
+    TensorSource,
+    current_params,
+    find_source,
+    layout,
+    look_around,
+)
+from pyro_ext.infer.svi.numbers import LiftedNumbers
+from pyro_ext.infer.svi.observation import (
+    CaptureError,
+    Observation,
+    Outcome,
+    observe,
+    other_random_numbers,
+)
+
+_SEED = 20_090_911
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as Pyro runs it, with its arguments.
+
+    :param objective: the ELBO, or a function that returns a differentiable loss.
+    :param model: the model.
+    :param guide: the guide.
+    :param bool has_gradients: whether gradients are wanted.
+    :param handlers: the effect handlers around the step.
+    """
+
+    objective: Any
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    has_gradients: bool
+    handlers: tuple[Any, ...] = ()
+
+    def compute(self, leaves: Sequence[Any], spec: Any) -> Outcome:
+        """Loss and gradients for the leaves of the arguments, and their structure."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        loss = getattr(self.objective, "differentiable_loss", None)
+        if loss is None:
+            if hasattr(self.objective, "loss_and_grads"):
+                name = type(self.objective).__name__
+                raise CaptureError(f"{name} has no differentiable_loss")
+            loss = self.objective
+        return compute(
+            self.objective,
+            lambda: loss(self.model, self.guide, *args, **kwargs),
+            self.has_gradients,
+        )
+
+    @property
+    def objectives(self) -> list[tuple[str, Any]]:
+        """The objective, and the one inside of it if there is one, with their names."""
+        inner = getattr(self.objective, "elbo", None)
+        outer = [("loss", self.objective)]
+        return outer if inner is None else [*outer, ("loss.elbo", inner)]
+
+    @property
+    def roots(self) -> list[tuple[str, Any]]:
+        """What can change a step from outside, with names."""
+        handlers = [(type(handler).__name__, handler) for handler in self.handlers]
+        return [("model", self.model), ("guide", self.guide), *self.objectives, *handlers]
+
+
+@dataclass
+class CompiledStep:
+    """A captured step and what it took for granted."""
+
+    step: Step
+    run: Callable[..., Sequence[Tensor | None]]
+    sources: list[TensorSource]
+    layouts: list[tuple[Any, ...]]
+    names: list[str]
+    surroundings: Surroundings
+    numbers: LiftedNumbers
+    observation: Observation
+    num_runs: int = 0
+
+    def __call__(self, arguments: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Any]:
+        """Loss and gradients, the latter in the order of ``names``."""
+        self.num_runs += 1
+        self.numbers.update()
+        with torch.no_grad():
+            return self.run(*arguments, *inputs)
+
+    def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
+        """The tensors of now that the graph reads beside arguments; None if they do not fit."""
+        found: list[Tensor] = []
+        for source, expected in zip(self.sources, self.layouts, strict=True):
+            tensor = source.get(params)
+            if tensor is None or layout(tensor) != expected:
+                return None
+            found.append(tensor)
+        return found
+
+    def audit(self, leaves: Sequence[Any], spec: Any) -> str | None:
+        """What the programs do differently from what was captured; None if nothing."""
+        aliases = _aliases(leaves)
+        try:
+            with other_random_numbers(_SEED), self.numbers:
+                now, _ = observe(lambda: self.step.compute(aliases, spec))
+        except CaptureError as error:
+            return str(error)
+        return self.observation.difference(now)
+
+
+class _Findings(NamedTuple):
+    observation: Observation
+    surroundings: Surroundings
+    externals: list[Tensor]
+    names: list[str]
+
+
+def build_step(
+    step: Step, leaves: Sequence[Any], spec: Any, numbers: LiftedNumbers, backend: Backend
+) -> CompiledStep:
+    """Captures, checks and compiles a step; random and other states stay as they were.
+
+    :raises CaptureError: if a graph would not do what the programs do.
+    :raises RuntimeError: if the compiled graph computes something else.
+    """
+    aliases = _aliases(leaves)
+    arguments = [leaf for leaf in aliases if isinstance(leaf, Tensor)]
+    if any(argument.requires_grad for argument in arguments):
+        raise CaptureError("an argument requires gradients")
+
+    def run() -> Outcome:
+        return step.compute(aliases, spec)
+
+    with numbers:
+        observation, around, externals, names = _observe_twice(step, run, leaves, numbers)
+        externals = [x for x in externals if not any(x is argument for argument in arguments)]
+        inputs = [*arguments, *externals]
+        with other_random_numbers(_SEED + 2):
+            try:
+                graph = capture(run, inputs)
+            finally:
+                observation.restore()
+        expected = _outputs(lambda: run().tensors, observation)
+        difference = _difference(expected, _outputs(lambda: graph(*inputs), observation), names)
+        if difference is not None:
+            raise CaptureError(f"the graph does not compute what the programs do: {difference}")
+        compiled = compile_graph(graph, inputs, backend)
+        difference = _difference(expected, _outputs(lambda: compiled(*inputs), observation), names)
+        if difference is not None:
+            raise RuntimeError(
+                f"CompiledSVI: the step compiled by {backend.name} does not compute what the "
+                f"eager one does: {difference}. Expected the same up to rounding; use "
+                "backend='eager'."
+            )
+    params = current_params()
+    return CompiledStep(
+        step=step,
+        run=compiled,
+        sources=[find_source(tensor, params, around) for tensor in externals],
+        layouts=[layout(tensor) for tensor in externals],
+        names=names,
+        surroundings=around,
+        numbers=numbers,
+        observation=observation,
+    )
+
+
+def _observe_twice(
+    step: Step, run: Callable[[], Outcome], leaves: Sequence[Any], numbers: LiftedNumbers
+) -> _Findings:
+    """Observes runs with different random numbers of all kinds, which are to do the same."""
+    with other_random_numbers(_SEED):
+        # What happens in a first run only, such as drawing initial values, happens here.
+        warm_up, _ = observe(run)
+    opaque = [("argument", leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
+    modules = [(type(module).__name__, module) for module in warm_up.modules]
+    # The factor of a schedule reaches the graph as a tensor.
+    around = look_around([*step.roots, *opaque, *modules], [*numbers.labels, "loss.schedule"])
+    with other_random_numbers(_SEED):
+        first, _ = observe(run)
+    with other_random_numbers(_SEED + 1):
+        second, outcome = observe(run)
+    changed = around.changed()
+    reason = (
+        f"the programs change '{changed}' themselves"
+        if changed is not None
+        else first.difference(second) or first.difference_of_externals(second)
+    )
+    if reason is not None:
+        raise CaptureError(reason)
+    pairs = zip(first.externals, second.externals, strict=True)
+    lasting = [tensor for before, tensor in pairs if tensor is before]  # others are constants
+    return _Findings(second, around, lasting, list(outcome.gradients))
+
+
+def _aliases(leaves: Iterable[Any]) -> list[Any]:
+    # The same tensor may be an argument and known to the programs by another way.
+    return [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _outputs(run: Callable[[], Sequence[Any]], observation: Observation) -> list[Any]:
+    """Outputs for noise other than that of the capture."""
+    try:
+        with other_random_numbers(_SEED + 3), torch.no_grad():
+            return [x if x is None else x.detach().clone() for x in run()]
+    finally:
+        observation.restore()
+
+
+def _difference(
+    expected: Sequence[Tensor | None], found: Sequence[Tensor | None], names: Sequence[str]
+) -> str | None:
+    """Where outputs differ by more than rounding; None if they do not."""
+    gradients = [x for x in expected[1:] if x is not None]
+    largest = max((_max_abs(x) for x in gradients), default=0.0)
+    for name, x, y in zip(("the loss", *names), expected, found, strict=False):
+        if x is None or y is None:
+            if x is not y:
+                return f"the gradient of '{name}' is there in one of them only"
+            continue
+        eps = torch.finfo(x.dtype).eps
+        tolerance = math.sqrt(eps) * _max_abs(x) + 100 * eps * largest
+        finite = x.isfinite()
+        if not torch.equal(finite, y.isfinite()):
+            return f"'{name}' is finite in one of them only"
+        difference = _max_abs((x - y)[finite])
+        if difference > tolerance:
+            return f"'{name}' differs by {difference:.3g}, its largest entry is {_max_abs(x):.3g}"
+    return None
+
+
+def _max_abs(x: Tensor) -> float:
+    x = x[x.isfinite()]
+    return float(x.abs().max()) if x.numel() else 0.0

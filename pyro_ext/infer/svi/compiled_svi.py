@@ -1,0 +1,270 @@
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.svi.backends import MODES, Backend
+from pyro_ext.infer.svi.compiled_step import CompiledStep, Step, build_step
+from pyro_ext.infer.svi.eager_svi import EagerSVI
+from pyro_ext.infer.svi.guards import current_params, layout
+from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
+from pyro_ext.infer.svi.numbers import LiftedNumbers
+from pyro_ext.infer.svi.observation import CaptureError
+
+_FIRST_AUDIT = 16
+
+
+class CompiledSVI(EagerSVI):
+    r"""Pyro's ``SVI`` with steps that run as one compiled graph.
+
+    The first step is Pyro's own. Then loss and gradients are captured as a graph, with the effect
+    handlers run for the last time, checked against the eager ones on the same noise, and
+    compiled. It computes what ``SVI`` computes, from the same random numbers, up to rounding, and
+    ``pyro.set_rng_seed`` seeds it. Each structure of arguments (shapes, dtypes, devices, plain
+    values) gets a graph of its own.
+
+    Parameters, buffers and other tensors are looked up at each step, so that updates,
+    ``load_state_dict`` and edits of the param store are seen. Plain values that the programs
+    reach by name (attributes, globals, closures, also ``training`` of modules) are compared at
+    each step; another value gets another graph. Numbers that are floats, as arguments or as
+    attributes of the objective (an alpha), are inputs of the graph, and so is the factor of a
+    :class:`KLWeightedELBO`. At steps 16, 32, 64, ... the programs run once more, to see that they
+    still do the same. Capture and checks run the programs some six times, with random
+    numbers of their own; what they print or count beside tensors, they do at these times only.
+
+    Where a step cannot be captured (a branch on a sampled value, Python's or NumPy's random
+    numbers, results whose shape depends on values, hooks on gradients), eager steps are taken, and
+    one warning says why. Distributions do not validate their arguments in a compiled step.
+
+    :param model: the model, a callable with Pyro primitives.
+    :param guide: the guide, likewise.
+    :param PyroOptim optim: the optimiser. Where its torch optimiser has a fused or foreach
+        implementation, one of those steps all parameters at once.
+    :param loss: an ELBO with a ``differentiable_loss`` (every one of this package and Pyro's
+        ``Trace_ELBO``, ``TraceMeanField_ELBO``), or a function that returns a differentiable loss.
+    :param str backend: ``"inductor"`` compiles, which takes seconds and a C++ compiler on a CPU;
+        ``"eager"`` runs the graph as it is.
+    :param str mode: a mode of ``torch.compile`` for Inductor; ``"reduce-overhead"`` uses CUDA
+        graphs on a GPU.
+    :param bool fallback: whether to take eager steps, with a warning, where there is no graph;
+        otherwise that is an error.
+    :param int max_graphs: how many graphs there may be.
+    :raises ValueError: where an argument is out of range; when run, if the loss is not finite.
+        Parameters are then as they were.
+    :raises RuntimeError: when run, if a compiled graph does not compute what the eager step does;
+        and if a step cannot be captured, where ``fallback`` is off.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_ext.infer import ImportanceWeightedELBO
+    >>> pyro.set_rng_seed(0)
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.7))
+    >>> svi = CompiledSVI(
+    ...     model, guide, pyro.optim.Adam({"lr": 0.1}), ImportanceWeightedELBO(8), backend="eager"
+    ... )
+    >>> losses = [svi.step() for _ in range(100)]
+    >>> abs(pyro.param("loc").item() - 1.0) < 0.3
+    True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: Any,
+        backend: str = "inductor",
+        mode: str = "default",
+        fallback: bool = True,
+        max_graphs: int = 8,
+    ) -> None:
+        if backend not in ("inductor", "eager"):
+            raise ValueError(
+                f"CompiledSVI: expected backend to be 'inductor' or 'eager', got {backend!r}."
+            )
+        if mode not in MODES:
+            raise ValueError(f"CompiledSVI: expected mode to be one of {MODES}, got {mode!r}.")
+        check_integer("CompiledSVI", "max_graphs", max_graphs, 1)
+        super().__init__(model, guide, optim, loss)
+        self.backend = Backend(backend, mode)
+        self.fallback = fallback
+        self.max_graphs = max_graphs
+        self._optimizer = JointOptimizer(optim)
+        self._graphs = _Graphs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_graphs": _Graphs()}
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes a step and returns the loss, as ``SVI.step``.
+
+        :param args: passed to model and guide, as are ``kwargs``.
+        """
+        if not self._is_set_up:
+            loss = super().step(*args, **kwargs)
+            self._ready(True, args, kwargs)
+            return loss
+        ready = self._ready(True, args, kwargs)
+        if ready is None:
+            return super().step(*args, **kwargs)
+        params = [ready.params[name] for name in ready.graph.names]
+        if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in params):
+            self._take_eager_steps("a hook on the gradient of a parameter is not in a graph")
+            return super().step(*args, **kwargs)
+        outputs = ready.run()
+        loss = outputs[0].item()
+        if not math.isfinite(loss):
+            self._refuse(loss, args, kwargs)
+        for param, gradient in zip(params, outputs[1:], strict=False):
+            if gradient is not None:
+                param.grad = gradient if param.grad is None else param.grad + gradient
+        self._optimizer.step(params)
+        for param in params:
+            param.grad = None
+        self._audit(ready)
+        return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss without a step, as ``SVI.evaluate_loss``.
+
+        :param args: passed to model and guide, as are ``kwargs``.
+        """
+        ready = self._ready(False, args, kwargs) if self._is_set_up else None
+        if ready is None:
+            return super().evaluate_loss(*args, **kwargs)
+        loss = ready.run()[0].item()
+        if math.isnan(loss):
+            self._refuse(loss, args, kwargs)
+        self._audit(ready)
+        return loss
+
+    def _ready(
+        self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "_Ready | None":
+        """The graph for these arguments, captured if need be; None for an eager step."""
+        if has_gradients in self._graphs.given_up:
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self._graphs.lifts_numbers:
+            leaves = [_tensor(leaf) if type(leaf) is float else leaf for leaf in leaves]
+        key = (has_gradients, spec, *map(_describe, leaves), *_context())
+        params = current_params()
+        reason = "other arguments"
+        for graph in self._graphs.by_key.get(key, ()):
+            changed = graph.surroundings.changed()
+            inputs = graph.inputs(params) if changed is None else None
+            if inputs is not None:
+                return _Ready(graph, params, leaves, spec, inputs)
+            reason = "a tensor of another shape" if changed is None else f"another '{changed}'"
+        if self._graphs.count >= self.max_graphs:
+            self._take_eager_steps(f"there are max_graphs={self.max_graphs}, and now {reason}")
+            return None
+        step = Step(self.objective, self.model, self.guide, has_gradients, tuple(_PYRO_STACK))
+        numbers = LiftedNumbers(step.objectives if self._graphs.lifts_numbers else [])
+        try:
+            built = build_step(step, leaves, spec, numbers, self.backend)
+        except CaptureError as error:
+            if self._graphs.lifts_numbers:
+                # Perhaps a number is one that the programs branch on.
+                self._graphs.lifts_numbers = False
+                return self._ready(has_gradients, args, kwargs)
+            self._graphs.given_up.add(has_gradients)
+            self._take_eager_steps(str(error), error)
+            return None
+        self._graphs.by_key.setdefault(key, []).append(built)
+        params = current_params()
+        inputs = built.inputs(params)
+        return None if inputs is None else _Ready(built, params, leaves, spec, inputs)
+
+    def _audit(self, ready: "_Ready") -> None:
+        runs = ready.graph.num_runs
+        if runs >= _FIRST_AUDIT and runs & (runs - 1) == 0:
+            reason = ready.graph.audit(ready.leaves, ready.spec)
+            if reason is not None:
+                self._graphs.given_up.add(ready.graph.step.has_gradients)
+                self._take_eager_steps(f"after {runs} steps, {reason}")
+
+    def _take_eager_steps(self, reason: str, cause: Exception | None = None) -> None:
+        if not self.fallback:
+            raise RuntimeError(
+                f"CompiledSVI: expected a step that can be captured (fallback=False), but {reason}."
+            ) from cause
+        if reason not in self._graphs.warned:
+            self._graphs.warned.add(reason)
+            warnings.warn(f"CompiledSVI takes eager steps: {reason}.", stacklevel=4)
+
+    def _refuse(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with pyro.validation_enabled(True):
+            self.loss(self.model, self.guide, *args, **kwargs)  # names the site, if it can
+        raise ValueError(f"CompiledSVI: expected a finite loss, got {loss}.")
+
+
+class _Graphs:
+    """The graphs of an SVI, and why it has none for some steps."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, list[CompiledStep]] = {}
+        self.lifts_numbers = True
+        self.given_up: set[bool] = set()
+        self.warned: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.by_key.values()))
+
+
+class _Ready(NamedTuple):
+    """A graph with its inputs."""
+
+    graph: CompiledStep
+    params: dict[str, Tensor]
+    leaves: list[Any]
+    spec: Any
+    inputs: list[Tensor]
+
+    def run(self) -> Sequence[Any]:
+        """The outputs of the graph."""
+        return self.graph([leaf for leaf in self.leaves if isinstance(leaf, Tensor)], self.inputs)
+
+
+def _tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def _describe(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return layout(leaf)
+    if isinstance(leaf, (bool, int, float, str, bytes, type(None))):
+        return type(leaf), leaf
+    return _SameObject(leaf)
+
+
+class _SameObject:
+    """Equal to the same object alone, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameObject) and self.value is other.value
+
+
+def _context() -> tuple[Any, ...]:
+    """What a step depends on beside its arguments and programs."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return torch.get_default_dtype(), *autocast, *map(_SameObject, _PYRO_STACK)

@@ -1,0 +1,271 @@
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ext.infer.arguments import check_integer
+from pyro_ext.infer.kl_weighted import KLWeightedELBO
+from pyro_ext.infer.svi.checkpoint import (
+    load_program_state,
+    program_state,
+    random_states,
+    read,
+    set_random_states,
+    write,
+)
+from pyro_ext.infer.svi.guards import Surroundings, look_around
+from pyro_ext.infer.svi.history import TrainingHistory
+from pyro_ext.infer.svi.interruption import postponed_interrupts
+
+Data = int | Iterable[Any]
+Callback = Callable[[TrainingHistory], Any]
+
+_WINDOW = 50  # steps of the running loss
+
+
+class EagerSVI(SVI):
+    """Pyro's ``SVI`` with a training loop.
+
+    :param model: the model, a callable with Pyro primitives.
+    :param guide: the guide, likewise.
+    :param PyroOptim optim: the optimiser.
+    :param loss: an ELBO, or a function that returns a differentiable loss.
+
+    .. attribute:: history
+
+        The :class:`TrainingHistory` of the last or current run.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from torch.utils.data import DataLoader
+    >>> from pyro_ext.infer import ImportanceWeightedELBO
+    >>> def model(x):
+    ...     loc = pyro.param("loc", torch.tensor(0.0))
+    ...     with pyro.plate("data", 100, subsample=x):
+    ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> guide = pyro.infer.autoguide.AutoNormal(model, create_plates=lambda x: pyro.plate(
+    ...     "data", 100, subsample=x))
+    >>> loader = DataLoader(torch.randn(100), batch_size=50, shuffle=True)
+    >>> svi = EagerSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(4))
+    >>> history = svi.run(loader, num_epochs=3, progress_bar=False)
+    >>> len(history.losses), len(history.epoch_losses)
+    (6, 3)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: Any,
+    ) -> None:
+        super().__init__(model, guide, optim, loss)
+        self.objective = loss
+        self.history = TrainingHistory()
+        self._is_set_up = False
+        self._epoch_start: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes a step and returns the loss, as ``SVI.step``.
+
+        :param args: passed to model and guide, as are ``kwargs``.
+        """
+        loss = super().step(*args, **kwargs)
+        self._is_set_up = True
+        return loss
+
+    def run(
+        self,
+        data: Data,
+        num_epochs: int = 1,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> TrainingHistory:
+        """Trains for a number of steps or epochs.
+
+        An interrupt (Ctrl-C) waits for the end of the step, writes the checkpoint if there is to
+        be one, and raises ``KeyboardInterrupt``; a second one does not wait. The KL schedule of a
+        :class:`KLWeightedELBO` is stepped after each step; schedulers of learning rates are left
+        to the callback.
+
+        :param data: the number of steps of an epoch, or an iterable of minibatches such as a
+            ``DataLoader``. A minibatch that is a tuple or list gives the first arguments of model
+            and guide, one that is a dict gives keyword arguments, any other is the first argument.
+        :param int num_epochs: how often to go through the data; with ``resume``, in all.
+        :param bool progress_bar: whether to show a progress bar, with a running loss.
+        :param callback: a function of the :class:`TrainingHistory`, called after each step; the
+            run ends where it returns True. :class:`EarlyStopping` is one. Where ``len(data)`` is
+            not known, it is called once more when an epoch has ended.
+        :param tuple args: further arguments of model and guide, after those of the minibatch.
+        :param dict kwargs: keyword arguments of model and guide.
+        :param checkpoint: a file to save to at the end of each epoch, and when interrupted.
+        :param int checkpoint_every: after how many steps to save as well.
+        :param resume: a file that was saved, from which to go on; on a CPU the run ends as if it
+            had not been interrupted, to the last bit.
+        :returns: the history, also of the steps before ``resume``.
+        :raises ValueError: where an argument is out of range, and if the data has no minibatches,
+            or fewer than it had before ``resume``.
+        """
+        self._check(data, num_epochs, checkpoint, checkpoint_every)
+        self.history = TrainingHistory()
+        self._epoch_start = None
+        if resume is not None:
+            self.load(resume)
+        steps_an_epoch = data if isinstance(data, int) else _length(data)
+        bar = tqdm(
+            total=None if steps_an_epoch is None else num_epochs * steps_an_epoch,
+            initial=len(self.history.losses),
+            disable=not progress_bar,
+            unit="step",
+        )
+        with bar, postponed_interrupts() as interrupts:
+            while len(self.history.epoch_ends) < num_epochs:
+                for batch in self._batches(data):
+                    batch_args, batch_kwargs = _arguments(batch)
+                    loss = self.step(*batch_args, *args, **batch_kwargs, **(kwargs or {}))
+                    self._after_step(float(loss), steps_an_epoch, bar)
+                    wants_stop = callback is not None and bool(callback(self.history))
+                    is_due = self.history.is_epoch_end or wants_stop or bool(interrupts)
+                    if checkpoint_every is not None:
+                        is_due = is_due or len(self.history.losses) % checkpoint_every == 0
+                    if checkpoint is not None and is_due:
+                        self.save(checkpoint)
+                    if interrupts:
+                        raise KeyboardInterrupt
+                    if wants_stop:
+                        return self.history
+                if not self.history.is_epoch_end:  # data without a length
+                    self.history.epoch_ends.append(len(self.history.losses))
+                    if checkpoint is not None:
+                        self.save(checkpoint)
+                    if callback is not None and callback(self.history):
+                        return self.history
+        return self.history
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the state of the training run to a file.
+
+        It holds parameters, buffers of modules, optimisers, random states, the step of the KL
+        schedule and the history.
+
+        :param path: the file.
+        """
+        schedule = self._schedule
+        state = program_state(self._surroundings, self.optim) | {
+            "random": random_states(),
+            "epoch_start": self._epoch_start,
+            "schedule": None if schedule is None else schedule.state_dict(),
+            "history": self.history,
+            "is_set_up": self._is_set_up,
+        }
+        write(state, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Loads what :meth:`save` saved, of the same model, guide and optimiser.
+
+        The file is a pickle: load only files that you trust.
+
+        :param path: the file.
+        :raises ValueError: if model and guide have other parameters or buffers.
+        """
+        state = read(path)
+        load_program_state(state, self._surroundings, self.optim)
+        schedule = self._schedule
+        if schedule is not None and state["schedule"] is not None:
+            schedule.load_state_dict(state["schedule"])
+        self.history = state["history"]
+        self._epoch_start = state["epoch_start"]
+        self._is_set_up = state["is_set_up"]
+        set_random_states(state["random"])
+
+    @property
+    def _surroundings(self) -> Surroundings:
+        return look_around([("model", self.model), ("guide", self.guide), ("loss", self.objective)])
+
+    @property
+    def _schedule(self) -> Any:
+        return self.objective.schedule if isinstance(self.objective, KLWeightedELBO) else None
+
+    def _check(
+        self, data: Data, num_epochs: int, checkpoint: Any, checkpoint_every: int | None
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(data, int):
+            check_integer(f"{name}.run", "data (if not an iterable)", data, 1)
+        elif isinstance(data, Tensor) or not isinstance(data, Iterable):
+            raise ValueError(
+                f"{name}.run: expected data to be a number of steps or an iterable of minibatches, "
+                f"got {type(data).__name__}; all data at each step go into args."
+            )
+        check_integer(f"{name}.run", "num_epochs", num_epochs, 1)
+        if checkpoint_every is not None:
+            check_integer(f"{name}.run", "checkpoint_every (unless None)", checkpoint_every, 1)
+            if checkpoint is None:
+                raise ValueError(
+                    f"{name}.run: expected checkpoint with checkpoint_every, got None."
+                )
+
+    def _batches(self, data: Data) -> Iterator[Any]:
+        """What is left of an epoch."""
+        done = len(self.history.losses) - (self.history.epoch_ends or [0])[-1]
+        now = random_states()
+        if done and self._epoch_start is not None:
+            set_random_states(self._epoch_start)  # for the same order as then
+        else:
+            self._epoch_start = now
+        batches = iter(range(data) if isinstance(data, int) else data)
+        for _ in itertools.islice(batches, done):
+            pass
+        if done:
+            set_random_states(now)
+        has_any = False
+        for batch in batches:
+            has_any = True
+            yield () if isinstance(data, int) else batch
+        if not has_any:
+            raise ValueError(
+                f"{type(self).__name__}.run: expected more than {done} minibatches in epoch "
+                f"{len(self.history.epoch_ends) + 1}, got no more: data has to give them anew at "
+                "each iteration."
+            )
+
+    def _after_step(self, loss: float, steps_an_epoch: int | None, bar: Any) -> None:
+        history = self.history
+        history.losses.append(loss)
+        if len(history.losses) - (history.epoch_ends or [0])[-1] == steps_an_epoch:
+            history.epoch_ends.append(len(history.losses))
+        if self._schedule is not None:
+            self._schedule.step()
+        if not bar.disable:
+            recent = history.losses[-_WINDOW:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
+            bar.update()
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, dict):
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}

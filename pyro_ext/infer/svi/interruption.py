@@ -1,0 +1,29 @@
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def postponed_interrupts() -> Iterator[list[int]]:
+    """Keeps the first interrupt (Ctrl-C) in a list; a second one is raised at once.
+
+    Only the main thread can do that; elsewhere the list stays empty.
+    """
+    interrupts: list[int] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+
+    usual = signal.getsignal(signal.SIGINT)
+    is_ours = threading.current_thread() is threading.main_thread() and callable(usual)
+    if is_ours:
+        signal.signal(signal.SIGINT, keep)
+    try:
+        yield interrupts
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, usual)

@@ -1,0 +1,121 @@
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from pyro.optim import PyroLRScheduler, PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class JointOptimizer:
+    """Steps all parameters of a ``PyroOptim`` at once, where Pyro has an optimiser for each.
+
+    The optimisers of Pyro stay as they are, with their states and learning rates, so that
+    schedulers, ``get_state``, ``save`` and ``load`` work as ever; parameters with equal settings
+    are stepped by one fused (CPU) or foreach (CUDA) optimiser that shares those states.
+    Optimisers that have neither are left to Pyro.
+
+    :param PyroOptim optim: the optimiser of an SVI.
+    """
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self.optim = optim
+        self._params: tuple[Tensor, ...] = ()
+        self._joint: Optimizer | None = None
+        self._members: list[list[Optimizer]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optim": self.optim, "_params": (), "_joint": None, "_members": []}
+
+    def step(self, params: Sequence[Tensor]) -> None:
+        """Clips and steps the parameters that have gradients."""
+        params = tuple(param for param in params if param.grad is not None)
+        if not params or not self._can_join:
+            self.optim(list(params))
+            return
+        new = [param for param in params if param not in self.optim.optim_objs]
+        if new:
+            self._make_optimizers(new)
+        for param in params:
+            clip = self.optim.grad_clip.get(param)
+            if clip is not None:
+                clip(param)
+        is_same = len(params) == len(self._params) and all(
+            a is b for a, b in zip(params, self._params, strict=True)
+        )
+        if not (is_same and self._follow_settings()):
+            self._join(params)
+        assert self._joint is not None
+        self._joint.step()
+
+    @cached_property
+    def _can_join(self) -> bool:
+        constructor: Any = self.optim.pt_optim_constructor
+        return type(self.optim) in (PyroOptim, PyroLRScheduler) and (
+            "foreach" in inspect.signature(constructor).parameters
+        )
+
+    def _make_optimizers(self, params: Sequence[Tensor]) -> None:
+        # Without gradients Pyro makes its optimisers, and loads their states, but steps nothing.
+        gradients = [param.grad for param in params]
+        for param in params:
+            param.grad = None
+        self.optim(list(params))
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+
+    def _own_optimizer(self, param: Tensor) -> Optimizer:
+        own = self.optim.optim_objs[param]
+        return getattr(own, "optimizer", own)
+
+    def _join(self, params: tuple[Tensor, ...]) -> None:
+        groups: list[dict[str, Any]] = []
+        self._members = []
+        for param in params:
+            own = self._own_optimizer(param)
+            settings = _settings(own)
+            for members, group in zip(self._members, groups, strict=True):
+                if _settings(members[0]) == settings and group["params"][0].device == param.device:
+                    members.append(own)
+                    group["params"].append(param)
+                    break
+            else:
+                self._members.append([own])
+                groups.append({**settings, "params": [param]})
+        for group in groups:
+            _choose_implementation(group)
+        constructor: Any = self.optim.pt_optim_constructor
+        joint = self._joint = constructor(groups)
+        for param in params:
+            joint.state[param] = self._own_optimizer(param).state[param]
+        self._params = params
+
+    def _follow_settings(self) -> bool:
+        """Takes over learning rates and the like; False if members no longer agree."""
+        assert self._joint is not None
+        for group, members in zip(self._joint.param_groups, self._members, strict=True):
+            settings = _settings(members[0])
+            if any(_settings(member) != settings for member in members[1:]):
+                return False
+            for key, value in settings.items():
+                if key not in ("foreach", "fused"):
+                    group[key] = value
+        return True
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    return {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+
+
+def _choose_implementation(group: dict[str, Any]) -> None:
+    """Asks for the fused or the foreach implementation where the user left it open."""
+    if group.get("foreach") is not None or group.get("fused") is not None:
+        return
+    if group.get("differentiable") or group.get("capturable"):
+        return
+    params = group["params"]
+    if "fused" in group and all(p.device.type == "cpu" and p.is_floating_point() for p in params):
+        group["fused"] = True
+    else:
+        group["foreach"] = True
