@@ -1,5 +1,6 @@
 """What runs a captured graph."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,24 +22,38 @@ class Backend(NamedTuple):
     mode: str
 
 
+class CompileError(Exception):
+    """A graph could not be compiled; the message says why."""
+
+
 def compile_graph(
     graph: GraphModule, inputs: Sequence[Tensor], backend: Backend
 ) -> Callable[..., Sequence[Tensor | None]]:
-    """A function that computes what a graph does."""
+    """A function that computes what a graph does.
+
+    :raises CompileError: if the backend fails.
+    """
     if backend.name == "eager":
         return graph
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler about itself
+        try:
+            return _compile_by_inductor(graph, inputs, backend.mode)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CompileError(f"{backend.name} could not compile it: {lines[0]}") from error
+
+
+def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Any:
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     # Random numbers of the eager generator: the same stream as a step of Pyro's, and quicker.
-    options = {**list_mode_options(backend.mode), "fallback_random": True}
-    random = torch.Tag.nondeterministic_seeded
-    with torch.no_grad(), config.patch(options):
+    with config.patch({**list_mode_options(mode), "fallback_random": True}):
         decompositions = {
             operator: decomposition
             for operator, decomposition in select_decomp_table().items()
-            if random not in getattr(operator, "tags", ())
+            if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ())
         }
-        compiled: Any = compile_fx(graph, list(inputs), decompositions=decompositions)
-    return compiled
+        return compile_fx(graph, list(inputs), decompositions=decompositions)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,11 +30,7 @@ def compute(owner: Any, objective: Callable[[], Any], has_gradients: bool) -> Ou
     :param objective: gives the differentiable loss.
     :param bool has_gradients: whether gradients are wanted.
     """
-    with (
-        pyro.validation_enabled(False),
-        without_warnings_of_nan(owner),
-        torch.set_grad_enabled(has_gradients),
-    ):
+    with without_looking_at_values(owner), torch.set_grad_enabled(has_gradients):
         with poutine.trace(param_only=True) as trace:
             loss = objective()
         if not isinstance(loss, Tensor):
@@ -49,22 +46,30 @@ def compute(owner: Any, objective: Callable[[], Any], has_gradients: bool) -> Ou
 
 
 @contextmanager
-def without_warnings_of_nan(objective: Any) -> Iterator[None]:
-    """Keeps Pyro's objectives from looking at values: NaN is looked for after the step."""
+def without_looking_at_values(objective: Any) -> Iterator[None]:
+    """Turns off what looks at values: validation, and Pyro's warnings of NaN."""
     owners = objective, getattr(objective, "elbo", None)
     modules = {sys.modules[cls.__module__] for owner in owners for cls in type(owner).__mro__}
-    patches = [
-        patch.object(module, "warn_if_nan", lambda value, *args, **kwargs: value)
-        for module in modules
-        if hasattr(module, "warn_if_nan")
-    ]
-    for each in patches:
-        each.start()
-    try:
+    initialize = Distribution.__init__
+
+    def initialize_unchecked(
+        self: Any, batch_shape: Any = (), event_shape: Any = (), validate_args: Any = None
+    ) -> None:
+        initialize(self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
+
+    with ExitStack() as stack:
+        stack.enter_context(pyro.validation_enabled(False))
+        # Distributions that were made before have validation of their own.
+        stack.enter_context(patch.object(Distribution, "__init__", initialize_unchecked))
+        stack.enter_context(patch.object(Distribution, "_validate_sample", _do_nothing))
+        for module in modules:
+            if hasattr(module, "warn_if_nan"):
+                stack.enter_context(patch.object(module, "warn_if_nan", _do_nothing))
         yield
-    finally:
-        for each in patches:
-            each.stop()
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:

@@ -191,7 +191,7 @@ def _observe_twice(
         first, _ = observe(run)
     with other_random_numbers(_SEED + 1):
         second, outcome = observe(run)
-    changed = around.changed()
+    changed = around.changed_by_programs()
     reason = (
         f"the programs change '{changed}' themselves"
         if changed is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.svi.backends import MODES, Backend
+from pyro_ext.infer.svi.backends import MODES, Backend, CompileError
 from pyro_ext.infer.svi.compiled_step import CompiledStep, Step, build_step
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.guards import current_params, layout
@@ -101,16 +101,22 @@ class CompiledSVI(EagerSVI):
         self.fallback = fallback
         self.max_graphs = max_graphs
         self._optimizer = JointOptimizer(optim)
-        self._graphs = _Graphs()
+        self._graphs = _Graphs(self.backend)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_graphs": _Graphs()}
+        state = super().__getstate__()
+        return {
+            **state,
+            "_optimizer": JointOptimizer(state["optim"]),
+            "_graphs": _Graphs(self.backend),
+        }
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
+        self._set_up_if_loaded(args, kwargs)
         if not self._is_set_up:
             loss = super().step(*args, **kwargs)
             self._ready(True, args, kwargs)
@@ -173,7 +179,11 @@ class CompiledSVI(EagerSVI):
         step = Step(self.objective, self.model, self.guide, has_gradients, tuple(_PYRO_STACK))
         numbers = LiftedNumbers(step.objectives if self._graphs.lifts_numbers else [])
         try:
-            built = build_step(step, leaves, spec, numbers, self.backend)
+            built = build_step(step, leaves, spec, numbers, self._graphs.backend)
+        except CompileError as error:
+            self._do_without(str(error), "runs graphs as they are", error)
+            self._graphs.backend = Backend("eager", self.backend.mode)
+            return self._ready(has_gradients, args, kwargs)
         except CaptureError as error:
             if self._graphs.lifts_numbers:
                 # Perhaps a number is one that the programs branch on.
@@ -196,16 +206,19 @@ class CompiledSVI(EagerSVI):
                 self._take_eager_steps(f"after {runs} steps, {reason}")
 
     def _take_eager_steps(self, reason: str, cause: Exception | None = None) -> None:
+        self._do_without(reason, "takes eager steps", cause)
+
+    def _do_without(self, reason: str, instead: str, cause: Exception | None) -> None:
         if not self.fallback:
             raise RuntimeError(
-                f"CompiledSVI: expected a step that can be captured (fallback=False), but {reason}."
+                f"CompiledSVI: expected a step that can be compiled (fallback=False), but {reason}."
             ) from cause
         if reason not in self._graphs.warned:
             self._graphs.warned.add(reason)
-            warnings.warn(f"CompiledSVI takes eager steps: {reason}.", stacklevel=4)
+            warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=5)
 
     def _refuse(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with pyro.validation_enabled(True):
+        with pyro.validation_enabled(False):
             self.loss(self.model, self.guide, *args, **kwargs)  # names the site, if it can
         raise ValueError(f"CompiledSVI: expected a finite loss, got {loss}.")
 
@@ -213,7 +226,8 @@ class CompiledSVI(EagerSVI):
 class _Graphs:
     """The graphs of an SVI, and why it has none for some steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self.by_key: dict[Any, list[CompiledStep]] = {}
         self.lifts_numbers = True
         self.given_up: set[bool] = set()

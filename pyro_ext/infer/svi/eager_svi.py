@@ -1,6 +1,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from typing import Any
 
 from pyro.infer import SVI
@@ -21,6 +22,7 @@ from pyro_ext.infer.svi.checkpoint import (
 from pyro_ext.infer.svi.guards import Surroundings, look_around
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.interruption import postponed_interrupts
+from pyro_ext.infer.svi.observation import run_without_trace
 
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
@@ -48,8 +50,10 @@ class EagerSVI(SVI):
     ...     with pyro.plate("data", 100, subsample=x):
     ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
     ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> guide = pyro.infer.autoguide.AutoNormal(model, create_plates=lambda x: pyro.plate(
-    ...     "data", 100, subsample=x))
+    >>> def guide(x):
+    ...     slope = pyro.param("slope", torch.tensor(0.5))
+    ...     with pyro.plate("data", 100, subsample=x):
+    ...         pyro.sample("z", dist.Normal(slope * x, 0.7))
     >>> loader = DataLoader(torch.randn(100), batch_size=50, shuffle=True)
     >>> svi = EagerSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(4))
     >>> history = svi.run(loader, num_epochs=3, progress_bar=False)
@@ -68,16 +72,25 @@ class EagerSVI(SVI):
         self.objective = loss
         self.history = TrainingHistory()
         self._is_set_up = False
+        self._is_just_loaded = False
         self._epoch_start: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # Pyro's optimisers hold parameters, which do not pickle; their states do.
+        optim = copy(self.optim)
+        optim.optim_objs, optim.grad_clip = {}, {}
+        optim._state_waiting_to_be_consumed = {
+            **self.optim._state_waiting_to_be_consumed,
+            **self.optim.get_state(),
+        }
+        return {**self.__dict__, "optim": optim}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
+        self._set_up_if_loaded(args, kwargs)
         loss = super().step(*args, **kwargs)
         self._is_set_up = True
         return loss
@@ -190,7 +203,14 @@ class EagerSVI(SVI):
         self.history = state["history"]
         self._epoch_start = state["epoch_start"]
         self._is_set_up = state["is_set_up"]
+        self._is_just_loaded = True
         set_random_states(state["random"])
+
+    def _set_up_if_loaded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # What happens in a first run only happened before what was loaded.
+        if self._is_just_loaded:
+            self._is_just_loaded = False
+            run_without_trace(lambda: SVI.evaluate_loss(self, *args, **kwargs))
 
     @property
     def _surroundings(self) -> Surroundings:

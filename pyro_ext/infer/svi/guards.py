@@ -1,12 +1,13 @@
 """Guards: what a captured graph took for granted, and where its tensors come from."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _LIBRARIES = {"builtins", "numpy", "pyro", "pyro_ext", "torch"}
+_CONTAINERS = {"builtins", "collections", "itertools"}
 _MAX_ITEMS = 100
 _MAX_DEPTH = 2
 
@@ -43,6 +45,7 @@ class Surroundings:
 
     plain: list[tuple[Place, Any]] = field(default_factory=list)
     tensors: dict[int, Place] = field(default_factory=dict)
+    containers: list[tuple[Place, str]] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -60,9 +63,18 @@ class Surroundings:
         """The label of the first plain value that is not what it was; None if all are."""
         for place, value in self.plain:
             now = place.get()
-            if now is not value and not (type(now) is type(value) and now == value):
+            if now is not value and (
+                type(now) is not type(value) or isinstance(now, np.ndarray) or now != value
+            ):
                 return place.label
         return None
+
+    def changed_by_programs(self) -> str | None:
+        """As :meth:`changed`, and looks into containers and counters, too, by what they print."""
+        for place, printed in self.containers:
+            if repr(place.get()) != printed:
+                return place.label
+        return self.changed()
 
 
 def look_around(roots: Iterable[tuple[str, Any]], unless: Iterable[str] = ()) -> Surroundings:
@@ -92,10 +104,12 @@ def look_around(roots: Iterable[tuple[str, Any]], unless: Iterable[str] = ()) ->
                 continue
             if isinstance(entry, Tensor):
                 surroundings.tensors.setdefault(id(entry), place)
-            elif _is_plain(entry):
+            elif _is_plain(entry) or isinstance(entry, np.ndarray):
                 kept = list(entry) if isinstance(entry, list) else entry
                 surroundings.plain.append((place, kept))
             elif not isinstance(entry, type):
+                if type(entry).__module__ in _CONTAINERS and _size(entry) <= _MAX_ITEMS:
+                    surroundings.containers.append((place, repr(entry)))
                 is_deep = isinstance(entry, (nn.Module, FunctionType, MethodType, partial))
                 if is_deep or depth < _MAX_DEPTH:
                     pending.append((place.label, entry, depth + (not is_deep)))
@@ -142,6 +156,10 @@ def _global_names(code: CodeType) -> set[str]:
         if isinstance(constant, CodeType):
             names |= _global_names(constant)
     return names
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, Sized) else 0
 
 
 def _is_plain(value: Any) -> bool:

@@ -25,14 +25,13 @@ class JointOptimizer:
         self._joint: Optimizer | None = None
         self._members: list[list[Optimizer]] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optim": self.optim, "_params": (), "_joint": None, "_members": []}
-
     def step(self, params: Sequence[Tensor]) -> None:
         """Clips and steps the parameters that have gradients."""
-        params = tuple(param for param in params if param.grad is not None)
-        if not params or not self._can_join:
+        if not self._can_join:
             self.optim(list(params))
+            return
+        params = tuple(param for param in params if param.grad is not None)
+        if not params:
             return
         new = [param for param in params if param not in self.optim.optim_objs]
         if new:
@@ -115,7 +114,12 @@ def _choose_implementation(group: dict[str, Any]) -> None:
     if group.get("differentiable") or group.get("capturable"):
         return
     params = group["params"]
-    if "fused" in group and all(p.device.type == "cpu" and p.is_floating_point() for p in params):
+    # Fused SGD does not take parameters of which some have momentum.
+    if (
+        "fused" in group
+        and "betas" in group
+        and all(p.device.type == "cpu" and p.is_floating_point() for p in params)
+    ):
         group["fused"] = True
     else:
         group["foreach"] = True

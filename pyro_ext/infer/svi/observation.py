@@ -76,11 +76,15 @@ class TensorsForNumbers(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: where, which, and with what arguments beside tensors."""
+    """One operation: where, which, and with what arguments beside tensors.
+
+    For a tensor that is made of numbers those are the first ones, and a digest of all.
+    """
 
     place: str
     name: str
     numbers: str
+    digest: int = 0
 
 
 @dataclass
@@ -105,6 +109,9 @@ class Observation:
 
     def difference(self, other: "Observation") -> str | None:
         """Where another run did other operations; None if it did the same."""
+        late = sorted(set(self.param_names) ^ set(other.param_names))
+        if late:
+            return f"parameter '{late[0]}' is there in one of two runs only"
         for mine, theirs in zip(self.operations, other.operations, strict=False):
             if mine != theirs:
                 return (
@@ -115,8 +122,7 @@ class Observation:
             longer = max(self.operations, other.operations, key=len)
             first = longer[min(len(self.operations), len(other.operations))]
             return f"one of two runs has more operations: {first.name} {first.place}"
-        late = sorted(set(self.param_names) ^ set(other.param_names))
-        return f"parameter '{late[0]}' is there in one of two runs only" if late else None
+        return None
 
     def difference_of_externals(self, other: "Observation") -> str | None:
         """Whether tensors from elsewhere are others in another run, and hold something else."""
@@ -145,16 +151,20 @@ class _Observer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         flat = pytree.tree_leaves((args, kwargs))
-        numbers = repr([x for x in flat if not isinstance(x, Tensor)])
+        operation = Operation(
+            self.site.place, str(func), repr([x for x in flat if not isinstance(x, Tensor)])
+        )
         if func is torch.ops.aten.lift_fresh.default:
-            numbers = f"{tuple(args[0].shape)} {hash(args[0].cpu().numpy().tobytes())}"
+            with torch._C.DisableTorchFunction():
+                array = args[0].cpu().numpy()
+            first = f" of {array.flatten()[:3]}"
+            operation = Operation(self.site.place, "torch.tensor", first, hash(array.tobytes()))
         else:
             for x in flat:
                 if isinstance(x, Tensor) and x not in self.made:
                     self._add_external(x)
-            if func._schema.is_mutable:
+            if func._schema.is_mutable or "batch_norm" in str(func):
                 self._keep_originals(func, args, kwargs)
-        operation = Operation(self.site.place, str(func), numbers)
         self.observation.operations.append(operation)
         out = func(*args, **kwargs)
         for x in pytree.tree_leaves(out):
@@ -170,14 +180,18 @@ class _Observer(TorchDispatchMode):
 
     def _keep_originals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if func._schema.is_mutable and not is_written:
+                continue  # batch_norm writes to its running statistics, but does not say so
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             for x in pytree.tree_leaves(value):
-                owner = self.owner_of_storage.get(x.untyped_storage()._cdata)
-                if owner is not None and owner not in self.observation.originals:
-                    external = self.observation.externals[owner]
-                    self.observation.originals[owner] = external.detach().clone()
+                if isinstance(x, Tensor):
+                    self._keep_original(self.owner_of_storage.get(x.untyped_storage()._cdata))
+
+    def _keep_original(self, index: int | None) -> None:
+        if index is not None and index not in self.observation.originals:
+            external = self.observation.externals[index]
+            self.observation.originals[index] = external.detach().clone()
 
 
 def observe(run: Callable[[], Outcome]) -> tuple[Observation, Outcome]:
@@ -213,6 +227,16 @@ def observe(run: Callable[[], Outcome]) -> tuple[Observation, Outcome]:
             raise CaptureError(f"the programs draw random numbers from Python's module {module}")
     observation.param_names = tuple(outcome.params)
     return observation, outcome
+
+
+def run_without_trace(run: Callable[[], Any]) -> None:
+    """Runs something with random numbers of its own, and undoes what it changes in place."""
+    observation = Observation()
+    try:
+        with other_random_numbers(0), _Observer(observation, CurrentSite()):
+            run()
+    finally:
+        observation.restore()
 
 
 def reason_of(error: Exception) -> str:

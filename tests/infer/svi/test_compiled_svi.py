@@ -1,0 +1,276 @@
+"""CompiledSVI takes the steps of SVI, from the same random numbers."""
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from torch import nn
+
+from pyro_ext.infer import (
+    CompiledSVI,
+    ImportanceWeightedELBO,
+    KLWeightedELBO,
+    VariationalRenyiELBO,
+)
+from tests.infer.svi.programs import PROBLEMS, Problem, SmallVAE, images, vae
+from tests.registry import ESTIMATORS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
+
+
+def train(cls, make, num_steps=12, **options):
+    """Losses, parameters and buffers after some steps from a seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    problem = make()
+    optim = pyro.optim.Adam({"lr": 0.02})
+    svi = cls(problem.model, problem.guide, optim, problem.loss, **options)
+    losses = []
+    for _ in range(num_steps):
+        losses.append(svi.step(*problem.args))
+        if isinstance(problem.loss, KLWeightedELBO):
+            problem.loss.schedule.step()
+    losses.append(svi.evaluate_loss(*problem.args))
+    owner = getattr(problem.model, "__self__", nn.Module())
+    params = {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+    return svi, losses, params, dict(owner.named_buffers())
+
+
+def assert_same_training(make, **options):
+    _, expected, params, buffers = train(SVI, make)
+    svi, losses, found, found_buffers = train(CompiledSVI, make, fallback=False, **options)
+    assert all(type(loss) is float for loss in losses)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert found.keys() == params.keys()
+    for name, param in params.items():
+        torch.testing.assert_close(found[name], param, rtol=1e-4, atol=1e-5)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(found_buffers[name], buffer)
+    assert svi._graphs.count == 2  # a step, and an evaluation
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_takes_the_steps_of_svi(name):
+    assert_same_training(PROBLEMS[name], backend="eager")
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "dreg", "stl"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_takes_the_steps_of_svi_with_every_estimator(name, gradient):
+    make, _ = ESTIMATORS[name]
+    assert_same_training(lambda: vae(loss=make(4, gradient=gradient)), backend="eager")
+
+
+@pytest.mark.parametrize("name", ["VAE", "families", "KL warm-up"])
+def test_inductor_takes_the_steps_of_svi(name):
+    assert_same_training(PROBLEMS[name])
+
+
+def test_gradients_are_those_of_the_eager_step_on_the_same_noise():
+    problem = vae(loss=ImportanceWeightedELBO(20))
+    svi = CompiledSVI(*problem[:2], pyro.optim.SGD({"lr": 0.0}), problem.loss, backend="eager")
+    svi.step(*problem.args)
+    params = dict(pyro.get_param_store().named_parameters())
+    pyro.set_rng_seed(3)
+    problem.loss.loss_and_grads(*problem[:2], *problem.args)
+    expected = {name: param.grad.clone() for name, param in params.items()}
+    for param in params.values():
+        param.grad = None
+    found = {}
+    svi._optimizer.step = lambda params: found.update({p: p.grad.clone() for p in params})
+    pyro.set_rng_seed(3)
+    svi.step(*problem.args)
+    for name, param in params.items():
+        torch.testing.assert_close(found[param], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_random_numbers_follow_the_seed_and_are_fresh():
+    problem = vae()
+    svi = CompiledSVI(*problem[:2], pyro.optim.SGD({"lr": 0.0}), problem.loss, backend="eager")
+    svi.step(*problem.args)
+    pyro.set_rng_seed(5)
+    first = [svi.step(*problem.args) for _ in range(4)]
+    pyro.set_rng_seed(5)
+    second = [svi.step(*problem.args) for _ in range(4)]
+    assert first == second
+    assert len(set(first)) == 4
+
+
+def test_capture_leaves_random_states_and_buffers_as_they_were():
+    pyro.set_rng_seed(2)
+    module = SmallVAE(nn.BatchNorm1d(8), nn.Dropout(0.5))
+    problem = Problem(module.model, module.guide, ImportanceWeightedELBO(3), (images(),))
+    reference = copy.deepcopy(module)
+    svi = SVI(reference.model, reference.guide, pyro.optim.Adam({"lr": 0.01}), problem.loss)
+    state = pyro.util.get_rng_state()
+    svi.step(*problem.args)
+    expected = pyro.util.get_rng_state()
+    pyro.clear_param_store()
+    pyro.util.set_rng_state(state)
+    CompiledSVI(
+        *problem[:2], pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(3), backend="eager"
+    ).step(*problem.args)
+    found = pyro.util.get_rng_state()
+    assert torch.equal(found["torch"], expected["torch"])
+    assert found["random"] == expected["random"]
+    assert (found["numpy"][1] == expected["numpy"][1]).all()
+    assert found["numpy"][2:] == expected["numpy"][2:]
+    for name, buffer in reference.named_buffers():
+        torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
+
+
+def normal_model(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def normal_guide(x):
+    loc = pyro.param("loc", torch.tensor(0.5))
+    pyro.sample("z", dist.Normal(loc, 0.8))
+
+
+def eager_loss(svi, *args, **kwargs):
+    """The loss of an eager step from the state of now."""
+    svi.objective.loss(svi.model, svi.guide, *args, **kwargs)  # guesses the plates
+    state = pyro.util.get_rng_state()
+    loss = svi.objective.loss(svi.model, svi.guide, *args, **kwargs)
+    pyro.util.set_rng_state(state)
+    return loss
+
+
+def still(model, guide, loss, **options):
+    """An SVI whose steps change nothing."""
+    return CompiledSVI(
+        model, guide, pyro.optim.SGD({"lr": 0.0}), loss, backend="eager", fallback=False, **options
+    )
+
+
+def test_numbers_of_the_objective_are_inputs():
+    svi = still(normal_model, normal_guide, VariationalRenyiELBO(0.3, 5))
+    x = torch.tensor(2.0)
+    for alpha in (0.3, 0.5, 0.9, 0.0):
+        svi.objective.alpha = alpha
+        expected = eager_loss(svi, x)
+        assert svi.step(x) == pytest.approx(expected, rel=1e-6)
+    assert svi._graphs.count == 1
+    assert svi.objective.alpha == 0.0
+    assert type(svi.objective.alpha) is float
+
+
+def test_numbers_among_the_arguments_are_inputs():
+    def model(x, scale, more):
+        with pyro.poutine.scale(scale=more["weight"]):
+            normal_model(x / scale)
+
+    svi = still(model, lambda x, *args, **kwargs: normal_guide(x), ImportanceWeightedELBO(5))
+    for scale in (1.0, 2.0, 3.0):
+        args = torch.tensor(2.0), scale
+        more = {"weight": scale / 4}
+        expected = eager_loss(svi, *args, more=more)
+        assert svi.step(*args, more=more) == pytest.approx(expected, rel=1e-6)
+    assert svi._graphs.count == 1
+
+
+def test_numbers_that_are_branched_on_get_graphs_of_their_own():
+    def model(x, scale):
+        normal_model(x if scale > 1.5 else -x)
+
+    svi = still(model, lambda x, scale: normal_guide(x), ImportanceWeightedELBO(5))
+    for scale in (1.0, 2.0, 1.0, 2.0):
+        expected = eager_loss(svi, torch.tensor(2.0), scale)
+        assert svi.step(torch.tensor(2.0), scale) == pytest.approx(expected, rel=1e-6)
+    assert svi._graphs.count == 2
+
+
+def test_parameters_and_tensors_are_those_of_now():
+    module = SmallVAE()
+    svi = still(module.model, module.guide, ImportanceWeightedELBO(3))
+    x = images()
+    svi.step(x)
+
+    def assert_seen():
+        expected = eager_loss(svi, x)
+        assert svi.step(x) == pytest.approx(expected, rel=1e-6)
+
+    module.load_state_dict(SmallVAE().state_dict())
+    assert_seen()
+    with torch.no_grad():
+        module.decoder[0].bias.add_(1.0)
+    assert_seen()
+    module.decoder[2].weight.data = torch.randn(12, 8)
+    assert_seen()
+    assert svi._graphs.count == 1
+
+
+def test_edits_of_the_param_store_are_seen():
+    svi = still(normal_model, normal_guide, ImportanceWeightedELBO(3))
+    x = torch.tensor(2.0)
+    svi.step(x)
+    pyro.get_param_store()["loc"] = torch.tensor(-4.0)
+    expected = eager_loss(svi, x)
+    assert svi.step(x) == pytest.approx(expected, rel=1e-6)
+    assert svi._graphs.count == 1
+
+
+def test_minibatch_indices_are_fresh():
+    rows_seen = []
+    problem = PROBLEMS["subsampled plate, locals"]()
+    svi = still(problem.model, problem.guide, problem.loss)
+    svi.step(*problem.args)
+    svi._optimizer.step = lambda params: rows_seen.append(
+        tuple(params[0].grad.nonzero().flatten().tolist())
+    )
+    for _ in range(5):
+        svi.step(*problem.args)
+    assert len(set(rows_seen)) == 5
+    assert all(len(rows) == 7 for rows in rows_seen)
+
+
+def test_a_smaller_last_batch_gets_a_graph():
+    problem = vae()
+    svi = still(problem.model, problem.guide, problem.loss)
+    for batch_size in (10, 4, 10, 4):
+        expected = eager_loss(svi, images(batch_size))
+        assert svi.step(images(batch_size)) == pytest.approx(expected, rel=1e-5)
+    assert svi._graphs.count == 2
+
+
+def test_float64_and_changes_of_dtype():
+    module = SmallVAE().double()
+    svi = still(module.model, module.guide, ImportanceWeightedELBO(3))
+    x = images().double()
+    svi.step(x)
+    expected = eager_loss(svi, x)
+    assert svi.step(x) == pytest.approx(expected, rel=1e-12)
+    module.float()
+    expected = eager_loss(svi, x.float())
+    assert svi.step(x.float()) == pytest.approx(expected, rel=1e-5)
+    assert svi._graphs.count == 2
+
+
+def test_a_loss_function_of_ones_own():
+    def loss(model, guide, x):
+        return ImportanceWeightedELBO(3).differentiable_loss(model, guide, x)
+
+    svi = still(normal_model, normal_guide, loss)
+    pyro.set_rng_seed(1)
+    svi.step(torch.tensor(2.0))
+    pyro.set_rng_seed(1)
+    expected = loss(normal_model, normal_guide, torch.tensor(2.0)).item()
+    pyro.set_rng_seed(1)
+    assert svi.step(torch.tensor(2.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_pickles_and_copies_without_its_graphs():
+    svi = still(normal_model, normal_guide, ImportanceWeightedELBO(3))
+    svi.step(torch.tensor(2.0))
+    for other in (pickle.loads(pickle.dumps(svi)), copy.deepcopy(svi)):
+        assert other._graphs.count == 0
+        pyro.set_rng_seed(1)
+        expected = svi.step(torch.tensor(2.0))
+        pyro.set_rng_seed(1)
+        assert other.step(torch.tensor(2.0)) == pytest.approx(expected, rel=1e-6)
