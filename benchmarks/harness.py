@@ -1,0 +1,158 @@
+"""Interleaved timing, peak memory, tables and their plots."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for.
+
+    :param torch.device device: where to run.
+    :param bool quick: fewer settings and rounds.
+    """
+
+    device: torch.device
+    quick: bool
+
+    @property
+    def seconds(self) -> float:
+        """About how long to time one group of steps."""
+        return 3.0 if self.quick else 12.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        """The spread of some values."""
+        lower, median, upper = np.quantile(np.asarray(values), [0.25, 0.5, 0.75])
+        return Spread(float(median), float(lower), float(upper))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.lower:.3g} to {self.upper:.3g})"
+
+
+@dataclass
+class Table:
+    """One result: rows of cells under columns, and what to draw of it.
+
+    :param str title: what was measured.
+    :param columns: the headings.
+    :param rows: numbers, words or spreads.
+    :param str note: a line below.
+    :param chart: the columns of the labels, of the series (or None) and of the values.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[Any]] = field(default_factory=list)
+    note: str = ""
+    chart: tuple[str, str | None, str] | None = None
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [f"### {self.title}", "", f"| {' | '.join(self.columns)} |"]
+        lines.append("|" + "---|" * len(self.columns))
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in self.rows]
+        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+    def record(self) -> dict[str, Any]:
+        """The table for a JSON file."""
+        rows = [dict(zip(self.columns, map(_plain, row), strict=True)) for row in self.rows]
+        return {"title": self.title, "rows": rows, "note": self.note}
+
+    def draw(self, path: Any) -> None:
+        """Saves a bar chart."""
+        if self.chart is None:
+            return
+        from matplotlib.figure import Figure
+
+        label, series, value = (
+            None if name is None else self.columns.index(name) for name in self.chart
+        )
+        figure = Figure(figsize=(7, 1 + 0.3 * len(self.rows)), layout="constrained")
+        axes = figure.subplots()
+        names = [
+            " ".join(_cell(row[i]) for i in (series, label) if i is not None) for row in self.rows
+        ]
+        spreads = [row[value] for row in self.rows]
+        spreads = [s if isinstance(s, Spread) else Spread(s, s, s) for s in spreads]
+        errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+        axes.barh(names, [s.median for s in spreads], xerr=errors, color="#3b6ea8")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(self.chart[2])
+        axes.set_title(self.title)
+        figure.savefig(path, dpi=120)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, Spread) else value
+
+
+def compare(
+    steps: dict[str, Step], options: Options, seconds: float | None = None
+) -> dict[str, tuple[Spread, Spread]]:
+    """Milliseconds of each step, and the ratio to the first one's in the same round.
+
+    The steps take turns in a random order, for the time of a step depends on what ran before.
+    """
+    timers = {
+        name: Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        for name, step in steps.items()
+    }
+    for step in steps.values():
+        step()
+    durations: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + (seconds or options.seconds)
+    while time.perf_counter() < end or len(next(iter(durations.values()))) < 5:
+        for name in random.sample(list(timers), len(timers)):
+            durations[name].append(1e3 * timers[name].timeit(1).mean)
+    base = next(iter(durations.values()))
+    return {
+        name: (Spread.of(values), Spread.of([t / u for t, u in zip(values, base, strict=True)]))
+        for name, values in durations.items()
+    }
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most bytes that a step has alive at a time beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.mean(np.log(values))))
