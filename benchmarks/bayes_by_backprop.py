@@ -1,24 +1,16 @@
-"""Time of a Bayes-by-Backprop step over that of the same step in plain PyTorch, in one run.
-
-    python benchmarks/bayes_by_backprop.py [--device cuda] [--rounds 40]
+"""A Bayes-by-Backprop step, over the same step in plain PyTorch.
 
 A 784-400-400-10 network with the scale-mixture prior, a batch of 128, fused Adam, validation off.
 Then 8 particles, vectorised over looped. blitz-bayesian-pytorch and bayesian-torch take part where
 they are installed; what is used of them needs none of their dependencies but torch:
 
     pip install --no-deps blitz-bayesian-pytorch bayesian-torch
-
-Steps take turns in a random order; ratios are those of medians.
 """
 
-import argparse
 import importlib.util
 import itertools
 import math
-import random
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -28,14 +20,14 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.harness import Options, Step, Table, compare
 from pyro_ext.distributions import NormalScaleMixture
-from pyro_ext.infer import GeometricKL, ImportanceWeightedELBO, KLWeightedELBO
+from pyro_ext.infer import CompiledSVI, GeometricKL, ImportanceWeightedELBO, KLWeightedELBO
 from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
 
 SIZES = 784, 400, 400, 10
 BATCH_SIZE, NUM_DATA = 128, 60_000
 SCALES, PROBS = (1.0, math.exp(-6)), (0.5, 0.5)
-Step = Callable[[], Any]
 
 
 def make_network() -> nn.Sequential:
@@ -164,78 +156,71 @@ def others(device: torch.device) -> dict[str, Step]:
     return steps
 
 
-def measure(steps: dict[str, Step], num_rounds: int, device: torch.device) -> None:
-    """Prints medians and their ratios to the first step's."""
-    durations: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(num_rounds + 3):
-        for name in random.sample(list(steps), len(steps)):
-            start = time.perf_counter()
-            steps[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 3:
-                durations[name].append(time.perf_counter() - start)
-    base = statistics.median(next(iter(durations.values())))
-    for name, values in durations.items():
-        median = statistics.median(values)
-        print(f"{name:45} {1e3 * median:8.2f} ms   {median / base:.2f}")
-
-
-def main() -> None:
-    """Prints two tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=40)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    pyro.enable_validation(False)
-    mixture = NormalScaleMixture(torch.tensor(SCALES), probs=torch.tensor(PROBS))
+def compiled_step(prior: Any, device: torch.device) -> Step:
+    """A step of ``CompiledSVI``."""
+    model = Model(prior).to(device)
+    guide = MeanFieldGuide(model.net)
     x, y = batch(device)
+    svi = CompiledSVI(model, lambda x, y: guide(x), pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    svi.step(x, y)
+    return lambda: svi.step(x, y)
 
-    def under(handler: Any, step: Step) -> Step:
-        def handled() -> None:
-            with handler():
-                step()
 
-        return handled
+def under(handler: Any, step: Step) -> Step:
+    """A step inside of a handler."""
+
+    def handled() -> None:
+        with handler():
+            step()
+
+    return handled
+
+
+def tables(options: Options) -> Iterator[Table]:
+    """One draw against other libraries; eight draws against a loop."""
+    device = options.device
+    mixture = NormalScaleMixture(torch.tensor(SCALES), probs=torch.tensor(PROBS)).to(device)
+    x, y = batch(device)
 
     def pyro_steps(elbo: Callable[[], Any], prior: Any = mixture) -> Step:
         pyro.clear_param_store()
         return pyro_step(elbo(), prior, device)
 
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     plain = PlainNetwork().to(device)
     normal = dist.Normal(0.0, 1.0)
-    with pyro.settings.context(module_local_params=True):
+    with pyro.validation_enabled(False):
         steps = {
             "plain PyTorch": torch_step(lambda: plain(x, y), plain),
-            "Trace_ELBO": pyro_steps(Trace_ELBO),
-            "KLWeightedELBO(Trace_ELBO)": pyro_steps(
-                lambda: KLWeightedELBO(Trace_ELBO(), GeometricKL(469))
-            ),
-            "ImportanceWeightedELBO(1)": pyro_steps(lambda: ImportanceWeightedELBO(1)),
-            "TraceMeanField_ELBO, normal prior": pyro_steps(TraceMeanField_ELBO, normal),
-            "the same with local_reparameterization": under(
-                local_reparameterization, pyro_steps(TraceMeanField_ELBO, normal)
-            ),
-            "the same with flipout": under(flipout, pyro_steps(TraceMeanField_ELBO, normal)),
-            **others(device),
+            "CompiledSVI, Trace_ELBO": compiled_step(mixture, device),
         }
-        measure(steps, arguments.rounds, device)
+        with pyro.settings.context(module_local_params=True):
+            steps |= {
+                "Trace_ELBO": pyro_steps(Trace_ELBO),
+                "KLWeightedELBO(Trace_ELBO)": pyro_steps(
+                    lambda: KLWeightedELBO(Trace_ELBO(), GeometricKL(469))
+                ),
+                "ImportanceWeightedELBO(1)": pyro_steps(lambda: ImportanceWeightedELBO(1)),
+                "TraceMeanField_ELBO, normal prior": pyro_steps(TraceMeanField_ELBO, normal),
+                "the same with local_reparameterization": under(
+                    local_reparameterization, pyro_steps(TraceMeanField_ELBO, normal)
+                ),
+                "the same with flipout": under(flipout, pyro_steps(TraceMeanField_ELBO, normal)),
+                **others(device),
+            }
+            yield table_of("Bayes by Backprop", steps, "plain PyTorch", options)
 
-        def particles(is_vectorized: bool) -> Step:
-            return pyro_steps(
-                lambda: Trace_ELBO(8, vectorize_particles=is_vectorized, max_plate_nesting=1)
-            )
+            def particles(is_vectorized: bool) -> Step:
+                return pyro_steps(
+                    lambda: Trace_ELBO(8, vectorize_particles=is_vectorized, max_plate_nesting=1)
+                )
 
-        measure(
-            {"8 particles, looped": particles(False), "8 particles, vectorised": particles(True)},
-            max(arguments.rounds // 4, 5),
-            device,
-        )
+            steps = {"looped": particles(False), "vectorised": particles(True)}
+            yield table_of("Bayes by Backprop, 8 particles", steps, "looped", options)
 
 
-if __name__ == "__main__":
-    main()
+def table_of(title: str, steps: dict[str, Step], base: str, options: Options) -> Table:
+    """Times, and ratios to the first step's."""
+    ratio = f"ratio to {base}"
+    table = Table(title, ["step", "ms", ratio], chart=("step", None, ratio))
+    table.rows = [[name, *found] for name, found in compare(steps, options).items()]
+    return table

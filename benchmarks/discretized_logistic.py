@@ -1,31 +1,24 @@
-"""Time and memory of the discretized logistic mixture over those of the usual recipe, in one run.
-
-    python benchmarks/discretized_logistic.py [--device cuda] [--rounds 30] [--threads 1]
+"""The discretized logistic mixture, over the usual recipe.
 
 Forward plus backward of 10 components over 16 x 3,072 sub-pixels. The baseline is the recipe of
 PixelCNN++ as it is usually carried over to PyTorch: pixels on [-1, 1], a threshold, floors, and
-a choice between branches by products with masks. The two take turns of a few steps each, of which
-the first is not timed: it pays for the caches and the heap that the other one left behind. The
-ratio is the median over the rounds. On CUDA the time is also put beside that of moving all inputs
-and outputs once.
+a choice between branches by products with masks. On CUDA the time is also put beside that of
+moving all inputs and outputs once.
 """
 
-import argparse
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import Options, Step, Table, compare, peak_bytes
 from pyro_ext.distributions import DiscretizedLogisticMixture
 
 NUM_PIXELS, NUM_COMPONENTS = 16 * 3072, 10
-STEPS_PER_TURN = 5
 
 
 def usual_recipe(pixels: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
@@ -53,7 +46,7 @@ def usual_recipe(pixels: Tensor, logits: Tensor, means: Tensor, log_scales: Tens
     return largest + (joint - kept).exp().sum(-1).log()
 
 
-def make_steps(device: torch.device) -> dict[str, Callable[[], None]]:
+def make_steps(device: torch.device) -> dict[str, Step]:
     """Forward and backward of each, by name, with the same image and parameters."""
     torch.manual_seed(0)
     shape = (NUM_PIXELS, NUM_COMPONENTS)
@@ -82,20 +75,6 @@ def make_steps(device: torch.device) -> dict[str, Callable[[], None]]:
     }
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes alive at a time beyond the parameters; their gradients count."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
 def bandwidth_floor(device: torch.device) -> float:
     """Seconds to read the pixels and parameters and to write log p and the gradients."""
     source = torch.empty(2**28, device=device)
@@ -111,39 +90,25 @@ def bandwidth_floor(device: torch.device) -> float:
     return statistics.median(durations) * num_values / (2 * source.numel())
 
 
-def main() -> None:
-    """Prints times, memory and their ratios."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    steps = make_steps(device)
-    durations: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds):
-        for name, step in steps.items():
-            step()
-            start = time.perf_counter()
-            for _ in range(STEPS_PER_TURN):
-                step()
-            durations[name].append((time.perf_counter() - start) / STEPS_PER_TURN)
-    (base, base_durations), *_ = durations.items()
-    base_peak = peak_bytes(steps[base], device)
-    for name, step in steps.items():
-        ratios = (t / u for t, u in zip(durations[name], base_durations, strict=True))
-        peak = peak_bytes(step, device)
-        print(
-            f"{name}: {1e3 * statistics.median(durations[name]):.2f} ms, "
-            f"{peak / 2**20:.1f} MiB, ratios {statistics.median(ratios):.3f} (time) and "
-            f"{peak / base_peak:.3f} (memory)"
-        )
-        if device.type == "cuda":
-            floor = statistics.median(durations[name]) / bandwidth_floor(device)
-            print(f"    {floor:.2f} x the time of moving inputs and outputs once")
-
-
-if __name__ == "__main__":
-    main()
+def tables(options: Options) -> Iterator[Table]:
+    """Time and memory on one core and on all."""
+    columns = ["cores", "log-likelihood", "ms", "ratio to the usual recipe", "peak MiB"]
+    table = Table(
+        "Discretized logistic mixture",
+        columns,
+        chart=("log-likelihood", "cores", "ratio to the usual recipe"),
+    )
+    num_threads = torch.get_num_threads()
+    for cores in sorted({1, num_threads}) if options.device.type == "cpu" else [num_threads]:
+        torch.set_num_threads(cores)
+        steps = make_steps(options.device)
+        found = compare(steps, options)
+        for name, (milliseconds, ratio) in found.items():
+            peak = peak_bytes(steps[name], options.device) / 2**20
+            table.rows.append([cores, name, milliseconds, ratio, peak])
+        if options.device.type == "cuda":
+            floor = 1e3 * bandwidth_floor(options.device)
+            own = found["DiscretizedLogisticMixture"][0].median
+            table.note = f"{own / floor:.2f} x the time of moving inputs and outputs once."
+    torch.set_num_threads(num_threads)
+    yield table

@@ -1,25 +1,19 @@
 """Draws times data points a second of estimate_evidence, over a loop in plain PyTorch; and memory.
 
-    python benchmarks/evidence.py [--device cuda] [--rounds 15]
-
 The loop encodes the images once, and draws, decodes and weighs chunk by chunk without a graph.
-Both take turns; times are the shortest of the rounds, for waits for memory only add. The memory is
-the peak of all tensors, at many draws over few.
 """
 
-import argparse
 import math
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
-import pyro
 import torch
-from chunk_memory import LiveBytes
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
-from vae import VAE, random_images
 
+from benchmarks.harness import Options, Table, compare, peak_bytes
+from benchmarks.vae import VAE, random_images
 from pyro_ext.infer import estimate_evidence
 
 NUM_POINTS = 64
@@ -40,71 +34,40 @@ def loop(vae: VAE, x: Tensor, num_samples: int, chunk_size: int) -> Tensor:
     return total - math.log(num_samples)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The time of one run."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def tables(options: Options) -> Iterator[Table]:
+    """Throughput for three chunk sizes, and memory at many draws over few."""
+    vae = VAE("vae").to(options.device)
+    x = random_images(NUM_POINTS, options.device)
+    rate = "draws x images a second"
+    ratio = "ratio of times to the loop's"
+    table = Table("Evidence", ["chunk size", "by", rate, ratio], chart=("by", "chunk size", ratio))
 
+    def estimate(x: Tensor, num_samples: int, chunk_size: int) -> object:
+        return estimate_evidence(
+            vae.model,
+            vae.guide,
+            x,
+            num_samples=num_samples,
+            chunk_size=chunk_size,
+            max_plate_nesting=1,
+        )
 
-def print_throughput(vae: VAE, x: Tensor, rounds: int) -> None:
-    """A row for each chunk size."""
-    print("chunk size | loop, draws x points a second | estimate_evidence | ratio")
-    for chunk_size, num_samples in ((10, 1000), (100, 2000), (1000, 4000)):
-
-        def ours(num_samples: int = num_samples, chunk_size: int = chunk_size) -> object:
-            return estimate_evidence(
-                vae.model,
-                vae.guide,
-                x,
-                num_samples=num_samples,
-                chunk_size=chunk_size,
-                max_plate_nesting=1,
-            )
-
-        def theirs(num_samples: int = num_samples, chunk_size: int = chunk_size) -> object:
-            return loop(vae, x, num_samples, chunk_size)
-
-        ours(), theirs()
-        pairs = [(seconds(theirs, x.device), seconds(ours, x.device)) for _ in range(rounds)]
-        slow, fast = (min(times) for times in zip(*pairs, strict=True))
-        rates = [num_samples * NUM_POINTS / t for t in (slow, fast)]
-        print(f"{chunk_size} | {rates[0]:.3g} | {rates[1]:.3g} | {slow / fast:.2f}")
-
-
-def peak_bytes(vae: VAE, x: Tensor, num_samples: int) -> int:
-    """The peak of all tensors but the parameters and data."""
-    options = {"num_samples": num_samples, "chunk_size": 100, "max_plate_nesting": 1}
-    if x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        estimate_evidence(vae.model, vae.guide, x, **options)
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes([*vae.parameters(), x]) as memory:
-        estimate_evidence(vae.model, vae.guide, x, **options)
-    return memory.peak
-
-
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    warnings.filterwarnings("ignore", message=".*Pareto k")  # the network is not trained
-    torch.set_flush_denormal(True)
-    pyro.set_rng_seed(0)
-    vae = VAE("vae").to(device)
-    print_throughput(vae, random_images(NUM_POINTS, device), arguments.rounds)
-    few, many = (peak_bytes(vae, random_images(8, device), n) for n in (1000, 60_000))
-    print(f"peak memory, 8 points, chunks of 100: {few / 2**20:.2f} MiB at 1,000 draws, ", end="")
-    print(f"{many / 2**20:.2f} MiB at 60,000: {many / few:.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Pareto k")  # the network is not trained
+        for chunk_size, num_samples in ((10, 300), (100, 1000), (1000, 2000)):
+            settings = {"num_samples": num_samples, "chunk_size": chunk_size}
+            steps = {
+                "loop": partial(loop, vae, x, **settings),
+                "estimate_evidence": partial(estimate, x, **settings),
+            }
+            for name, (milliseconds, times) in compare(steps, options).items():
+                draws_a_second = 1e3 * num_samples * NUM_POINTS / milliseconds.median
+                table.rows.append([chunk_size, name, draws_a_second, times])
+        few, many = (
+            peak_bytes(partial(estimate, x[:8], n, 100), options.device) for n in (1000, 20_000)
+        )
+    table.note = (
+        f"Peak memory, 8 images, chunks of 100: {few / 2**20:.2f} MiB at 1,000 draws, "
+        f"{many / 2**20:.2f} MiB at 20,000: {many / few:.3f}."
+    )
+    yield table

@@ -1,6 +1,7 @@
 """The training step of NumPyro, on the same network."""
 
 import importlib.util
+import itertools
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def make_step(images: np.ndarray, num_particles: int) -> Step:
     from numpyro.infer import SVI, RenyiELBO
 
     def mlp(name: str, x: Any, *sizes: int) -> Any:
-        for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (before, after) in enumerate(itertools.pairwise(sizes)):
             key = jax.random.PRNGKey(i)
             bound = before**-0.5
             weight = numpyro.param(

@@ -1,18 +1,18 @@
 """Signal-to-noise ratio of the guide's gradient against the number of particles K.
 
-    python benchmarks/signal_to_noise.py
-
 On a conjugate model it falls as 1 / sqrt(K) for the plain gradient of the importance-weighted
 bound (Rainforth et al. 2018) and rises as sqrt(K) for the doubly reparameterised one (Tucker et
 al. 2019).
 """
 
 import math
+from collections.abc import Iterator
 
 import pyro
 import pyro.distributions as dist
 import torch
 
+from benchmarks.harness import Options, Table
 from pyro_ext.infer import ImportanceWeightedELBO
 
 NUM_REPLICATES = 2000
@@ -62,12 +62,9 @@ def slope(ratios: list[float]) -> float:
     return ((deviation * log_ratio).sum() / deviation.square().sum()).item()
 
 
-def main() -> None:
-    """Prints the ratios and their slopes."""
-    print(f"{'gradient':10}" + "".join(f"  K = {K:<6}" for K in NUM_PARTICLES) + "  slope")
-    for rule, ratios in signal_to_noise().items():
-        print(f"{rule:10}" + "".join(f"  {r:<10.4f}" for r in ratios) + f"  {slope(ratios):+.3f}")
-
-
-if __name__ == "__main__":
-    main()
+def tables(options: Options) -> Iterator[Table]:
+    """The ratios and their slopes."""
+    columns = ["gradient", *(f"K = {K}" for K in NUM_PARTICLES), "slope in log K"]
+    table = Table("Signal-to-noise ratio of the guide's gradient", columns)
+    table.rows = [[rule, *ratios, slope(ratios)] for rule, ratios in signal_to_noise().items()]
+    yield table

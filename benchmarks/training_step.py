@@ -110,7 +110,7 @@ def tables(options: Options) -> Iterator[Table]:
     compiled = geometric_mean(ratios["CompiledSVI"])
     means = {name: compiled / geometric_mean(values) for name, values in ratios.items()}
     table.note = (
-        f"Geometric mean over (20, 5), (20, 50), (100, 50) of the compiled step over: "
+        "Geometric mean over (20, 5), (20, 50), (100, 50) of the compiled step over: "
         + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if name != "CompiledSVI")
         + f". First call, which compiles: {min(first_calls):.1f} to {max(first_calls):.1f} s."
     )

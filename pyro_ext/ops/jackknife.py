@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ MAX_SUBSETS = 2**21
 
 # Subsets are visited in blocks of about this many numbers, which bounds the memory.
 _BLOCK_NUMEL = 2**20
+_PAIR_BLOCK_NUMEL = 2**17  # several passes over one block stay in the cache
 
 
 class TooManySubsetsError(ValueError):
@@ -104,14 +105,14 @@ def jackknife_first_and_second(log_w: Tensor, order: int = 1) -> tuple[Tensor, T
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     _check(log_w, order)
-    _, first, squares = _evaluate(log_w.detach(), order)
+    _, (first, squares) = _evaluate(log_w.detach(), order, num_powers=2)
     return first.to(log_w.dtype), (first - squares).to(log_w.dtype)
 
 
 class _Jackknife(torch.autograd.Function):
     @staticmethod
     def forward(log_w: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        value, first, _ = _evaluate(log_w, order)
+        value, (first,) = _evaluate(log_w, order, num_powers=1)
         return value.to(log_w.dtype), first.to(log_w.dtype)
 
     @staticmethod
@@ -149,8 +150,8 @@ def _check(log_w: Tensor, order: int) -> None:
         )
 
 
-def _evaluate(log_w: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The value, f_k, and f_k - f_kk (the same sum over squared shares)."""
+def _evaluate(log_w: Tensor, order: int, num_powers: int) -> tuple[Tensor, Tensor]:
+    """The value, and the sums f_k over shares and, as the second power, f_k - f_kk over squares."""
     K, batch_shape = log_w.shape[0], log_w.shape[1:]
     wide = log_w.reshape(K, batch_shape.numel()).to(accumulation_dtype(log_w.device))
     ranked, ranking = wide.sort(dim=0, descending=True)
@@ -159,52 +160,97 @@ def _evaluate(log_w: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
 
     # sum_j c_j = 1, so that only the differences of the leave-j-out means meet the coefficients.
     value = log_total - math.log(K)
-    shares = ranked.new_zeros(2, *ranked.shape)
+    shares = ranked.new_zeros(num_powers, *ranked.shape)
+    suffixes = [_suffix(ranked, t) for t in range(order + 1)]
     for j, coefficient in enumerate(jackknife_coefficients(K, order)):
-        difference, mean_shares = _leave_out(ranked, j)
+        difference, mean_shares = _leave_out(suffixes, j, num_powers)
         value = value + coefficient * difference
         shares = shares + coefficient * mean_shares
     value = torch.where(ranked[order].isneginf(), math.nan, value)
     shares = torch.zeros_like(shares).scatter(1, ranking.expand_as(shares), shares)
-    first, squares = shares.view(2, *log_w.shape)
-    return value.view(batch_shape), first, squares
+    return value.view(batch_shape), shares.view(num_powers, *log_w.shape)
 
 
-def _leave_out(ranked: Tensor, j: int) -> tuple[Tensor, Tensor]:
+def _suffix(ranked: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The log of the sum from the t-th weight on, and the shares in it."""
+    log_suffix = ranked[t:].logsumexp(0)
+    return log_suffix, (ranked[t:] - log_suffix).exp()
+
+
+def _leave_out(
+    suffixes: Sequence[tuple[Tensor, Tensor]], j: int, num_powers: int
+) -> tuple[Tensor, Tensor]:
     """Means over all removed sets S of size j, for log weights sorted descending with sum 1.
 
     Returns mean_S log(mean of the rest) - log(mean of all), of shape (B,), and the means over S
-    of v_iS and of v_iS^2, of shape (2, K, B), where v_iS is particle i's share of the rest, or 0
-    if it was removed.
+    of v_iS, v_iS^2, ..., of shape (num_powers, K, B), where v_iS is particle i's share of the
+    rest, or 0 if it was removed.
 
     The sets are grouped by the longest prefix 0..t-1 that they remove: particle t stays, the
     other j - t removed ones come after it, so that they are no larger than what remains.
     """
-    K, B = ranked.shape
-    log_rest = ranked.new_zeros(B)
-    shares = ranked.new_zeros(2, K, B)
+    K, B = suffixes[0][1].shape
+    log_rest = suffixes[0][1].new_zeros(B)
+    shares = suffixes[0][1].new_zeros(num_powers, K, B)
     for t in range(j + 1):
         r, n = j - t, K - t - 1
         if n < r:
             continue
-        log_suffix = ranked[t:].logsumexp(0)
-        share = (ranked[t:] - log_suffix).exp()
-        later = share[1:]
-        log_rest = log_rest + math.comb(n, r) * log_suffix
-        # Sums over the sets of 1 / rest and of its square: of all sets, and of those with i in S.
-        total = ranked.new_zeros(2, 1, B)
-        lost = ranked.new_zeros(2, n, B)
-        for subset in _subset_blocks(n, r, ranked):
-            removed_share = later[subset].sum(0)
-            log_rest = log_rest + torch.log1p(-removed_share).sum(0)
-            inverse = (1 - removed_share).reciprocal()
-            powers = torch.stack([inverse, inverse.square()])
-            total = total + powers.sum(1, keepdim=True)
-            lost = lost.index_add(1, subset.flatten(), powers.repeat(1, r, 1))
+        log_suffix, share = suffixes[t]
+        log_remaining, total, lost = _sums_over_subsets(share[1:], r, num_powers)
+        log_rest = log_rest + math.comb(n, r) * log_suffix + log_remaining
         kept = torch.cat([total, total - lost], dim=1)
-        shares[:, t:] += torch.stack([share, share.square()]) * kept
+        shares[:, t:] += _powers(share, num_powers) * kept
     num_subsets = math.comb(K, j)
     return log_rest / num_subsets - math.log1p(-j / K), shares / num_subsets
+
+
+def _sums_over_subsets(share: Tensor, r: int, num_powers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the r-subsets S of n particles, with rest_S = 1 - the shares of S.
+
+    Returns the sums of log rest_S, of shape (B,); of 1 / rest_S and its powers over all subsets,
+    of shape (num_powers, 1, B), and over those that contain each particle, (num_powers, n, B).
+    """
+    n, B = share.shape
+    log_rest, lost = share.new_zeros(B), share.new_zeros(num_powers, n, B)
+    if r == 0:
+        return log_rest, share.new_ones(num_powers, 1, B), lost
+    if r == 1:
+        lost = _powers((1 - share).reciprocal(), num_powers)
+        return torch.log1p(-share).sum(0), lost.sum(1, keepdim=True), lost
+    if r == 2:
+        return _sums_over_pairs(share, num_powers)
+    total = share.new_zeros(num_powers, 1, B)
+    for subset in _subset_blocks(n, r, share):
+        removed = share[subset].sum(0)
+        log_rest = log_rest + torch.log1p(-removed).sum(0)
+        powers = _powers((1 - removed).reciprocal(), num_powers)
+        total = total + powers.sum(1, keepdim=True)
+        lost = lost.index_add(1, subset.flatten(), powers.repeat(1, r, 1))
+    return log_rest, total, lost
+
+
+def _sums_over_pairs(share: Tensor, num_powers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_sums_over_subsets` for pairs, by blocks of the triangle above the diagonal."""
+    n, B = share.shape
+    log_rest, in_pairs = share.new_zeros(B), share.new_zeros(num_powers, n, B)
+    size = max(1, _PAIR_BLOCK_NUMEL // max(1, n * B))
+    for start in range(0, n, size):
+        rows, columns = share[start : start + size], share[start:]
+        negative = (rows.unsqueeze(1) + columns).neg_()
+        # On the diagonal and below are no pairs; there the logarithm is 0 and the inverse 1.
+        no_pairs = torch.ones(len(rows), len(columns), device=share.device).tril_().bool()
+        negative.masked_fill_(no_pairs.unsqueeze(-1), 0.0)
+        log_rest += torch.log1p(negative).sum((0, 1))
+        powers = _powers(negative.add_(1).reciprocal_(), num_powers)
+        in_pairs[:, start : start + size] += powers.sum(2) - no_pairs.sum(1).unsqueeze(-1)
+        in_pairs[:, start:] += powers.sum(1) - no_pairs.sum(0).unsqueeze(-1)
+    return log_rest, in_pairs.sum(1, keepdim=True) / 2, in_pairs
+
+
+def _powers(x: Tensor, num_powers: int) -> Tensor:
+    """The first one or two powers of a tensor, along a new dim on the left."""
+    return torch.stack([x, x.square()]) if num_powers == 2 else x.unsqueeze(0)
 
 
 def _subset_blocks(n: int, r: int, like: Tensor) -> Iterator[Tensor]:
