@@ -22,15 +22,15 @@ class Problem(NamedTuple):
 
 
 class SmallVAE(nn.Module):
-    """A VAE over 12 binary pixels, with layers of choice in its encoder."""
+    """A VAE over binary pixels, with layers of choice in its encoder."""
 
-    def __init__(self, *extra: nn.Module) -> None:
+    def __init__(self, *extra: nn.Module, num_pixels: int = 12) -> None:
         super().__init__()
         # A bias before BatchNorm would have a gradient of rounding errors alone.
         self.encoder = nn.Sequential(
-            nn.Linear(12, 8, bias=False), *extra, nn.Tanh(), nn.Linear(8, 6)
+            nn.Linear(num_pixels, 8, bias=False), *extra, nn.Tanh(), nn.Linear(8, 6)
         )
-        self.decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 12))
+        self.decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, num_pixels))
 
     def model(self, x):
         pyro.module("vae", self)

@@ -1,0 +1,91 @@
+"""The benchmarks' own tools."""
+
+import json
+import time
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks.__main__ import SUITES
+from benchmarks.harness import Options, Spread, Table, compare, geometric_mean, peak_bytes
+
+OPTIONS = Options(torch.device("cpu"), quick=True)
+
+
+def test_times_in_turns_and_as_ratios():
+    steps = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.006)}
+    found = compare(steps, OPTIONS, seconds=0.0)
+    assert found["short"][1] == Spread(1.0, 1.0, 1.0)
+    milliseconds, ratio = found["long"]
+    assert milliseconds.median >= 6.0
+    assert ratio.lower <= ratio.median <= ratio.upper
+    assert 1.0 < ratio.median <= 3.5
+
+
+def test_counts_the_peak_of_memory():
+    def step():
+        first = torch.empty(1000, 1000)
+        del first
+        second = torch.empty(2000, 1000)
+        third = torch.empty(500, 1000)
+        return second, third
+
+    step()
+    assert peak_bytes(step, OPTIONS.device) == pytest.approx(4 * 2500 * 1000, rel=0.01)
+
+
+def test_tables_are_printed_recorded_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    spread = Spread(1.5, 1.25, 1.75)
+    table = Table("Title", ["name", "ratio"], [["a", spread], ["b", 2.0]], "A note.", None)
+    assert "| a | 1.5 (1.25 to 1.75) |" in table.markdown()
+    assert table.markdown().endswith("A note.\n")
+    record = json.loads(json.dumps(table.record()))
+    assert record["rows"][0] == {
+        "name": "a",
+        "ratio": {"median": 1.5, "lower": 1.25, "upper": 1.75},
+    }
+    table.chart = ("name", None, "ratio")
+    table.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_geometric_mean():
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_have_tables(suite):
+    assert callable(import_module(f"benchmarks.{suite}").tables)
+
+
+def test_the_subset_matrix_is_the_jackknife():
+    from benchmarks.jackknife_orders import SubsetMatrix
+    from pyro_ext.ops import jackknife
+
+    log_w = torch.randn(8, 5, dtype=torch.float64)
+    matrix = SubsetMatrix(8, 2, torch.device("cpu"))
+    matrix.log_matrix, matrix.weights = matrix.log_matrix.double(), matrix.weights.double()
+    torch.testing.assert_close(matrix(log_w), jackknife(log_w, 2), rtol=1e-5, atol=1e-4)
+
+
+def test_the_plain_step_is_the_importance_weighted_step():
+    import pyro
+
+    from benchmarks.training_step import plain_step
+    from benchmarks.vae import VAE, random_images
+    from pyro_ext.infer import ImportanceWeightedELBO
+
+    images = random_images(4, torch.device("cpu"))
+    torch.manual_seed(0)
+    step = plain_step(images, 3)
+    torch.manual_seed(0)
+    vae = VAE("plain")
+    torch.manual_seed(1)
+    found = step()
+    torch.manual_seed(1)
+    elbo = ImportanceWeightedELBO(3, max_plate_nesting=1)
+    with pyro.validation_enabled(False):
+        expected = elbo.loss(vae.model, vae.guide, images)
+    assert found == pytest.approx(expected, rel=1e-5)
