@@ -23,33 +23,53 @@ from pyro_ext.infer.svi.observation import (
 )
 
 
-def compute(owner: Any, objective: Callable[[], Any], has_gradients: bool) -> Outcome:
+def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
     """The loss of a step by Pyro's own means, and its gradients, looking at no value.
 
-    :param owner: the objective's object.
     :param objective: gives the differentiable loss.
     :param bool has_gradients: whether gradients are wanted.
     """
-    with without_looking_at_values(owner), torch.set_grad_enabled(has_gradients):
+    torch.clear_autocast_cache()  # else casts of parameters would be those of an earlier step
+    with without_looking_at_values(), torch.enable_grad():
         with poutine.trace(param_only=True) as trace:
             loss = objective()
         if not isinstance(loss, Tensor):
             raise CaptureError(f"expected the loss to be a tensor, got {type(loss).__name__}")
         sites: dict[str, Any] = dict(trace.trace.nodes)
         params = {name: site["value"].unconstrained() for name, site in sites.items()}
-        gradients: dict[str, Tensor | None] = dict.fromkeys(params)
-        wanted = {name: param for name, param in params.items() if param.requires_grad}
+        first_names = {id(param): name for name, param in reversed(params.items())}
+        wanted = {name: params[name] for name in params if name in first_names.values()}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        wanted = {name: param for name, param in wanted.items() if param.requires_grad}
         if has_gradients and loss.requires_grad and wanted:
             found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-            gradients |= dict(zip(wanted, found, strict=True))
+            gradients |= _own_gradients(wanted, found)
         return Outcome(loss.detach(), gradients, params)
 
 
+def _own_gradients(
+    params: dict[str, Tensor], gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Gradients laid out like their parameters, none of which shares memory with another."""
+    own: dict[str, Tensor | None] = {}
+    storages = {param.untyped_storage()._cdata for param in params.values()}
+    for (name, param), gradient in zip(params.items(), gradients, strict=True):
+        if gradient is not None:
+            if gradient.layout != torch.strided:
+                raise CaptureError(f"the gradient of '{name}' is sparse")
+            storage = gradient.untyped_storage()._cdata
+            # Fused optimisers read memory as if it were the parameter's.
+            if gradient.stride() != param.stride() or storage in storages:
+                gradient = torch.empty_like(param).copy_(gradient)
+            storages.add(storage)
+        own[name] = gradient
+    return own
+
+
 @contextmanager
-def without_looking_at_values(objective: Any) -> Iterator[None]:
+def without_looking_at_values() -> Iterator[None]:
     """Turns off what looks at values: validation, and Pyro's warnings of NaN."""
-    owners = objective, getattr(objective, "elbo", None)
-    modules = {sys.modules[cls.__module__] for owner in owners for cls in type(owner).__mro__}
+    modules = [module for name, module in sys.modules.items() if name.startswith("pyro.infer")]
     initialize = Distribution.__init__
 
     def initialize_unchecked(

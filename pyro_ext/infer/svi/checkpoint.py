@@ -1,7 +1,9 @@
 """The state of a training run: parameters, buffers, optimisers, random numbers."""
 
+import io
 import os
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,60 +11,98 @@ import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from torch import Tensor, nn
 
 from pyro_ext.infer.svi.guards import Surroundings, current_params
 from pyro_ext.ops.random_state import get_random_state, set_random_state
 
+_FORMAT = "pyro_ext training run, 1"
 
-def random_states() -> dict[str, Any]:
-    """The states of the generators of torch, Python and NumPy."""
+
+def random_states(data: Any = None) -> dict[str, Any]:
+    """The states of the generators of torch, Python and NumPy, and of a ``DataLoader``'s own."""
     return {
         "torch": get_random_state(),
         "random": random.getstate(),
         "numpy": np.random.get_state(),
+        "data": [generator.get_state() for generator in _generators(data)],
     }
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any], data: Any = None) -> None:
     """Restores what :func:`random_states` returned."""
     set_random_state(states["torch"])
     random.setstate(states["random"])
     np.random.set_state(states["numpy"])
+    for generator, state in zip(_generators(data), states["data"], strict=False):
+        generator.set_state(state)
 
 
-def program_state(around: Surroundings, optim: PyroOptim) -> dict[str, Any]:
+def _generators(data: Any) -> list[torch.Generator]:
+    samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    samplers.append(getattr(samplers[-1], "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in (data, *samplers)]
+    unique = {id(x): x for x in found if isinstance(x, torch.Generator)}
+    return list(unique.values())
+
+
+def optimizer_state(optim: PyroOptim) -> dict[str, Any]:
+    """The states of a ``PyroOptim``, with those that wait for their parameters."""
+    return {**optim._state_waiting_to_be_consumed, **optim.get_state()}
+
+
+def program_state(
+    around: Surroundings, called: Sequence[nn.Module], optim: PyroOptim
+) -> dict[str, Any]:
     """Parameters, buffers and optimisers.
 
     :param Surroundings around: what the programs reach, for parameters and buffers of modules.
+    :param called: the modules that the programs call, in this order.
+    :param PyroOptim optim: the optimiser.
     """
-    params = current_params()
-    in_modules = around.state
-    label_of = {id(tensor): label for label, tensor in in_modules.items()}
     return {
-        "params": {name: param.detach().clone() for name, param in params.items()},
+        "params": _copies(current_params()),
         "constraints": pyro.get_param_store().get_state()["constraints"],
-        "modules": {label: tensor.detach().clone() for label, tensor in in_modules.items()},
-        "labels": {name: label_of[id(p)] for name, p in params.items() if id(p) in label_of},
-        "optim": optim.get_state(),
+        "modules": _copies(around.state),
+        "called": [(type(module).__name__, _copies(module._buffers)) for module in called],
+        "optim": optimizer_state(optim),
+        "optimizer": _name(optim.pt_optim_constructor),
     }
 
 
-def load_program_state(state: dict[str, Any], around: Surroundings, optim: PyroOptim) -> None:
-    """Restores what :func:`program_state` returned, in place where there is a tensor.
+def load_program_state(
+    state: dict[str, Any],
+    around: Surroundings,
+    called: Sequence[nn.Module],
+    used: Iterable[str],
+    optim: PyroOptim,
+) -> None:
+    """Restores what :func:`program_state` returned, in place, once the programs have run.
 
-    :raises ValueError: if the programs have no such parameters or buffers, or of another shape.
+    :param dict state: what was returned.
+    :param around: as there, as are ``called`` and ``optim``.
+    :param used: the names of the parameters that the programs use.
+    :raises ValueError: if the programs or the optimiser are others; nothing is changed then.
     """
     params, in_modules = current_params(), around.state
-    labels_of_params = set(state["labels"].values())
-    for label in state["modules"].keys() - in_modules.keys() - labels_of_params:
+    _check_names("parameter", set(used) - state["params"].keys(), state["params"])
+    _check_names("tensor", state["modules"].keys() ^ in_modules.keys(), in_modules)
+    kinds = [kind for kind, _ in state["called"]]
+    if kinds != [type(module).__name__ for module in called]:
         raise ValueError(
-            f"Checkpoint: it has '{label}', which the programs do not have: expected the model "
-            f"and guide that it was saved with; got {sorted(in_modules)}."
+            f"Checkpoint: expected programs that call the modules {kinds}, got "
+            f"{[type(module).__name__ for module in called]}."
         )
-    pairs = [
-        (label, in_modules[label], saved)
-        for label, saved in state["modules"].items()
-        if label in in_modules
+    if state["optimizer"] != _name(optim.pt_optim_constructor):
+        raise ValueError(
+            f"Checkpoint: expected the optimiser {state['optimizer']}, got "
+            f"{_name(optim.pt_optim_constructor)}."
+        )
+    pairs = [(label, in_modules[label], saved) for label, saved in state["modules"].items()]
+    pairs += [
+        (f"{kind}.{name}", module.get_buffer(name), saved)
+        for module, (kind, buffers) in zip(called, state["called"], strict=True)
+        for name, saved in buffers.items()
     ]
     pairs += [
         (name, params[name], saved) for name, saved in state["params"].items() if name in params
@@ -76,27 +116,52 @@ def load_program_state(state: dict[str, Any], around: Surroundings, optim: PyroO
     with torch.no_grad():
         for _, tensor, saved in pairs:
             tensor.copy_(saved)
-    # A parameter of a module gets into the store when the module runs.
-    new = {
-        name: saved.requires_grad_()
-        for name, saved in state["params"].items()
-        if name not in params and state["labels"].get(name) not in in_modules
-    }
-    constraints = {name: state["constraints"][name] for name in new}
-    pyro.get_param_store().set_state({"params": new, "constraints": constraints})
+    late = {name: x.requires_grad_() for name, x in state["params"].items() if name not in params}
+    constraints = {name: state["constraints"][name] for name in late}
+    pyro.get_param_store().set_state({"params": late, "constraints": constraints})
     # Pyro makes the optimisers anew, with the states that are waiting for them.
     optim.optim_objs.clear()
+    optim._state_waiting_to_be_consumed.clear()
     optim.set_state(state["optim"])
+
+
+def _copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in tensors.items() if x is not None}
+
+
+def _name(constructor: Any) -> str:
+    return str(getattr(constructor, "__name__", constructor))
+
+
+def _check_names(kind: str, wrong: set[str], expected: Iterable[str]) -> None:
+    if wrong:
+        raise ValueError(
+            f"Checkpoint: expected the model and guide that it was saved with, whose {kind}s are "
+            f"{sorted(expected)}; {sorted(wrong)} are on one side only."
+        )
 
 
 def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Saves a state to a file, which is the old one or the new one whatever happens."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(state, unfinished)
+    torch.save({"format": _FORMAT, **state}, unfinished)
     unfinished.replace(path)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads what :func:`write` saved; from a file that is trusted, for it is a pickle."""
-    return torch.load(path, weights_only=False)
+    """Loads what :func:`write` saved; from a file that is trusted, for it is a pickle.
+
+    :raises ValueError: if it is something else.
+    :raises OSError: if it cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=False)
+    except Exception as error:
+        raise ValueError(
+            f"Checkpoint: expected a file that was saved by run, got {path}."
+        ) from error
+    if not (isinstance(state, dict) and state.get("format") == _FORMAT):
+        raise ValueError(f"Checkpoint: expected {path} to be a '{_FORMAT}'.")
+    return state

@@ -1,10 +1,12 @@
 """One captured step: how it is made, checked and run."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,8 +19,8 @@ from pyro_ext.infer.svi.guards import (
     current_params,
     find_source,
     layout,
-    look_around,
 )
+from pyro_ext.infer.svi.look_around import look_around
 from pyro_ext.infer.svi.numbers import LiftedNumbers
 from pyro_ext.infer.svi.observation import (
     CaptureError,
@@ -38,6 +40,8 @@ class Step:
     :param objective: the ELBO, or a function that returns a differentiable loss.
     :param model: the model.
     :param guide: the guide.
+    :param loss: the function that evaluates the loss.
+    :param loss_and_grads: the function that evaluates it and adds gradients to ``.grad``.
     :param bool has_gradients: whether gradients are wanted.
     :param handlers: the effect handlers around the step.
     """
@@ -45,6 +49,8 @@ class Step:
     objective: Any
     model: Callable[..., Any]
     guide: Callable[..., Any]
+    loss: Callable[..., Any]
+    loss_and_grads: Callable[..., Any]
     has_gradients: bool
     handlers: tuple[Any, ...] = ()
 
@@ -57,11 +63,27 @@ class Step:
                 name = type(self.objective).__name__
                 raise CaptureError(f"{name} has no differentiable_loss")
             loss = self.objective
-        return compute(
-            self.objective,
-            lambda: loss(self.model, self.guide, *args, **kwargs),
-            self.has_gradients,
-        )
+        return compute(lambda: loss(self.model, self.guide, *args, **kwargs), self.has_gradients)
+
+    def run_as_svi(
+        self, leaves: Sequence[Any], spec: Any, names: Sequence[str]
+    ) -> list[Tensor | None]:
+        """What ``SVI`` would compute: the loss, and gradients of the parameters of some names."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+        run = self.loss_and_grads if self.has_gradients else self.loss
+        params = current_params()
+        before = {name: param.grad for name, param in params.items()}
+        for param in params.values():
+            param.grad = None
+        try:
+            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = run(self.model, self.guide, *args, **kwargs)
+            dtype = None if isinstance(loss, Tensor) else torch.float64
+            return [torch.as_tensor(loss, dtype=dtype), *(params[name].grad for name in names)]
+        finally:
+            for name, param in params.items():
+                param.grad = before[name]
 
     @property
     def objectives(self) -> list[tuple[str, Any]]:
@@ -86,6 +108,7 @@ class CompiledStep:
     sources: list[TensorSource]
     layouts: list[tuple[Any, ...]]
     names: list[str]
+    tied: list[tuple[str, str]]
     surroundings: Surroundings
     numbers: LiftedNumbers
     observation: Observation
@@ -100,6 +123,9 @@ class CompiledStep:
 
     def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
         """The tensors of now that the graph reads beside arguments; None if they do not fit."""
+        is_tied = all(params.get(name) is params.get(other) for name, other in self.tied)
+        if not (is_tied and self.numbers.fit):
+            return None
         found: list[Tensor] = []
         for source, expected in zip(self.sources, self.layouts, strict=True):
             tensor = source.get(params)
@@ -110,7 +136,7 @@ class CompiledStep:
 
     def audit(self, leaves: Sequence[Any], spec: Any) -> str | None:
         """What the programs do differently from what was captured; None if nothing."""
-        aliases = _aliases(leaves)
+        aliases = _aliases(self.numbers.lift(leaves))
         try:
             with other_random_numbers(_SEED), self.numbers:
                 now, _ = observe(lambda: self.step.compute(aliases, spec))
@@ -119,11 +145,15 @@ class CompiledStep:
         return self.observation.difference(now)
 
 
+class NeedsEagerStepError(Exception):
+    """A step makes parameters, whose first values a capture must not draw."""
+
+
 class _Findings(NamedTuple):
     observation: Observation
     surroundings: Surroundings
     externals: list[Tensor]
-    names: list[str]
+    outcome: Outcome
 
 
 def build_step(
@@ -131,38 +161,59 @@ def build_step(
 ) -> CompiledStep:
     """Captures, checks and compiles a step; random and other states stay as they were.
 
+    :param Step step: the step.
+    :param leaves: of its arguments.
+    :param spec: their structure.
+    :param LiftedNumbers numbers: those of the objective that become inputs; numbers among the
+        arguments become inputs too if there may be any.
+    :param Backend backend: what compiles.
     :raises CaptureError: if a graph would not do what the programs do.
+    :raises NeedsEagerStepError: if the programs make parameters.
+    :raises CompileError: if the compiler fails.
     :raises RuntimeError: if the compiled graph computes something else.
     """
-    aliases = _aliases(leaves)
-    arguments = [leaf for leaf in aliases if isinstance(leaf, Tensor)]
-    if any(argument.requires_grad for argument in arguments):
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(leaf.requires_grad for leaf in tensors):
         raise CaptureError("an argument requires gradients")
+    if any(leaf.layout != torch.strided for leaf in tensors):
+        raise CaptureError("an argument is a sparse tensor")
+    aliases = _aliases(numbers.lift(leaves))
+    arguments = [leaf for leaf in aliases if isinstance(leaf, Tensor)]
 
     def run() -> Outcome:
         return step.compute(aliases, spec)
 
-    with numbers:
-        observation, around, externals, names = _observe_twice(step, run, leaves, numbers)
-        externals = [x for x in externals if not any(x is argument for argument in arguments)]
-        inputs = [*arguments, *externals]
-        with other_random_numbers(_SEED + 2):
-            try:
-                graph = capture(run, inputs)
-            finally:
-                observation.restore()
-        expected = _outputs(lambda: run().tensors, observation)
-        difference = _difference(expected, _outputs(lambda: graph(*inputs), observation), names)
+    # The factor of a schedule reaches the graph as a tensor.
+    before = look_around(step.roots, [*numbers.labels, "loss.schedule"])
+    try:
+        with numbers:
+            observation, around, externals, outcome = _observe_twice(
+                step, run, leaves, aliases, numbers
+            )
+            names = list(outcome.gradients)
+            externals = [x for x in externals if not any(x is argument for argument in arguments)]
+            inputs = [*arguments, *externals]
+            with other_random_numbers(_SEED + 2):
+                try:
+                    graph = capture(run, inputs)
+                finally:
+                    observation.restore()
+        expected = _outputs(lambda: step.run_as_svi(leaves, spec, names), observation)
+        found = _outputs(lambda: graph(*inputs), observation)
+        difference = _difference(expected, found, names)
         if difference is not None:
             raise CaptureError(f"the graph does not compute what the programs do: {difference}")
         compiled = compile_graph(graph, inputs, backend)
-        difference = _difference(expected, _outputs(lambda: compiled(*inputs), observation), names)
+        found = _outputs(lambda: compiled(*inputs), observation)
+        difference = _difference(expected, found, names)
         if difference is not None:
             raise RuntimeError(
                 f"CompiledSVI: the step compiled by {backend.name} does not compute what the "
                 f"eager one does: {difference}. Expected the same up to rounding; use "
                 "backend='eager'."
             )
+    finally:
+        before.restore()
     params = current_params()
     return CompiledStep(
         step=step,
@@ -170,6 +221,12 @@ def build_step(
         sources=[find_source(tensor, params, around) for tensor in externals],
         layouts=[layout(tensor) for tensor in externals],
         names=names,
+        tied=[
+            (name, other)
+            for name, param in outcome.params.items()
+            for other in names
+            if name != other and param is outcome.params[other]
+        ],
         surroundings=around,
         numbers=numbers,
         observation=observation,
@@ -177,19 +234,33 @@ def build_step(
 
 
 def _observe_twice(
-    step: Step, run: Callable[[], Outcome], leaves: Sequence[Any], numbers: LiftedNumbers
+    step: Step,
+    run: Callable[[], Outcome],
+    leaves: Sequence[Any],
+    aliases: Sequence[Any],
+    numbers: LiftedNumbers,
 ) -> _Findings:
     """Observes runs with different random numbers of all kinds, which are to do the same."""
+    known = set(current_params())
     with other_random_numbers(_SEED):
-        # What happens in a first run only, such as drawing initial values, happens here.
+        # What happens in a first run only, such as finding out the plates, happens here.
         warm_up, _ = observe(run)
-    opaque = [("argument", leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
+    born = current_params().keys() - known
+    if born:
+        for name in born:
+            del pyro.get_param_store()[name]
+        raise NeedsEagerStepError
+    opaque = [("argument", leaf) for leaf in aliases if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
-    # The factor of a schedule reaches the graph as a tensor.
     around = look_around([*step.roots, *opaque, *modules], [*numbers.labels, "loss.schedule"])
     with other_random_numbers(_SEED):
         first, _ = observe(run)
-    with other_random_numbers(_SEED + 1):
+    lifted = [
+        x
+        for x, leaf in zip(aliases, leaves, strict=True)
+        if isinstance(x, Tensor) and type(leaf) is float
+    ]
+    with other_random_numbers(_SEED + 1), numbers.nudged(lifted):
         second, outcome = observe(run)
     changed = around.changed_by_programs()
     reason = (
@@ -199,9 +270,9 @@ def _observe_twice(
     )
     if reason is not None:
         raise CaptureError(reason)
-    pairs = zip(first.externals, second.externals, strict=True)
-    lasting = [tensor for before, tensor in pairs if tensor is before]  # others are constants
-    return _Findings(second, around, lasting, list(outcome.gradients))
+    externals = zip(first.externals, second.externals, strict=True)
+    lasting = [tensor for before, tensor in externals if tensor is before]  # others are constants
+    return _Findings(second, around, lasting, outcome)
 
 
 def _aliases(leaves: Iterable[Any]) -> list[Any]:
@@ -210,26 +281,30 @@ def _aliases(leaves: Iterable[Any]) -> list[Any]:
 
 
 def _outputs(run: Callable[[], Sequence[Any]], observation: Observation) -> list[Any]:
-    """Outputs for noise other than that of the capture."""
+    """Outputs for noise other than that of the capture, and the state of the generator after."""
     try:
         with other_random_numbers(_SEED + 3), torch.no_grad():
-            return [x if x is None else x.detach().clone() for x in run()]
+            outputs = [x if x is None else x.detach().clone() for x in run()]
+            return [*outputs, torch.get_rng_state()]
     finally:
         observation.restore()
 
 
-def _difference(
-    expected: Sequence[Tensor | None], found: Sequence[Tensor | None], names: Sequence[str]
-) -> str | None:
+def _difference(expected: Sequence[Any], found: Sequence[Any], names: Sequence[str]) -> str | None:
     """Where outputs differ by more than rounding; None if they do not."""
-    gradients = [x for x in expected[1:] if x is not None]
+    if not torch.equal(expected[-1], found[-1]):
+        return "it draws other random numbers"
+    gradients = [x for x in expected[1:-1] if x is not None]
     largest = max((_max_abs(x) for x in gradients), default=0.0)
-    for name, x, y in zip(("the loss", *names), expected, found, strict=False):
+    pairs = zip(("the loss", *names), expected, found, strict=False)
+    for i, (name, x, y) in enumerate(pairs):
         if x is None or y is None:
             if x is not y:
                 return f"the gradient of '{name}' is there in one of them only"
             continue
-        eps = torch.finfo(x.dtype).eps
+        if i > 0 and x.dtype != y.dtype:
+            return f"'{name}' has dtype {x.dtype} in one, {y.dtype} in the other"
+        eps = torch.finfo(y.dtype).eps
         tolerance = math.sqrt(eps) * _max_abs(x) + 100 * eps * largest
         finite = x.isfinite()
         if not torch.equal(finite, y.isfinite()):

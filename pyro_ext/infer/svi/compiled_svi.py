@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -12,14 +14,14 @@ from torch.utils import _pytree as pytree
 
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.svi.backends import MODES, Backend, CompileError
-from pyro_ext.infer.svi.compiled_step import CompiledStep, Step, build_step
+from pyro_ext.infer.svi.compiled_step import CompiledStep, NeedsEagerStepError, Step, build_step
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.guards import current_params, layout
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
 from pyro_ext.infer.svi.numbers import LiftedNumbers
-from pyro_ext.infer.svi.observation import CaptureError
+from pyro_ext.infer.svi.observation import CaptureError, called_modules
 
-_FIRST_AUDIT = 16
+_FIRST_AUDIT = 2
 
 
 class CompiledSVI(EagerSVI):
@@ -36,7 +38,7 @@ class CompiledSVI(EagerSVI):
     reach by name (attributes, globals, closures, also ``training`` of modules) are compared at
     each step; another value gets another graph. Numbers that are floats, as arguments or as
     attributes of the objective (an alpha), are inputs of the graph, and so is the factor of a
-    :class:`KLWeightedELBO`. At steps 16, 32, 64, ... the programs run once more, to see that they
+    :class:`KLWeightedELBO`. At steps 2, 4, 8, ... the programs run once more, to see that they
     still do the same. Capture and checks run the programs some six times, with random
     numbers of their own; what they print or count beside tensors, they do at these times only.
 
@@ -111,31 +113,40 @@ class CompiledSVI(EagerSVI):
             "_graphs": _Graphs(self.backend),
         }
 
+    @property
+    def objective(self) -> Any:
+        """The ELBO, or the function that was given in its place."""
+        return getattr(self.loss_and_grads, "__self__", self.loss)
+
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
-        self._set_up_if_loaded(args, kwargs)
         if not self._is_set_up:
-            loss = super().step(*args, **kwargs)
+            with called_modules() as self._called:
+                loss = self._eager_step(args, kwargs)
             self._ready(True, args, kwargs)
             return loss
         ready = self._ready(True, args, kwargs)
         if ready is None:
-            return super().step(*args, **kwargs)
-        params = [ready.params[name] for name in ready.graph.names]
+            return self._eager_step(args, kwargs)
+        names = ready.graph.names
+        params = [ready.params[name] for name in names]
         if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in params):
             self._take_eager_steps("a hook on the gradient of a parameter is not in a graph")
-            return super().step(*args, **kwargs)
+            return self._eager_step(args, kwargs)
         outputs = ready.run()
         loss = outputs[0].item()
         if not math.isfinite(loss):
             self._refuse(loss, args, kwargs)
-        for param, gradient in zip(params, outputs[1:], strict=False):
+        for name, param, gradient in zip(names, params, outputs[1:], strict=False):
             if gradient is not None:
                 param.grad = gradient if param.grad is None else param.grad + gradient
-        self._optimizer.step(params)
+                self._graphs.with_gradients.add(name)
+            elif param.grad is None and name in self._graphs.with_gradients:
+                param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
+        self._update(params)
         for param in params:
             param.grad = None
         self._audit(ready)
@@ -155,16 +166,39 @@ class CompiledSVI(EagerSVI):
         self._audit(ready)
         return loss
 
+    def _eager_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pyro's step, with the same optimiser as compiled ones."""
+        with poutine.trace(param_only=True) as trace:
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        sites: dict[str, Any] = dict(trace.trace.nodes)
+        params = [site["value"].unconstrained() for site in sites.values()]
+        params = list({id(param): param for param in params}.values())
+        self._update(params)
+        zero_grads(params)
+        self._is_set_up = True
+        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
+
+    def _update(self, params: list[Tensor]) -> None:
+        if self._optimizer.optim is not self.optim:
+            self._optimizer = JointOptimizer(self.optim)
+        self._optimizer.step(params)
+
     def _ready(
         self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "_Ready | None":
         """The graph for these arguments, captured if need be; None for an eager step."""
-        if has_gradients in self._graphs.given_up:
+        if has_gradients in self._graphs.given_up or has_gradients > torch.is_grad_enabled():
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if self._graphs.lifts_numbers:
-            leaves = [_tensor(leaf) if type(leaf) is float else leaf for leaf in leaves]
-        key = (has_gradients, spec, *map(_describe, leaves), *_context())
+        lifts = self._graphs.lifts_numbers
+        programs = self.model, self.guide, self.objective, *_PYRO_STACK
+        key = (
+            has_gradients,
+            spec,
+            *(_describe(leaf, lifts) for leaf in leaves),
+            *map(_SameObject, programs),
+            *_context(),
+        )
         params = current_params()
         reason = "other arguments"
         for graph in self._graphs.by_key.get(key, ()):
@@ -176,16 +210,26 @@ class CompiledSVI(EagerSVI):
         if self._graphs.count >= self.max_graphs:
             self._take_eager_steps(f"there are max_graphs={self.max_graphs}, and now {reason}")
             return None
-        step = Step(self.objective, self.model, self.guide, has_gradients, tuple(_PYRO_STACK))
-        numbers = LiftedNumbers(step.objectives if self._graphs.lifts_numbers else [])
+        step = Step(
+            self.objective,
+            self.model,
+            self.guide,
+            self.loss,
+            self.loss_and_grads,
+            has_gradients,
+            tuple(_PYRO_STACK),
+        )
+        numbers = LiftedNumbers(step.objectives, lifts)
         try:
             built = build_step(step, leaves, spec, numbers, self._graphs.backend)
+        except NeedsEagerStepError:
+            return None
         except CompileError as error:
             self._do_without(str(error), "runs graphs as they are", error)
             self._graphs.backend = Backend("eager", self.backend.mode)
             return self._ready(has_gradients, args, kwargs)
         except CaptureError as error:
-            if self._graphs.lifts_numbers:
+            if lifts:
                 # Perhaps a number is one that the programs branch on.
                 self._graphs.lifts_numbers = False
                 return self._ready(has_gradients, args, kwargs)
@@ -231,6 +275,7 @@ class _Graphs:
         self.by_key: dict[Any, list[CompiledStep]] = {}
         self.lifts_numbers = True
         self.given_up: set[bool] = set()
+        self.with_gradients: set[str] = set()
         self.warned: set[str] = set()
 
     @property
@@ -250,16 +295,17 @@ class _Ready(NamedTuple):
 
     def run(self) -> Sequence[Any]:
         """The outputs of the graph."""
-        return self.graph([leaf for leaf in self.leaves if isinstance(leaf, Tensor)], self.inputs)
+        arguments = [
+            leaf for leaf in self.graph.numbers.lift(self.leaves) if isinstance(leaf, Tensor)
+        ]
+        return self.graph(arguments, self.inputs)
 
 
-def _tensor(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float64)
-
-
-def _describe(leaf: Any) -> Any:
+def _describe(leaf: Any, lifts_numbers: bool) -> Any:
     if isinstance(leaf, Tensor):
-        return layout(leaf)
+        return layout(leaf) if leaf.layout == torch.strided else (leaf.layout, leaf.shape)
+    if type(leaf) is float and lifts_numbers:
+        return float
     if isinstance(leaf, (bool, int, float, str, bytes, type(None))):
         return type(leaf), leaf
     return _SameObject(leaf)
@@ -280,5 +326,8 @@ class _SameObject:
 
 def _context() -> tuple[Any, ...]:
     """What a step depends on beside its arguments and programs."""
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
-    return torch.get_default_dtype(), *autocast, *map(_SameObject, _PYRO_STACK)
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    ]
+    return torch.get_default_dtype(), *autocast

@@ -1,28 +1,32 @@
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ext.infer.arguments import check_integer
 from pyro_ext.infer.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.checkpoint import (
     load_program_state,
+    optimizer_state,
     program_state,
     random_states,
     read,
     set_random_states,
     write,
 )
-from pyro_ext.infer.svi.guards import Surroundings, look_around
+from pyro_ext.infer.svi.guards import Surroundings
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.interruption import postponed_interrupts
-from pyro_ext.infer.svi.observation import run_without_trace
+from pyro_ext.infer.svi.look_around import look_around
+from pyro_ext.infer.svi.observation import called_modules, other_random_numbers, set_up
 
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
@@ -69,29 +73,32 @@ class EagerSVI(SVI):
         loss: Any,
     ) -> None:
         super().__init__(model, guide, optim, loss)
-        self.objective = loss
         self.history = TrainingHistory()
         self._is_set_up = False
-        self._is_just_loaded = False
+        self._called: list[nn.Module] = []
         self._epoch_start: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's optimisers hold parameters, which do not pickle; their states do.
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
-        optim._state_waiting_to_be_consumed = {
-            **self.optim._state_waiting_to_be_consumed,
-            **self.optim.get_state(),
-        }
+        optim._state_waiting_to_be_consumed = optimizer_state(self.optim)
         return {**self.__dict__, "optim": optim}
+
+    @property
+    def objective(self) -> Any:
+        """The ELBO, or the function that was given in its place."""
+        return getattr(self.loss_and_grads, "__self__", self.loss)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
-        self._set_up_if_loaded(args, kwargs)
-        loss = super().step(*args, **kwargs)
+        if self._is_set_up:
+            return super().step(*args, **kwargs)
+        with called_modules() as self._called:
+            loss = super().step(*args, **kwargs)
         self._is_set_up = True
         return loss
 
@@ -128,89 +135,97 @@ class EagerSVI(SVI):
         :param checkpoint: a file to save to at the end of each epoch, and when interrupted.
         :param int checkpoint_every: after how many steps to save as well.
         :param resume: a file that was saved, from which to go on; on a CPU the run ends as if it
-            had not been interrupted, to the last bit.
+            had not been interrupted, to the last bit. A run that its callback stopped has ended.
+            Workers of a loader that persist, and randomness inside of them, start afresh.
         :returns: the history, also of the steps before ``resume``.
-        :raises ValueError: where an argument is out of range, and if the data has no minibatches,
-            or fewer than it had before ``resume``.
+        :raises ValueError: where an argument is out of range; if the data has no minibatches, or
+            fewer than it had before ``resume``; if the loss is NaN.
         """
         self._check(data, num_epochs, checkpoint, checkpoint_every)
-        self.history = TrainingHistory()
-        self._epoch_start = None
-        if resume is not None:
-            self.load(resume)
-        steps_an_epoch = data if isinstance(data, int) else _length(data)
+        kwargs = kwargs or {}
+        if resume is None:
+            self.history, self._epoch_start = TrainingHistory(), None
+        else:
+            with other_random_numbers(0):
+                batch = () if isinstance(data, int) else next(iter(data), ())
+            batch_args, batch_kwargs = _arguments(batch)
+            self._load(resume, data, (*batch_args, *args), {**batch_kwargs, **kwargs})
+        length = _length(data)
         bar = tqdm(
-            total=None if steps_an_epoch is None else num_epochs * steps_an_epoch,
+            total=None if length is None else num_epochs * length,
             initial=len(self.history.losses),
             disable=not progress_bar,
             unit="step",
         )
         with bar, postponed_interrupts() as interrupts:
-            while len(self.history.epoch_ends) < num_epochs:
-                for batch in self._batches(data):
-                    batch_args, batch_kwargs = _arguments(batch)
-                    loss = self.step(*batch_args, *args, **batch_kwargs, **(kwargs or {}))
-                    self._after_step(float(loss), steps_an_epoch, bar)
-                    wants_stop = callback is not None and bool(callback(self.history))
-                    is_due = self.history.is_epoch_end or wants_stop or bool(interrupts)
-                    if checkpoint_every is not None:
+            try:
+                for has_step in self._steps(data, num_epochs, args, kwargs, callback, bar):
+                    is_due = self.history.is_epoch_end or self.history.was_stopped
+                    if has_step and checkpoint_every is not None:
                         is_due = is_due or len(self.history.losses) % checkpoint_every == 0
-                    if checkpoint is not None and is_due:
-                        self.save(checkpoint)
+                    if checkpoint is not None and (is_due or interrupts):
+                        self._save(checkpoint, data)
                     if interrupts:
                         raise KeyboardInterrupt
-                    if wants_stop:
-                        return self.history
-                if not self.history.is_epoch_end:  # data without a length
-                    self.history.epoch_ends.append(len(self.history.losses))
-                    if checkpoint is not None:
-                        self.save(checkpoint)
-                    if callback is not None and callback(self.history):
-                        return self.history
+            except Exception as error:
+                if not interrupts:
+                    raise
+                # Workers that load data were interrupted, too.
+                if checkpoint is not None:
+                    self._save(checkpoint, data)
+                raise KeyboardInterrupt from error
         return self.history
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the state of the training run to a file.
 
-        It holds parameters, buffers of modules, optimisers, random states, the step of the KL
-        schedule and the history.
+        It holds the param store, parameters and buffers of modules, optimisers, random states,
+        the step of the KL schedule and the history.
 
         :param path: the file.
         """
-        schedule = self._schedule
-        state = program_state(self._surroundings, self.optim) | {
-            "random": random_states(),
-            "epoch_start": self._epoch_start,
-            "schedule": None if schedule is None else schedule.state_dict(),
-            "history": self.history,
-            "is_set_up": self._is_set_up,
-        }
-        write(state, path)
+        self._save(path, None)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Loads what :meth:`save` saved, of the same model, guide and optimiser.
 
+        Model and guide run once, to make their parameters and modules; nothing else comes of it.
         The file is a pickle: load only files that you trust.
 
         :param path: the file.
-        :raises ValueError: if model and guide have other parameters or buffers.
+        :param args: arguments of model and guide, as are ``kwargs``.
+        :raises ValueError: if the file is something else, or of other programs.
         """
+        self._load(path, None, args, kwargs)
+
+    def _save(self, path: str | os.PathLike[str], data: Any) -> None:
+        schedule = self._schedule
+        state = program_state(self._surroundings, self._called, self.optim) | {
+            "random": random_states(data),
+            "epoch_start": self._epoch_start,
+            "schedule": None if schedule is None else schedule.state_dict(),
+            "history": self.history,
+        }
+        write(state, path)
+
+    def _load(
+        self,
+        path: str | os.PathLike[str],
+        data: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         state = read(path)
-        load_program_state(state, self._surroundings, self.optim)
+        # What happens in a first run only happened before what is loaded.
+        called, used = set_up(lambda: SVI.evaluate_loss(self, *args, **kwargs))
+        load_program_state(state, self._surroundings, called, used, self.optim)
         schedule = self._schedule
         if schedule is not None and state["schedule"] is not None:
             schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
         self._epoch_start = state["epoch_start"]
-        self._is_set_up = state["is_set_up"]
-        self._is_just_loaded = True
-        set_random_states(state["random"])
-
-    def _set_up_if_loaded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # What happens in a first run only happened before what was loaded.
-        if self._is_just_loaded:
-            self._is_just_loaded = False
-            run_without_trace(lambda: SVI.evaluate_loss(self, *args, **kwargs))
+        self._is_set_up, self._called = True, called
+        set_random_states(state["random"], data)
 
     @property
     def _surroundings(self) -> Surroundings:
@@ -232,6 +247,10 @@ class EagerSVI(SVI):
                 f"got {type(data).__name__}; all data at each step go into args."
             )
         check_integer(f"{name}.run", "num_epochs", num_epochs, 1)
+        if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+            raise ValueError(
+                f"{name}.run: expected checkpoint to be in a folder that exists, got {checkpoint}."
+            )
         if checkpoint_every is not None:
             check_integer(f"{name}.run", "checkpoint_every (unless None)", checkpoint_every, 1)
             if checkpoint is None:
@@ -239,34 +258,67 @@ class EagerSVI(SVI):
                     f"{name}.run: expected checkpoint with checkpoint_every, got None."
                 )
 
-    def _batches(self, data: Data) -> Iterator[Any]:
+    def _steps(
+        self,
+        data: Data,
+        num_epochs: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        callback: Callback | None,
+        bar: Any,
+    ) -> Iterator[bool]:
+        """Takes steps, and calls back after each, and after each epoch that ends otherwise."""
+        history = self.history
+        while len(history.epoch_ends) < num_epochs and not history.was_stopped:
+            length = _length(data)
+            for batch in self._batches(data, length):
+                batch_args, batch_kwargs = _arguments(batch)
+                loss = float(self.step(*batch_args, *args, **batch_kwargs, **kwargs))
+                self._after_step(loss, length, bar)
+                history.was_stopped = callback is not None and bool(callback(history))
+                yield True
+                if history.was_stopped:
+                    return
+                if history.is_epoch_end:
+                    break
+            if not history.is_epoch_end:  # data without a length, or shorter than that
+                history.epoch_ends.append(len(history.losses))
+                history.was_stopped = callback is not None and bool(callback(history))
+                yield False
+
+    def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
         """What is left of an epoch."""
-        done = len(self.history.losses) - (self.history.epoch_ends or [0])[-1]
-        now = random_states()
+        done = self.history.steps_of_epoch
+        now = random_states(data)
         if done and self._epoch_start is not None:
-            set_random_states(self._epoch_start)  # for the same order as then
+            set_random_states(self._epoch_start, data)  # for the same order as then
         else:
             self._epoch_start = now
         batches = iter(range(data) if isinstance(data, int) else data)
-        for _ in itertools.islice(batches, done):
-            pass
+        num_skipped = sum(1 for _ in itertools.islice(batches, done))
         if done:
-            set_random_states(now)
-        has_any = False
+            set_random_states(now, data)
+        has_any = done > 0 and num_skipped == done and length is None
         for batch in batches:
             has_any = True
             yield () if isinstance(data, int) else batch
         if not has_any:
             raise ValueError(
                 f"{type(self).__name__}.run: expected more than {done} minibatches in epoch "
-                f"{len(self.history.epoch_ends) + 1}, got no more: data has to give them anew at "
-                "each iteration."
+                f"{len(self.history.epoch_ends) + 1}, got {num_skipped}: data has to give them "
+                "anew at each iteration."
             )
 
-    def _after_step(self, loss: float, steps_an_epoch: int | None, bar: Any) -> None:
+    def _after_step(self, loss: float, length: int | None, bar: Any) -> None:
         history = self.history
+        if math.isnan(loss):
+            raise ValueError(
+                f"{type(self).__name__}.run: the loss of step {len(history.losses) + 1} is NaN: "
+                "expected data, parameters and learning rates that keep it finite. A checkpoint is "
+                "of a step before."
+            )
         history.losses.append(loss)
-        if len(history.losses) - (history.epoch_ends or [0])[-1] == steps_an_epoch:
+        if history.steps_of_epoch == length:
             history.epoch_ends.append(len(history.losses))
         if self._schedule is not None:
             self._schedule.step()
@@ -277,6 +329,8 @@ class EagerSVI(SVI):
 
 
 def _length(data: Any) -> int | None:
+    if isinstance(data, int):
+        return data
     try:
         return len(data)
     except TypeError:

@@ -23,6 +23,10 @@ class TrainingHistory:
 
         Pairs of a number of steps and the loss that :class:`EarlyStopping` looked at.
 
+    .. attribute:: was_stopped
+
+        Whether the callback ended the run.
+
     >>> history = TrainingHistory(losses=[4.0, 2.0, 1.0, 2.0], epoch_ends=[2, 4])
     >>> history.epoch_losses
     [3.0, 1.5]
@@ -31,11 +35,17 @@ class TrainingHistory:
     losses: list[float] = field(default_factory=list)
     epoch_ends: list[int] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    was_stopped: bool = False
 
     @property
     def is_epoch_end(self) -> bool:
         """Whether the last step was the last of its epoch."""
         return bool(self.epoch_ends) and self.epoch_ends[-1] == len(self.losses)
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """The number of steps since the last complete epoch."""
+        return len(self.losses) - (self.epoch_ends or [0])[-1]
 
     @property
     def epoch_losses(self) -> list[float]:

@@ -3,7 +3,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import pyro
 from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +26,7 @@ class JointOptimizer:
         self._params: tuple[Tensor, ...] = ()
         self._joint: Optimizer | None = None
         self._members: list[list[Optimizer]] = []
+        self._states: list[Any] = []
 
     def step(self, params: Sequence[Tensor]) -> None:
         """Clips and steps the parameters that have gradients."""
@@ -33,17 +36,13 @@ class JointOptimizer:
         params = tuple(param for param in params if param.grad is not None)
         if not params:
             return
-        new = [param for param in params if param not in self.optim.optim_objs]
-        if new:
-            self._make_optimizers(new)
         for param in params:
+            if param not in self.optim.optim_objs:
+                self._make_optimizer(param)
             clip = self.optim.grad_clip.get(param)
             if clip is not None:
                 clip(param)
-        is_same = len(params) == len(self._params) and all(
-            a is b for a, b in zip(params, self._params, strict=True)
-        )
-        if not (is_same and self._follow_settings()):
+        if not (self._is_of(params) and self._follow_settings()):
             self._join(params)
         assert self._joint is not None
         self._joint.step()
@@ -51,18 +50,30 @@ class JointOptimizer:
     @cached_property
     def _can_join(self) -> bool:
         constructor: Any = self.optim.pt_optim_constructor
-        return type(self.optim) in (PyroOptim, PyroLRScheduler) and (
-            "foreach" in inspect.signature(constructor).parameters
+        return (
+            type(self.optim) in (PyroOptim, PyroLRScheduler)
+            and str(getattr(constructor, "__module__", "")).startswith("torch.optim")
+            and "foreach" in inspect.signature(constructor).parameters
         )
 
-    def _make_optimizers(self, params: Sequence[Tensor]) -> None:
-        # Without gradients Pyro makes its optimisers, and loads their states, but steps nothing.
-        gradients = [param.grad for param in params]
-        for param in params:
-            param.grad = None
-        self.optim(list(params))
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
+    def _make_optimizer(self, param: Tensor) -> None:
+        """What Pyro does when it first sees a parameter."""
+        optim = self.optim
+        own = optim.optim_objs[param] = optim._get_optim(param)
+        optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
+        name = pyro.get_param_store().param_name(param)
+        state = optim._state_waiting_to_be_consumed.pop(name, None)
+        if state is not None:
+            _load_state_dict(own, state)
+
+    def _is_of(self, params: tuple[Tensor, ...]) -> bool:
+        """Whether it was made for these parameters, and for the states that they have now."""
+        if len(params) != len(self._params):
+            return False
+        for param, known, state in zip(params, self._params, self._states, strict=True):
+            if param is not known or self._own_optimizer(param).state.get(param) is not state:
+                return False
+        return True
 
     def _own_optimizer(self, param: Tensor) -> Optimizer:
         own = self.optim.optim_objs[param]
@@ -87,8 +98,11 @@ class JointOptimizer:
         constructor: Any = self.optim.pt_optim_constructor
         joint = self._joint = constructor(groups)
         for param in params:
-            joint.state[param] = self._own_optimizer(param).state[param]
+            own = self._own_optimizer(param)
+            joint.state[param] = own.state[param]
+            own._opt_called = True  # type: ignore[attr-defined]  # schedulers want it stepped
         self._params = params
+        self._states = [joint.state[param] for param in params]
 
     def _follow_settings(self) -> bool:
         """Takes over learning rates and the like; False if members no longer agree."""
@@ -112,6 +126,8 @@ def _choose_implementation(group: dict[str, Any]) -> None:
     if group.get("foreach") is not None or group.get("fused") is not None:
         return
     if group.get("differentiable") or group.get("capturable"):
+        return
+    if any(isinstance(x, Tensor) for x in (group["lr"], *group.get("betas", ()))):
         return
     params = group["params"]
     # Fused SGD does not take parameters of which some have momentum.

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_ext.ops.random_state import get_random_state, set_random_state
 
@@ -101,8 +102,13 @@ class Observation:
     #: Names of parameters that the programs came to.
     param_names: tuple[str, ...] = ()
 
+    #: Generators that were drawn from, with their states before.
+    generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
+
     def restore(self) -> None:
         """Undoes changes in place."""
+        for generator, state in self.generators.items():
+            generator.set_state(state)
         with torch.no_grad():
             for index, original in self.originals.items():
                 self.externals[index].copy_(original)
@@ -165,6 +171,9 @@ class _Observer(TorchDispatchMode):
                     self._add_external(x)
             if func._schema.is_mutable or "batch_norm" in str(func):
                 self._keep_originals(func, args, kwargs)
+        for x in flat:
+            if isinstance(x, torch.Generator):
+                self.observation.generators.setdefault(x, x.get_state())
         self.observation.operations.append(operation)
         out = func(*args, **kwargs)
         for x in pytree.tree_leaves(out):
@@ -202,22 +211,18 @@ def observe(run: Callable[[], Outcome]) -> tuple[Observation, Outcome]:
     """
     observation = Observation()
     site = CurrentSite()
-    called: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def remember(module: nn.Module, inputs: Any) -> None:
-        if module not in called:
-            called[module] = True
-            observation.modules.append(module)
-
-    hook = register_module_forward_pre_hook(remember)
     before = random.getstate(), np.random.get_state()
     try:
-        with site, TensorsForNumbers(), _Observer(observation, site):
+        with (
+            site,
+            TensorsForNumbers(),
+            called_modules() as observation.modules,
+            _Observer(observation, site),
+        ):
             outcome = run()
     except Exception as error:
         raise CaptureError(f"{reason_of(error)}, {site.place}") from error
     finally:
-        hook.remove()
         observation.restore()
     for module, old, new in (
         ("random", before[0], random.getstate()),
@@ -225,18 +230,47 @@ def observe(run: Callable[[], Outcome]) -> tuple[Observation, Outcome]:
     ):
         if not _same_state(old, new):
             raise CaptureError(f"the programs draw random numbers from Python's module {module}")
+    if observation.generators:
+        raise CaptureError("the programs draw from a torch.Generator of their own")
     observation.param_names = tuple(outcome.params)
     return observation, outcome
 
 
-def run_without_trace(run: Callable[[], Any]) -> None:
-    """Runs something with random numbers of its own, and undoes what it changes in place."""
+@contextmanager
+def called_modules() -> Iterator[list[nn.Module]]:
+    """A list of the modules that are called, in the order of their first calls."""
+    modules: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def remember(module: nn.Module, inputs: Any) -> None:
+        if id(module) not in seen:
+            seen.add(id(module))
+            modules.append(module)
+
+    hook = register_module_forward_pre_hook(remember)
+    try:
+        yield modules
+    finally:
+        hook.remove()
+
+
+def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
+    """Runs programs for what happens in a first run only, and undoes what it changes in place.
+
+    :returns: the modules that they call, and the names of the parameters that they use.
+    """
     observation = Observation()
     try:
-        with other_random_numbers(0), _Observer(observation, CurrentSite()):
+        with (
+            other_random_numbers(0),
+            poutine.trace(param_only=True) as trace,
+            called_modules() as modules,
+            _Observer(observation, CurrentSite()),
+        ):
             run()
     finally:
         observation.restore()
+    return modules, list(trace.trace.nodes)
 
 
 def reason_of(error: Exception) -> str:

@@ -74,7 +74,7 @@ def test_all_parameters_are_stepped_at_once(monkeypatch):
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (calls.append(1), step(self)))
     train(OPTIMIZERS["Adam"], joint=True)
-    assert len(calls) == 12 + 3  # Pyro's make themselves at their first parameter's turn
+    assert len(calls) == 12
 
 
 def test_another_kind_of_optimizer_is_left_alone():

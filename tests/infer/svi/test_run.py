@@ -1,5 +1,6 @@
 """The training loop: epochs, early stopping, interrupts, checkpoints and resuming."""
 
+import functools
 import os
 import random
 import signal
@@ -9,6 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoStructured
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +24,14 @@ from pyro_ext.infer import (
     LinearKL,
     TrainingHistory,
 )
-from tests.infer.svi.programs import PROBLEMS, SmallVAE, images
+from tests.infer.svi.programs import (
+    PROBLEMS,
+    Problem,
+    SmallVAE,
+    images,
+    regression,
+    regression_data,
+)
 
 
 def eager(*args, **kwargs):
@@ -37,6 +47,14 @@ BOTH = pytest.mark.parametrize("make_svi", [eager, compiled])
 
 def loader(batch_size=4):
     return DataLoader(TensorDataset(images(12)), batch_size=batch_size, shuffle=True)
+
+
+def interrupt_after(num_steps):
+    def callback(history):
+        if len(history.losses) == num_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return callback
 
 
 def make(make_svi, scheduler=False):
@@ -172,13 +190,12 @@ def test_resumes_to_the_last_bit(make_svi, steps_before, scheduler, tmp_path):
 
     svi, module = make(make_svi, scheduler)
 
-    def interrupt(history):
+    def decay_and_interrupt(history):
         decay(svi, history)
-        if len(history.losses) == steps_before:
-            os.kill(os.getpid(), signal.SIGINT)
+        interrupt_after(steps_before)(history)
 
     with pytest.raises(KeyboardInterrupt):
-        svi.run(loader(), 4, False, interrupt, checkpoint=path)
+        svi.run(loader(), 4, False, decay_and_interrupt, checkpoint=path)
     assert len(svi.history.losses) == steps_before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -209,7 +226,8 @@ def test_resumes_programs_that_make_their_parameters(make_svi, name, tmp_path):
     expected = svi.run(10, 1, False, args=args).losses
     params = {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
     svi, args = fresh()
-    svi.run(10, 1, False, lambda h: len(h.losses) == 6, args=args, checkpoint=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        svi.run(10, 1, False, interrupt_after(6), args=args, checkpoint=tmp_path / "run")
     svi, args = fresh()
     assert svi.run(10, 1, False, args=args, resume=tmp_path / "run").losses == expected
     for name, param in pyro.get_param_store().named_parameters():
@@ -242,14 +260,186 @@ def test_a_checkpoint_of_other_programs_is_refused(tmp_path):
     svi.run(2, 1, False, args=(images(),), checkpoint=tmp_path / "run")
     problem = PROBLEMS["AutoNormal"]()
     other = EagerSVI(problem.model, problem.guide, pyro.optim.Adam({}), problem.loss)
-    with pytest.raises(ValueError, match=r"it has 'SmallVAE\.encoder\S*', which the programs do"):
-        other.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"AutoNormal.locs.scale\S+ .*are on one side only"):
+        other.load(tmp_path / "run", *problem.args)
     pyro.clear_param_store()
-    module = SmallVAE(nn.BatchNorm1d(8), nn.Dropout(0.2))
-    module.decoder[2] = nn.Linear(8, 13)
+    module = SmallVAE(nn.BatchNorm1d(8), nn.Dropout(0.2), num_pixels=13)
     other = EagerSVI(module.model, module.guide, pyro.optim.Adam({}), problem.loss)
-    with pytest.raises(ValueError, match=r"shape \(12, 8\) there and \(13, 8\) in the programs"):
-        other.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"shape \(8, 12\) there and \(8, 13\) in the programs"):
+        other.load(tmp_path / "run", torch.ones(3, 13))
+    svi, _ = make(eager)
+    svi.optim = pyro.optim.SGD({"lr": 0.1})
+    with pytest.raises(ValueError, match="expected the optimiser Adam, got SGD"):
+        svi.load(tmp_path / "run", images())
+
+
+@pytest.mark.parametrize("content", [b"", b"words", None])
+def test_other_files_are_refused(content, tmp_path):
+    path = tmp_path / "other"
+    if content is None:
+        torch.save({"a": 1}, path)
+    else:
+        path.write_bytes(content)
+    svi, _ = make(eager)
+    with pytest.raises(ValueError, match=r"Checkpoint: expected .*other"):
+        svi.run(3, args=(images(),), progress_bar=False, resume=path)
+    with pytest.raises(FileNotFoundError):
+        svi.load(tmp_path / "none", images())
+
+
+def wrapped_net(wrap):
+    net = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))
+
+    def model(nets, x, y):
+        pyro.module("net", nets[0])
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(nets[0](x).squeeze(-1), 1.0), obs=y)
+
+    def guide(x, y):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    return Problem(wrap(model, net), guide, Trace_ELBO(), regression_data())
+
+
+WRAPPERS = {
+    "partial": lambda model, net: functools.partial(model, [net]),
+    "scale": lambda model, net: pyro.poutine.scale(functools.partial(model, (net,)), scale=0.5),
+    "condition": lambda model, net: pyro.condition(lambda x, y: model({0: net}, x, y), {}),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", [*WRAPPERS, "AutoIAFNormal", "AutoStructured"])
+@pytest.mark.filterwarnings("ignore:CompiledSVI takes eager steps")
+def test_resumes_programs_of_many_kinds(make_svi, name, tmp_path):
+    def fresh():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        if name in WRAPPERS:
+            problem = wrapped_net(WRAPPERS[name])
+        else:
+            guide = {"AutoIAFNormal": AutoIAFNormal, "AutoStructured": structured}[name]
+            problem = Problem(regression, guide(regression), Trace_ELBO(), regression_data())
+        optim = pyro.optim.Adam({"lr": 0.01})
+        return make_svi(problem.model, problem.guide, optim, problem.loss), problem.args
+
+    svi, args = fresh()
+    expected = svi.run(6, 2, False, args=args).losses
+    for end in (4, 9):
+        svi, args = fresh()
+        resume = None if end == 4 else tmp_path / "run"
+        with pytest.raises(KeyboardInterrupt):
+            svi.run(
+                6,
+                2,
+                False,
+                interrupt_after(end),
+                args=args,
+                checkpoint=tmp_path / "run",
+                resume=resume,
+            )
+    svi, args = fresh()
+    assert svi.run(6, 2, False, args=args, resume=tmp_path / "run").losses == expected
+
+
+def structured(model):
+    return AutoStructured(
+        model, conditionals="normal", dependencies={"scale": {"weights": "linear"}}
+    )
+
+
+def test_a_state_that_waits_for_its_parameter_is_saved(tmp_path):
+    svi, _ = make(eager)
+    svi.run(3, 1, False, args=(images(),), checkpoint=tmp_path / "run")
+    svi, _ = make(eager)
+    svi.load(tmp_path / "run", images())
+    svi.save(tmp_path / "again")
+    first, second = (torch.load(tmp_path / n, weights_only=False) for n in ("run", "again"))
+    assert first["optim"].keys() == second["optim"].keys()
+
+
+def test_loading_into_an_svi_that_has_stepped_is_exact(tmp_path):
+    svi, _ = make(compiled)
+    svi.run(5, 1, False, args=(images(),))
+    svi.save(tmp_path / "run")
+    first = [svi.step(images()) for _ in range(5)]
+    svi.load(tmp_path / "run", images())
+    assert [svi.step(images()) for _ in range(5)] == first
+
+
+def test_a_generator_of_the_loader_is_resumed(tmp_path):
+    def data():
+        generator = torch.Generator().manual_seed(5)
+        dataset = TensorDataset(images(12))
+        return DataLoader(dataset, batch_size=4, shuffle=True, generator=generator)
+
+    svi, _ = make(eager)
+    expected = svi.run(data(), 3, False).losses
+    svi, _ = make(eager)
+    with pytest.raises(KeyboardInterrupt):
+        svi.run(data(), 3, False, interrupt_after(5), checkpoint=tmp_path / "run")
+    svi, _ = make(eager)
+    assert svi.run(data(), 3, False, resume=tmp_path / "run").losses == expected
+
+
+def test_data_without_a_length_resumes_at_the_end_of_an_epoch(tmp_path):
+    class Stream:
+        def __iter__(self):
+            return iter([images(4)] * 3)
+
+    svi, _ = make(eager)
+    with pytest.raises(KeyboardInterrupt):
+        svi.run(Stream(), 3, False, interrupt_after(3), checkpoint=tmp_path / "run")
+    svi, _ = make(eager)
+    assert svi.run(Stream(), 3, False, resume=tmp_path / "run").epoch_ends == [3, 6, 9]
+
+
+def test_an_epoch_is_as_long_as_its_data_say():
+    class Growing:
+        length = 1
+
+        def __len__(self):
+            return self.length + 1
+
+        def __iter__(self):
+            self.length += 1
+            return iter([images(4)] * self.length)
+
+    svi, _ = make(eager)
+    assert svi.run(Growing(), 4, False).epoch_ends == [2, 5, 9, 14]
+
+
+def test_a_run_that_was_stopped_has_ended(tmp_path):
+    svi, _ = make(eager)
+    stopping = EarlyStopping(patience=2, min_improvement=1e9)
+    history = svi.run(loader(), 10, False, stopping, checkpoint=tmp_path / "run")
+    assert history.was_stopped
+    assert len(history.epoch_ends) == 3
+    svi, _ = make(eager)
+    again = svi.run(loader(), 10, False, stopping, resume=tmp_path / "run")
+    assert again == history
+
+
+def test_a_nan_leaves_the_checkpoint_as_it_was(tmp_path):
+    def model(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    svi = EagerSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO())
+    data = [torch.tensor(x) for x in (2.0, 2.0, torch.nan, 2.0)]
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(UserWarning, match="Encountered NaN"),
+        pytest.raises(ValueError, match="the loss of step 3 is NaN"),
+    ):
+        svi.run(data, progress_bar=False, checkpoint=tmp_path / "run", checkpoint_every=1)
+    saved = torch.load(tmp_path / "run", weights_only=False)
+    assert len(saved["history"].losses) == 2
+    assert saved["params"]["loc"].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +450,7 @@ def test_a_checkpoint_of_other_programs_is_refused(tmp_path):
         (([],), {}, "expected more than 0 minibatches in epoch 1"),
         ((iter([(), ()]), 2), {"args": (images(),)}, "more than 0 minibatches in epoch 2"),
         ((3, 0), {}, "num_epochs to be an integer >= 1, got 0"),
+        ((3,), {"checkpoint": "/without/folder"}, "in a folder that exists, got /without/folder"),
         ((3,), {"checkpoint_every": 2}, "expected checkpoint with checkpoint_every, got None"),
         ((3,), {"checkpoint": "x", "checkpoint_every": 0}, "integer >= 1, got 0"),
     ],
