@@ -135,8 +135,8 @@ class EagerSVI(SVI):
         :param checkpoint: a file to save to at the end of each epoch, and when interrupted.
         :param int checkpoint_every: after how many steps to save as well.
         :param resume: a file that was saved, from which to go on; on a CPU the run ends as if it
-            had not been interrupted, to the last bit. A run that its callback stopped has ended.
-            Workers of a loader that persist, and randomness inside of them, start afresh.
+            had not been interrupted, to the last bit. One that :class:`EarlyStopping` ended stays
+            ended. Workers of a loader that persist, and randomness in them, start afresh.
         :returns: the history, also of the steps before ``resume``.
         :raises ValueError: where an argument is out of range; if the data has no minibatches, or
             fewer than it had before ``resume``; if the loss is NaN.
@@ -159,9 +159,9 @@ class EagerSVI(SVI):
         )
         with bar, postponed_interrupts() as interrupts:
             try:
-                for has_step in self._steps(data, num_epochs, args, kwargs, callback, bar):
-                    is_due = self.history.is_epoch_end or self.history.was_stopped
-                    if has_step and checkpoint_every is not None:
+                for wants_stop in self._steps(data, num_epochs, args, kwargs, callback, bar):
+                    is_due = self.history.is_epoch_end or wants_stop
+                    if checkpoint_every is not None:
                         is_due = is_due or len(self.history.losses) % checkpoint_every == 0
                     if checkpoint is not None and (is_due or interrupts):
                         self._save(checkpoint, data)
@@ -267,24 +267,27 @@ class EagerSVI(SVI):
         callback: Callback | None,
         bar: Any,
     ) -> Iterator[bool]:
-        """Takes steps, and calls back after each, and after each epoch that ends otherwise."""
+        """Takes steps, and says after each, and after each epoch, whether the callback ends it."""
         history = self.history
-        while len(history.epoch_ends) < num_epochs and not history.was_stopped:
+
+        def call_back() -> bool:
+            return callback is not None and bool(callback(history))
+
+        wants_stop = history.is_converged
+        while len(history.epoch_ends) < num_epochs and not wants_stop:
             length = _length(data)
             for batch in self._batches(data, length):
                 batch_args, batch_kwargs = _arguments(batch)
                 loss = float(self.step(*batch_args, *args, **batch_kwargs, **kwargs))
                 self._after_step(loss, length, bar)
-                history.was_stopped = callback is not None and bool(callback(history))
-                yield True
-                if history.was_stopped:
-                    return
-                if history.is_epoch_end:
+                wants_stop = call_back()
+                yield wants_stop
+                if wants_stop or history.is_epoch_end:
                     break
-            if not history.is_epoch_end:  # data without a length, or shorter than that
+            else:  # data without a length, or shorter than that
                 history.epoch_ends.append(len(history.losses))
-                history.was_stopped = callback is not None and bool(callback(history))
-                yield False
+                wants_stop = call_back()
+                yield wants_stop
 
     def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
         """What is left of an epoch."""

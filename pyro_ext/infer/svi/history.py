@@ -23,9 +23,9 @@ class TrainingHistory:
 
         Pairs of a number of steps and the loss that :class:`EarlyStopping` looked at.
 
-    .. attribute:: was_stopped
+    .. attribute:: is_converged
 
-        Whether the callback ended the run.
+        Whether :class:`EarlyStopping` ended the run.
 
     >>> history = TrainingHistory(losses=[4.0, 2.0, 1.0, 2.0], epoch_ends=[2, 4])
     >>> history.epoch_losses
@@ -35,7 +35,7 @@ class TrainingHistory:
     losses: list[float] = field(default_factory=list)
     epoch_ends: list[int] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
-    was_stopped: bool = False
+    is_converged: bool = False
 
     @property
     def is_epoch_end(self) -> bool:
@@ -127,4 +127,5 @@ class EarlyStopping:
         for index, (_, value) in enumerate(history.evaluations):
             if value < best - self.min_improvement:
                 best, best_index = value, index
-        return len(history.evaluations) - 1 - best_index >= self.patience
+        history.is_converged = len(history.evaluations) - 1 - best_index >= self.patience
+        return history.is_converged

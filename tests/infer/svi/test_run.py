@@ -344,9 +344,7 @@ def test_resumes_programs_of_many_kinds(make_svi, name, tmp_path):
 
 
 def structured(model):
-    return AutoStructured(
-        model, conditionals="normal", dependencies={"scale": {"weights": "linear"}}
-    )
+    return AutoStructured(model, conditionals="normal", dependencies="linear")
 
 
 def test_a_state_that_waits_for_its_parameter_is_saved(tmp_path):
@@ -410,11 +408,11 @@ def test_an_epoch_is_as_long_as_its_data_say():
     assert svi.run(Growing(), 4, False).epoch_ends == [2, 5, 9, 14]
 
 
-def test_a_run_that_was_stopped_has_ended(tmp_path):
+def test_a_run_that_has_converged_has_ended(tmp_path):
     svi, _ = make(eager)
     stopping = EarlyStopping(patience=2, min_improvement=1e9)
     history = svi.run(loader(), 10, False, stopping, checkpoint=tmp_path / "run")
-    assert history.was_stopped
+    assert history.is_converged
     assert len(history.epoch_ends) == 3
     svi, _ = make(eager)
     again = svi.run(loader(), 10, False, stopping, resume=tmp_path / "run")
