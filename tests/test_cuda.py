@@ -13,7 +13,10 @@ from pyro_ext.diagnostics import from_pyro_svi, loo
 from pyro_ext.diagnostics.arviz_adapter import group
 from pyro_ext.distributions import NormalScaleMixture
 from pyro_ext.infer import (
+    CompiledSVI,
+    EagerSVI,
     EvidenceState,
+    ImportanceWeightedELBO,
     KLWeightedELBO,
     LinearKL,
     annealed_importance_sampling,
@@ -206,3 +209,41 @@ def test_leave_one_out(x):
     programs = Hierarchical(x, exact_guide=True)
     found = loo((programs.model, programs.guide), num_samples=20, num_local_samples=5)
     assert found["n_data_points"] == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "eager"},
+        {"backend": "inductor"},
+        {"backend": "inductor", "mode": "reduce-overhead"},
+    ],
+    ids=["graph", "inductor", "CUDA graphs"],
+)
+@pytest.mark.parametrize("gradient", ["pathwise", "dreg"])
+def test_compiled_steps(options, gradient):
+    x = torch.linspace(-2, 2, 6, device="cuda")
+    losses = []
+    for cls, chosen in ((SVI, {}), (CompiledSVI, {**options, "fallback": False})):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        programs = TwoLayer(x)
+        loss = ImportanceWeightedELBO(5, gradient=gradient, max_plate_nesting=1)
+        svi = cls(programs.model, programs.guide, pyro.optim.Adam({"lr": 0.01}), loss, **chosen)
+        losses.append([svi.step() for _ in range(10)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert all(p.is_cuda for p in pyro.get_param_store().values())
+
+
+def test_a_run_resumes(x, tmp_path):
+    def fresh():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        programs = TwoLayer(x)
+        optim = pyro.optim.Adam({"lr": 0.01})
+        return EagerSVI(programs.model, programs.guide, optim, ImportanceWeightedELBO(5))
+
+    expected = fresh().run(6, 2, False).losses
+    svi = fresh()
+    svi.run(6, 1, False, checkpoint=tmp_path / "run")
+    assert fresh().run(6, 2, False, resume=tmp_path / "run").losses == pytest.approx(expected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_ext.infer.svi.backends import Backend, compile_graph
+from pyro_ext.infer.svi.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture import capture, compute
 from pyro_ext.infer.svi.guards import (
     Surroundings,
@@ -204,7 +204,10 @@ def build_step(
         if difference is not None:
             raise CaptureError(f"the graph does not compute what the programs do: {difference}")
         compiled = compile_graph(graph, inputs, backend)
-        found = _outputs(lambda: compiled(*inputs), observation)
+        try:
+            found = _outputs(lambda: compiled(*inputs), observation)
+        except Exception as error:
+            raise CompileError(f"what {backend.name} compiled fails: {error}") from error
         difference = _difference(expected, found, names)
         if difference is not None:
             raise RuntimeError(

@@ -113,11 +113,6 @@ class CompiledSVI(EagerSVI):
             "_graphs": _Graphs(self.backend),
         }
 
-    @property
-    def objective(self) -> Any:
-        """The ELBO, or the function that was given in its place."""
-        return getattr(self.loss_and_grads, "__self__", self.loss)
-
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 

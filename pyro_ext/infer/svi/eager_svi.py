@@ -229,7 +229,8 @@ class EagerSVI(SVI):
 
     @property
     def _surroundings(self) -> Surroundings:
-        return look_around([("model", self.model), ("guide", self.guide), ("loss", self.objective)])
+        roots = [("model", self.model), ("guide", self.guide), ("loss", self.objective)]
+        return look_around(roots, limit=math.inf)
 
     @property
     def _schedule(self) -> Any:

@@ -34,14 +34,19 @@ _STATEFUL = {"builtins", "collections", "itertools"}
 _MAX_DEPTH, _MAX_PLACES = 8, 20_000
 
 
-def look_around(roots: Iterable[tuple[str, Any]], unless: Iterable[str] = ()) -> Surroundings:
+def look_around(
+    roots: Iterable[tuple[str, Any]],
+    unless: Iterable[str] = (),
+    limit: float = _MAX_PLACES,
+) -> Surroundings:
     """Everything that is reachable by names from some objects.
 
     :param roots: names and objects: programs, modules, objectives, arguments.
     :param unless: labels of what may change.
-    :raises CaptureError: if it is too much to look at in each step.
+    :param limit: the largest number of values.
+    :raises CaptureError: if there are more.
     """
-    search = _Search(set(unless))
+    search = _Search(set(unless), limit)
     search.pending.extend((name, value, 0) for name, value in roots)
     search.run()
     return search.found
@@ -50,7 +55,8 @@ def look_around(roots: Iterable[tuple[str, Any]], unless: Iterable[str] = ()) ->
 class _Search:
     """A breadth-first search through objects."""
 
-    def __init__(self, ignored: set[str]) -> None:
+    def __init__(self, ignored: set[str], limit: float) -> None:
+        self.limit = limit
         self.found = Surroundings()
         self.ignored = ignored
         self.pending: deque[tuple[str, Any, int]] = deque()
@@ -181,9 +187,9 @@ class _Search:
         if place.label in self.ignored or entry is MISSING or where in self.places:
             return
         self.places.add(where)
-        if len(self.places) > _MAX_PLACES:
+        if len(self.places) > self.limit:
             raise CaptureError(
-                f"the programs reach more than {_MAX_PLACES} values by names, which is too many to "
+                f"the programs reach more than {self.limit} values by names, which is too many to "
                 f"compare in each step; the last one is '{place.label}'"
             )
         if isinstance(entry, Tensor):
