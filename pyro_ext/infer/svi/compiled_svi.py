@@ -189,7 +189,7 @@ class CompiledSVI(EagerSVI):
         programs = self.model, self.guide, self.objective, *_PYRO_STACK
         key = (
             has_gradients,
-            spec,
+            str(spec),  # a spec of older versions has no hash
             *(_describe(leaf, lifts) for leaf in leaves),
             *map(_SameObject, programs),
             *_context(),

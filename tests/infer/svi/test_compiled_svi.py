@@ -68,6 +68,10 @@ def test_takes_the_steps_of_svi_with_every_estimator(name, gradient):
     assert_same_training(lambda: vae(loss=make(4, gradient=gradient)), backend="eager")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="older compilers refuse Bernoulli draws of the eager generator: graphs run as they are",
+)
 @pytest.mark.parametrize("name", ["families"])
 def test_inductor_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name])
