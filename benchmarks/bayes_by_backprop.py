@@ -179,7 +179,8 @@ def under(handler: Any, step: Step) -> Step:
 def tables(options: Options) -> Iterator[Table]:
     """One draw against other libraries; eight draws against a loop."""
     device = options.device
-    mixture = NormalScaleMixture(torch.tensor(SCALES), probs=torch.tensor(PROBS)).to(device)
+    scales, probs = (torch.tensor(values, device=device) for values in (SCALES, PROBS))
+    mixture = NormalScaleMixture(scales, probs=probs)
     x, y = batch(device)
 
     def pyro_steps(elbo: Callable[[], Any], prior: Any = mixture) -> Step:
