@@ -192,7 +192,10 @@ def tables(options: Options) -> Iterator[Table]:
     with pyro.validation_enabled(False):
         steps = {
             "plain PyTorch": torch_step(lambda: plain(x, y), plain),
-            "CompiledSVI, Trace_ELBO": compiled_step(mixture, device),
+            "CompiledSVI, Trace_ELBO": under(
+                lambda: pyro.settings.context(module_local_params=False),
+                compiled_step(mixture, device),
+            ),
         }
         with pyro.settings.context(module_local_params=True):
             steps |= {
