@@ -61,7 +61,7 @@ def main() -> None:
         for table in import_module(f"benchmarks.{suite}").tables(options):
             tqdm.write(table.markdown())
             tables.append(table)
-            table.draw(arguments.output / f"{table.title.lower().replace(' ', '_')}.png")
+            table.draw(arguments.output)
             results = {
                 "machine": machine(options.device),
                 "quick": options.quick,

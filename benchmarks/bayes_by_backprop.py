@@ -225,6 +225,6 @@ def tables(options: Options) -> Iterator[Table]:
 def table_of(title: str, steps: dict[str, Step], base: str, options: Options) -> Table:
     """Times, and ratios to the first step's."""
     ratio = f"ratio to {base}"
-    table = Table(title, ["step", "ms", ratio], chart=("step", None, ratio))
+    table = Table(title, ["step", "ms", ratio], chart=(("step",), ratio))
     table.rows = [[name, *found] for name, found in compare(steps, options).items()]
     return table

@@ -22,7 +22,8 @@ def step_peak(elbo: ImportanceWeightedELBO, device: torch.device) -> int:
 def tables(options: Options) -> Iterator[Table]:
     """Peaks and their ratios, for two gradient rules."""
     ratio = "ratio to K = 50"
-    table = Table("Memory of many particles", ["K", "chunks", "gradient", "peak MiB", ratio])
+    columns = ["K", "chunks", "gradient", "peak MiB", ratio]
+    table = Table("Memory of many particles", columns, chart=(columns[:3], ratio))
     base = step_peak(ImportanceWeightedELBO(50, max_plate_nesting=1), options.device)
     table.rows.append([50, "one", "pathwise", base / 2**20, 1.0])
     for rule in ("pathwise", "dreg"):

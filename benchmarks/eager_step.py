@@ -17,7 +17,8 @@ from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
 def tables(options: Options) -> Iterator[Table]:
     """Ratios for both validation settings and four sizes."""
     ratio = "ratio to RenyiELBO"
-    table = Table("Eager step", ["validation", "batch", "K", "objective", "ms", ratio])
+    columns = ["validation", "batch", "K", "objective", "ms", ratio]
+    table = Table("Eager step", columns, chart=(columns[:4], ratio))
     for validation in (True, False):
         for batch_size, K in ((20, 5), (20, 50), (100, 5), (100, 50)):
             renyi = {"num_particles": K, "vectorize_particles": True, "max_plate_nesting": 1}

@@ -40,7 +40,9 @@ def tables(options: Options) -> Iterator[Table]:
     x = random_images(NUM_POINTS, options.device)
     rate = "draws x images a second"
     ratio = "ratio of times to the loop's"
-    table = Table("Evidence", ["chunk size", "by", rate, ratio], chart=("by", "chunk size", ratio))
+    table = Table(
+        "Evidence", ["chunk size", "by", rate, ratio], chart=(("chunk size", "by"), ratio)
+    )
 
     def estimate(x: Tensor, num_samples: int, chunk_size: int) -> object:
         return estimate_evidence(

@@ -37,7 +37,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 def tables(options: Options) -> Iterator[Table]:
     """Times and peaks along each size, and their exponents."""
     columns = ["size", "values", "ms", "exponent of time", "peak MiB", "exponent of memory"]
-    table = Table("Growth of the compiled step", columns)
+    table = Table("Growth of the compiled step", columns, chart=(columns[:2], columns[3]))
     for name, sizes in SIZES.items():
         sizes = sizes[:2] if options.quick else sizes
         found = [measure({**BASE, name: size}, options) for size in sizes]

@@ -2,13 +2,16 @@
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
@@ -58,14 +61,14 @@ class Table:
     :param columns: the headings.
     :param rows: numbers, words or spreads.
     :param str note: a line below.
-    :param chart: the columns of the labels, of the series (or None) and of the values.
+    :param chart: the columns that name a bar, and the column of its length.
     """
 
     title: str
     columns: Sequence[str]
     rows: list[list[Any]] = field(default_factory=list)
     note: str = ""
-    chart: tuple[str, str | None, str] | None = None
+    chart: tuple[Sequence[str], str] = ((), "")
 
     def markdown(self) -> str:
         """The table as Markdown."""
@@ -79,29 +82,31 @@ class Table:
         rows = [dict(zip(self.columns, map(_plain, row), strict=True)) for row in self.rows]
         return {"title": self.title, "rows": rows, "note": self.note}
 
-    def draw(self, path: Any) -> None:
-        """Saves a bar chart."""
-        if self.chart is None:
-            return
-        from matplotlib.figure import Figure
+    @property
+    def file_name(self) -> str:
+        """The title as the name of a figure's file."""
+        return "_".join(re.findall("[a-z0-9]+", self.title.lower())) + ".png"
 
-        label, series, value = (
-            None if name is None else self.columns.index(name) for name in self.chart
-        )
-        figure = Figure(figsize=(7, 1 + 0.3 * len(self.rows)), layout="constrained")
-        axes = figure.subplots()
+    def draw(self, folder: Path) -> None:
+        """Saves a bar chart."""
+        labels, value = self.chart
         names = [
-            " ".join(_cell(row[i]) for i in (series, label) if i is not None) for row in self.rows
+            ", ".join(_cell(row[self.columns.index(label)]) for label in labels)
+            for row in self.rows
         ]
-        spreads = [row[value] for row in self.rows]
+        spreads = [row[self.columns.index(value)] for row in self.rows]
         spreads = [s if isinstance(s, Spread) else Spread(s, s, s) for s in spreads]
         errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
-        axes.barh(names, [s.median for s in spreads], xerr=errors, color="#3b6ea8")
+        figure = Figure(figsize=(8, 1.5 + 0.2 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(range(len(names)), [s.median for s in spreads], xerr=errors, color="#3b6ea8")
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.margins(y=0.01)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel(self.chart[2])
-        axes.set_title(self.title)
-        figure.savefig(path, dpi=120)
+        axes.set_xlabel(value)
+        axes.set_title(f"{self.title} ({', '.join(labels)})")
+        figure.savefig(folder / self.file_name, dpi=120)
 
 
 def _cell(value: Any) -> str:

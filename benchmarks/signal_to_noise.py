@@ -65,6 +65,7 @@ def slope(ratios: list[float]) -> float:
 def tables(options: Options) -> Iterator[Table]:
     """The ratios and their slopes."""
     columns = ["gradient", *(f"K = {K}" for K in NUM_PARTICLES), "slope in log K"]
-    table = Table("Signal-to-noise ratio of the guide's gradient", columns)
+    title = "Signal-to-noise ratio of the guide's gradient"
+    table = Table(title, columns, chart=(columns[:1], columns[-1]))
     table.rows = [[rule, *ratios, slope(ratios)] for rule, ratios in signal_to_noise().items()]
     yield table
