@@ -72,7 +72,13 @@ def test_takes_the_steps_of_svi_with_every_estimator(name, gradient):
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="older compilers refuse Bernoulli draws of the eager generator: graphs run as they are",
 )
-@pytest.mark.parametrize("name", ["families"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "KL warm-up" else pytest.param(name, marks=pytest.mark.slow)
+        for name in PROBLEMS
+    ],
+)
 def test_inductor_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name])
 
