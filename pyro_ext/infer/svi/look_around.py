@@ -78,7 +78,7 @@ class _Search:
         if isinstance(value, np.random.Generator):
             self.found.generators.append((label, GeneratorState(value)))
         elif isinstance(value, FunctionType):
-            if _library(value) not in _LIBRARIES:
+            if str(value.__globals__.get("__name__")).partition(".")[0] not in _LIBRARIES:
                 self._look_at_function(value, depth)
         elif isinstance(value, MethodType):
             self.pending.append((label, value.__func__, depth))

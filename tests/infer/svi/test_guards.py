@@ -316,6 +316,8 @@ def test_names_of_attributes_are_no_globals():
         scope["mean"] = step
         svi.step(X)
     assert svi._graphs.count == 1
+    scope["observe"] = lambda z, x: observe(z, x, 2.0)
+    assert_follows(svi, X)
 
 
 def test_programs_and_optimisers_may_be_replaced():
