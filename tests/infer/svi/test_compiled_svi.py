@@ -61,7 +61,9 @@ def test_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name], backend="eager")
 
 
-@pytest.mark.parametrize("gradient", ["pathwise", "dreg", "stl"])
+@pytest.mark.parametrize(
+    "gradient", ["pathwise", "dreg", pytest.param("stl", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_takes_the_steps_of_svi_with_every_estimator(name, gradient):
     make, _ = ESTIMATORS[name]
