@@ -27,10 +27,11 @@ from pyro_ext.infer.svi.observation import (
     Observation,
     Outcome,
     observe,
-    other_random_numbers,
 )
+from pyro_ext.infer.svi.random_states import other_random_numbers
 
 _SEED = 20_090_911
+_SCHEDULE = "loss.schedule"  # whose factor reaches the graph as a tensor
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,7 @@ def build_step(
     def run() -> Outcome:
         return step.compute(aliases, spec)
 
-    # The factor of a schedule reaches the graph as a tensor.
-    before = look_around(step.roots, [*numbers.labels, "loss.schedule"])
+    before = look_around(step.roots, [*numbers.labels, _SCHEDULE])
     try:
         with numbers:
             observation, around, externals, outcome = _observe_twice(
@@ -255,7 +255,7 @@ def _observe_twice(
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
-    around = look_around([*step.roots, *opaque, *modules], [*numbers.labels, "loss.schedule"])
+    around = look_around([*step.roots, *opaque, *modules], [*numbers.labels, _SCHEDULE])
     with other_random_numbers(_SEED):
         first, _ = observe(run)
     lifted = [

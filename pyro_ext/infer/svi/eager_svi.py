@@ -17,16 +17,19 @@ from pyro_ext.infer.svi.checkpoint import (
     load_program_state,
     optimizer_state,
     program_state,
-    random_states,
     read,
-    set_random_states,
     write,
 )
 from pyro_ext.infer.svi.guards import Surroundings
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.interruption import postponed_interrupts
 from pyro_ext.infer.svi.look_around import look_around
-from pyro_ext.infer.svi.observation import called_modules, other_random_numbers, set_up
+from pyro_ext.infer.svi.observation import called_modules, set_up
+from pyro_ext.infer.svi.random_states import (
+    other_random_numbers,
+    random_states,
+    set_random_states,
+)
 
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]

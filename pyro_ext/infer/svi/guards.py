@@ -71,6 +71,7 @@ class Surroundings:
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
     #: What containers and counters print, to find out whether the programs themselves use them.
     printed: list[tuple[Place, str]] = field(default_factory=list)
+    #: Generators of NumPy, which the programs are not to use.
     generators: list[tuple[str, GeneratorState]] = field(default_factory=list)
 
     @property

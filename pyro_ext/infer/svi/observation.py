@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_ext.ops.random_state import get_random_state, set_random_state
+from pyro_ext.infer.svi.random_states import other_random_numbers
 
 
 class CaptureError(Exception):
@@ -101,7 +101,6 @@ class Observation:
     modules: list[nn.Module] = field(default_factory=list)
     #: Names of parameters that the programs came to.
     param_names: tuple[str, ...] = ()
-
     #: Generators that were drawn from, with their states before.
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
 
@@ -280,21 +279,6 @@ def reason_of(error: Exception) -> str:
     if "get value out of a tracing tensor" in str(error):
         return "the programs look at the value of a tensor, as in a branch, which a graph freezes"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-@contextmanager
-def other_random_numbers(seed: int) -> Iterator[None]:
-    """Seeds every generator, and restores their states at the end."""
-    states = get_random_state(), random.getstate(), np.random.get_state()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        set_random_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
 
 
 def _same_state(old: Any, new: Any) -> bool:
