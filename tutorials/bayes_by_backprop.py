@@ -1,27 +1,25 @@
-# %% [markdown]
-# # Bayes by Backprop: a network with uncertain weights
-#
-# A classifier with two hidden layers of 400 units gets a distribution over its weights: the
-# scale-mixture prior of Blundell et al. (2015), a mean-field normal guide, and the paper's weights
-# of the KL term over the minibatches of an epoch. It is compared with the same network trained by
-# maximum likelihood, with and without dropout: test error, calibration, the weights, and how many
-# of them can be pruned. A regression shows what the uncertainty is good for.
-#
-# The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in
-# which Keras ships it, `mnist.npz` with `x_train`, `y_train`, `x_test` and `y_test`:
-#
-#     python tutorials/bayes_by_backprop.py [--data mnist.npz] [--seeds 3] [--epochs 60]
-#         [--smoke] [--no-progress-bar] [--output bayes_by_backprop.png]
+"""
+Bayes by Backprop: a network with uncertain weights
+===================================================
+
+A classifier with two hidden layers of 400 units gets a distribution over its weights: the
+scale-mixture prior of Blundell et al. (2015), a mean-field normal guide, and the paper's weights
+of the KL term over the minibatches of an epoch. It is compared with the same network trained by
+maximum likelihood, with and without dropout: test error, calibration, the weights, and how many
+of them can be pruned. A regression shows what the uncertainty is good for.
+
+The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in
+which Keras ships it, ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``::
+
+    python tutorials/bayes_by_backprop.py [--data mnist.npz] [--seeds 3] [--epochs 60]
+        [--smoke] [--no-progress-bar] [--output bayes_by_backprop.png]
+"""
 
 # %%
 import argparse
 import math
 from collections.abc import Callable
 from typing import NamedTuple
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -67,14 +65,14 @@ def load_data(path: str | None) -> Data:
     return Data(x.flatten(1).float(), y.long(), x_test.flatten(1).float(), y_test.long())
 
 
-# %% [markdown]
-# ## The network, twice
+# %%
+# The network, twice
+# ------------------
 #
-# `BayesianModule` takes the very network that maximum likelihood trains. Each parameter becomes a
+# ``BayesianModule`` takes the very network that maximum likelihood trains. Each parameter becomes a
 # latent site. The model is an ordinary Pyro model around it.
 
 
-# %%
 def make_network(num_inputs: int, num_units: int, dropout: float = 0.0) -> nn.Sequential:
     """Two hidden layers of rectified linear units."""
     return nn.Sequential(
@@ -110,15 +108,15 @@ class Classifier(PyroModule):
             pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
 
-# %% [markdown]
-# ## Training
-#
-# `KLWeightedELBO` wraps the plain ELBO. With `GeometricKL` the first minibatch of an epoch carries
-# half of the KL term, the second a quarter, and so on; with `UniformKL` all carry the same. The
-# schedule is stepped after each step of the optimiser, as those of torch are.
-
-
 # %%
+# Training
+# --------
+#
+# ``KLWeightedELBO`` wraps the plain ELBO. With ``GeometricKL`` the first minibatch of an epoch
+# carries half of the KL term, the second a quarter, and so on; with ``UniformKL`` all carry the
+# same. The schedule is stepped after each step of the optimiser, as those of torch are.
+
+
 class Fit(NamedTuple):
     """A trained network: its predictions on the test set, its weights, and their noise."""
 
@@ -223,14 +221,14 @@ METHODS: dict[str, Callable[..., Fit]] = {
 }
 
 
-# %% [markdown]
-# ## Test error, log-likelihood and calibration
+# %%
+# Test error, log-likelihood and calibration
+# ------------------------------------------
 #
 # A network is calibrated if, of the digits that it calls with a confidence of 80 %, it gets 80 %
 # right. The expected calibration error is the mean distance from that, over bins of confidence.
 
 
-# %%
 def error_rate(probs: Tensor, y: Tensor) -> float:
     """The share of wrong labels, in percent."""
     return 100 * (probs.argmax(-1) != y).double().mean().item()
@@ -278,15 +276,15 @@ def print_table(fits: dict[str, list[Fit]], y: Tensor) -> None:
     print(f"+- is the standard deviation over {len(row)} seeds (0, 1, ...).")
 
 
-# %% [markdown]
-# ## Pruning
+# %%
+# Pruning
+# -------
 #
 # A weight whose mean is small against its standard deviation says little: it can be set to zero. As
 # in the paper, weights are removed in the order of |mu| / sigma, and the means of the others are
 # the network.
 
 
-# %%
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
 
 
@@ -315,14 +313,14 @@ def errors_of_pruned(fit: Fit, data: Data) -> list[float]:
     return found
 
 
-# %% [markdown]
-# ## Regression with uncertainty bands
+# %%
+# Regression with uncertainty bands
+# ---------------------------------
 #
 # The paper's curve: y = x + 0.3 sin(2 pi (x + e)) + 0.3 sin(4 pi (x + e)) + e with e ~ N(0, 0.02),
 # observed on [0, 0.5] alone. Eight particles run at once, in a dim to the left of the data.
 
 
-# %%
 def fit_regression(num_steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The data, a grid, and functions drawn from the posterior on it."""
     x = 0.5 * torch.rand(200)
@@ -361,11 +359,11 @@ def fit_regression(num_steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor, T
     return x, y, grid, predictive(grid)["loc"]
 
 
-# %% [markdown]
-# ## The figure
-
-
 # %%
+# The figure
+# ----------
+
+
 def draw_figure(
     fits: dict[str, list[Fit]],
     pruned: list[list[float]],
@@ -422,7 +420,6 @@ def draw_figure(
     print(f"\nFigure: {output}")
 
 
-# %%
 def main() -> None:
     """Trains, prints and draws."""
     parser = argparse.ArgumentParser(description="Bayes by Backprop on digits.")
@@ -466,8 +463,9 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% [markdown]
-# ## What was learnt
+# %%
+# What was learnt
+# ---------------
 #
 # With 8,000 digits of MNIST for training and 2,000 for testing (60 epochs, seeds 0 to 2):
 #
@@ -479,5 +477,5 @@ if __name__ == "__main__":
 # - Three quarters of the weights can be removed at no cost. The prior has put them into its narrow
 #   component: they are the left hump of the signal-to-noise ratios.
 # - The standard deviation to begin with decides how far training gets in so many epochs: try
-#   `init_scale=0.02` in place of 0.003.
+#   ``init_scale=0.02`` in place of 0.003.
 # - Away from the data the regression's bands widen, as they should.

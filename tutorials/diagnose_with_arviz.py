@@ -1,12 +1,14 @@
-# %% [markdown]
-# # Did it work? Diagnosing a fit by SVI with ArviZ
-#
-# SVI always ends with a number and a guide. Whether the guide is near the posterior is another
-# question, and importance weights answer it: where the guide were the posterior, all weights would
-# be equal. This tutorial asks it of eight schools, two regressions, and an autoencoder.
-#
-#     python tutorials/diagnose_with_arviz.py [--smoke] [--no-progress-bar]
-#         [--output diagnose_with_arviz.png]
+"""
+Did it work? Diagnosing a fit by SVI with ArviZ
+===============================================
+
+SVI always ends with a number and a guide. Whether the guide is near the posterior is another
+question, and importance weights answer it: where the guide were the posterior, all weights would
+be equal. This tutorial asks it of eight schools, two regressions, and an autoencoder. ::
+
+    python tutorials/diagnose_with_arviz.py [--smoke] [--no-progress-bar]
+        [--output diagnose_with_arviz.png]
+"""
 
 # %%
 import argparse
@@ -14,10 +16,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,14 +31,14 @@ from tqdm.auto import tqdm
 from pyro_ext.diagnostics import diagnose, from_pyro_svi, loo, simulation_based_calibration
 from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
 
-# %% [markdown]
-# ## Eight schools, two ways
+# %%
+# Eight schools, two ways
+# -----------------------
 #
 # The effects of coaching in eight schools, with their standard errors (Rubin 1981). The centred
 # model draws each effect from N(mu, tau). The non-centred one draws a standardised effect and
 # scales it: the same model, with a posterior that is nearer to a normal distribution.
 
-# %%
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 SCHOOLS = list("ABCDEFGH")
@@ -65,7 +63,6 @@ def non_centred() -> None:
         pyro.sample("effect", dist.Normal(theta, ERRORS), obs=EFFECTS)
 
 
-# %%
 def fit(
     model: Callable, guide: Callable, args: tuple[Any, ...], num_steps: int, hide: bool, name: str
 ) -> tuple[SVI, list[float]]:
@@ -99,14 +96,14 @@ def eight_schools(num_steps: int, num_samples: int, hide: bool) -> tuple[dict[st
     return pareto_k, best
 
 
-# %% [markdown]
-# ## Two regressions, compared by leave-one-out
-#
-# A line and a parabola for data that come from a parabola. `loo` folds the importance weights into
-# the leave-one-out weights, so that the comparison does not suffer from the guide's error.
-
-
 # %%
+# Two regressions, compared by leave-one-out
+# ------------------------------------------
+#
+# A line and a parabola for data that come from a parabola. ``loo`` folds the importance weights
+# into the leave-one-out weights, so that the comparison does not suffer from the guide's error.
+
+
 def regression(degree: int) -> Callable:
     """A polynomial with a normal prior for its coefficients."""
 
@@ -138,8 +135,9 @@ def compare_regressions(num_steps: int, num_samples: int, hide: bool) -> Any:
     return az.compare(found)
 
 
-# %% [markdown]
-# ## Is the guide right on average?
+# %%
+# Is the guide right on average?
+# ------------------------------
 #
 # Simulation-based calibration fits the guide to data that the model simulates, and looks where the
 # truth lies among the guide's draws. A mean-field guide for a line is too narrow where the
@@ -147,7 +145,6 @@ def compare_regressions(num_steps: int, num_samples: int, hide: bool) -> Any:
 # the covariate is centred.
 
 
-# %%
 def calibrate(centre: bool, num_steps: int, num_simulations: int, hide: bool) -> np.ndarray:
     """The fractions of draws below the true slope."""
     x = torch.linspace(1, 3, 10)
@@ -171,14 +168,14 @@ def calibrate(centre: bool, num_steps: int, num_simulations: int, hide: bool) ->
     return found.probabilities["slope"]
 
 
-# %% [markdown]
-# ## Which digits does an encoder miss?
+# %%
+# Which digits does an encoder miss?
+# ----------------------------------
 #
 # An autoencoder has a guide for each digit, and a Pareto k for each: those with the largest are the
 # ones whose posterior the encoder describes worst.
 
 
-# %%
 class VAE(nn.Module):
     """Grey digits as sums of 16 Bernoulli draws a pixel, with 8 latent dims."""
 
@@ -219,7 +216,6 @@ def worst_digits(num_steps: int, num_samples: int, hide: bool) -> tuple[Tensor, 
     return found.pareto_k, test[found.pareto_k.argsort(descending=True)]
 
 
-# %%
 def draw_figure(
     pareto_k: dict[str, float],
     fractions: dict[str, np.ndarray],
@@ -267,7 +263,6 @@ def draw_with_arviz(data: Any, output: Path) -> None:
         print(f"Figure: {path}")
 
 
-# %%
 def main() -> None:
     """Fits, diagnoses, prints and draws."""
     parser = argparse.ArgumentParser(description="Diagnoses fits by SVI.")
@@ -295,12 +290,13 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% [markdown]
-# ## What was learnt
+# %%
+# What was learnt
+# ---------------
 #
 # - The ELBO of a fit does not say whether to believe it; the Pareto k of its weights does. The
 #   non-centred model with a full-rank guide is the one to resample and export.
-# - `loo` prefers the parabola, and says by how much and how sure that is.
+# - ``loo`` prefers the parabola, and says by how much and how sure that is.
 # - A guide that is too narrow for each coefficient alone can still have the right mean:
 #   calibration tells width from bias.
 # - An encoder is not equally good for all data. The digits with a large Pareto k are where its

@@ -1,23 +1,21 @@
-# %% [markdown]
-# # Rare events by importance sampling
-#
-# A project has ten tasks of random duration, some of which wait for others. How likely is it to
-# take more than 70 days, when it takes 18 on average? Plain Monte Carlo sees such a project once in
-# 31,000 draws. A guide that makes the tasks longer sees it often, and the weights correct for it.
-#
-# The example is from Owen (2013), Monte Carlo Theory, Methods and Examples, chapter 9.
-#
-#     python tutorials/importance_sampling.py [--smoke] [--no-progress-bar]
-#         [--output importance_sampling.png]
+"""
+Rare events by importance sampling
+==================================
+
+A project has ten tasks of random duration, some of which wait for others. How likely is it to
+take more than 70 days, when it takes 18 on average? Plain Monte Carlo sees such a project once in
+31,000 draws. A guide that makes the tasks longer sees it often, and the weights correct for it.
+
+The example is from Owen (2013), Monte Carlo Theory, Methods and Examples, chapter 9. ::
+
+    python tutorials/importance_sampling.py [--smoke] [--no-progress-bar]
+        [--output importance_sampling.png]
+"""
 
 # %%
 import argparse
 import warnings
 from collections.abc import Callable
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pyro
@@ -27,13 +25,13 @@ from torch import Tensor
 
 from pyro_ext.infer import Expectation, estimate_expectation
 
-# %% [markdown]
-# ## The model
+# %%
+# The model
+# ---------
 #
 # Durations are exponential. A task begins when the last of those that it waits for has ended. The
 # model returns whether the project is late; nothing is observed.
 
-# %%
 MEANS = {1: 4.0, 2: 4.0, 3: 2.0, 4: 5.0, 5: 2.0, 6: 3.0, 7: 2.0, 8: 3.0, 9: 2.0, 10: 2.0}
 WAITS_FOR = {2: [1], 3: [1], 4: [2], 5: [2], 6: [3], 7: [3], 8: [3], 9: [5, 6, 7], 10: [4, 8, 9]}
 LATE = 70.0
@@ -53,8 +51,9 @@ def project_is_late() -> Tensor:
     return (ends[10] > LATE).double()
 
 
-# %% [markdown]
-# ## The guides
+# %%
+# The guides
+# ----------
 #
 # A guide draws the durations from exponentials with other means. Without a guide, the prior is the
 # proposal: that is plain Monte Carlo. Making every task four times as long is a natural idea, and
@@ -62,7 +61,6 @@ def project_is_late() -> Tensor:
 # only the tasks of the critical path, 1, 2, 4 and 10, whose means have the largest sum.
 
 
-# %%
 def longer(factors: dict[int, float]) -> Callable[[], None]:
     """A guide under which the means of some tasks are multiplied."""
 
@@ -86,8 +84,9 @@ FACTORS: dict[str, dict[int, float]] = {
 GUIDES = {name: longer(factors) if factors else None for name, factors in FACTORS.items()}
 
 
-# %% [markdown]
-# ## The truth
+# %%
+# The truth
+# ---------
 #
 # Since exponentials have no memory, the set of finished tasks is a Markov chain, and the matrix
 # exponential of its generator gives the probability. It gives the exact standard error of a guide
@@ -97,7 +96,6 @@ GUIDES = {name: longer(factors) if factors else None for name, factors in FACTOR
 # the same probability for tasks with these rates, times a constant.
 
 
-# %%
 def tail_probability(rates: dict[int, float]) -> float:
     """P(T > 70) of tasks with such rates."""
     states: list[frozenset[int]] = [frozenset()]
@@ -132,15 +130,15 @@ EXACT = tail_probability({task: 1 / mean for task, mean in MEANS.items()})
 EXACT_DEVIATIONS = {name: deviation(factors) for name, factors in FACTORS.items()}
 
 
-# %% [markdown]
-# ## Estimates
+# %%
+# Estimates
+# ---------
 #
 # The exact standard error tells how good a guide is; the reported one is an estimate of it from the
 # same draws. Where the variance sits in events that the sample did not see, the reported error is
 # too small, and nothing that looks at the sample alone can tell, not even the Pareto k.
 
 
-# %%
 def estimate(guide: Callable[[], None] | None, num_samples: int, **options: bool) -> Expectation:
     """P(T > 70) from some draws."""
     with warnings.catch_warnings():
@@ -175,11 +173,11 @@ def print_table(found: dict[str, Expectation]) -> None:
     print(f"The best guide needs {ratio:.0f} times fewer draws than plain Monte Carlo.")
 
 
-# %% [markdown]
-# ## The figure
-
-
 # %%
+# The figure
+# ----------
+
+
 def draw_figure(curves: dict[str, list[Expectation]], output: str) -> None:
     """The estimates against the number of draws, with bands of two reported standard errors."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
@@ -200,7 +198,6 @@ def draw_figure(curves: dict[str, list[Expectation]], output: str) -> None:
     print(f"\nFigure: {output}")
 
 
-# %%
 def main() -> None:
     """Estimates, prints and draws."""
     parser = argparse.ArgumentParser(description="The probability of a rare event.")
@@ -225,8 +222,9 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% [markdown]
-# ## What was learnt
+# %%
+# What was learnt
+# ---------------
 #
 # - Stretching the critical path threefold cuts the variance about 290-fold; stretching everything
 #   fourfold cuts it 9-fold, and its weights have heavy tails.

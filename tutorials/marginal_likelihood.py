@@ -1,29 +1,27 @@
-# %% [markdown]
-# # Marginal likelihood: which model of the pixels is better, and how sure is that?
-#
-# Three variational autoencoders over scikit-learn's 8 x 8 digits differ only in the likelihood of a
-# pixel. A pixel has 17 levels of grey, 0 to 16:
-#
-# - a **discretized logistic** is a distribution over the 17 levels, with a location and a scale;
-# - a **binomial** is a sum of 16 Bernoulli draws, one for each level, with one probability;
-# - a **Bernoulli** models other data: the pixels made black or white.
-#
-# The log evidence of held-out digits compares the first two, in nats and in bits per pixel. The
-# third has a number too, and it must not be compared with them. Then the same evidence is estimated
-# from 1 to 5,000 draws, with the encoder and with the prior as proposal, and checked by annealing.
-#
-#     python tutorials/marginal_likelihood.py [--smoke] [--no-progress-bar]
-#         [--output marginal_likelihood.png]
+"""
+Marginal likelihood: which model of the pixels is better, and how sure is that?
+===============================================================================
+
+Three variational autoencoders over scikit-learn's 8 x 8 digits differ only in the likelihood of a
+pixel. A pixel has 17 levels of grey, 0 to 16:
+
+- a **discretized logistic** is a distribution over the 17 levels, with a location and a scale;
+- a **binomial** is a sum of 16 Bernoulli draws, one for each level, with one probability;
+- a **Bernoulli** models other data: the pixels made black or white.
+
+The log evidence of held-out digits compares the first two, in nats and in bits per pixel. The
+third has a number too, and it must not be compared with them. Then the same evidence is estimated
+from 1 to 5,000 draws, with the encoder and with the prior as proposal, and checked by annealing. ::
+
+    python tutorials/marginal_likelihood.py [--smoke] [--no-progress-bar]
+        [--output marginal_likelihood.png]
+"""
 
 # %%
 import argparse
 import math
 import warnings
 from collections.abc import Callable
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pyro
@@ -46,11 +44,11 @@ NUM_PIXELS = 64
 NUM_TEST = 297
 LEVELS = 16
 
-# %% [markdown]
-# ## The data
-
-
 # %%
+# The data
+# --------
+
+
 def load_images() -> tuple[Tensor, Tensor]:
     """1,500 training and 297 test digits, with levels 0 to 16."""
     generator = torch.Generator().manual_seed(0)
@@ -59,13 +57,13 @@ def load_images() -> tuple[Tensor, Tensor]:
     return images[:-NUM_TEST], images[-NUM_TEST:]
 
 
-# %% [markdown]
-# ## The likelihoods
+# %%
+# The likelihoods
+# ---------------
 #
 # Each takes what the decoder puts out, one or two numbers a pixel.
 
 
-# %%
 def discretized_logistic(output: Tensor) -> dist.Distribution:
     """Over 0 to 16, by location and scale."""
     loc, log_scale = output.chunk(2, dim=-1)
@@ -132,7 +130,6 @@ class VAE(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-# %%
 def train(name: str, images: Tensor, num_steps: int, hide_bar: bool) -> VAE:
     """A network trained on the importance-weighted bound with 5 particles."""
     likelihood, num_outputs, prepare = LIKELIHOODS[name]
@@ -147,16 +144,16 @@ def train(name: str, images: Tensor, num_steps: int, hide_bar: bool) -> VAE:
     return vae
 
 
-# %% [markdown]
-# ## Evidence
+# %%
+# Evidence
+# --------
 #
-# `estimate_evidence` gives one number for each digit, each with a standard error. Divided by the
+# ``estimate_evidence`` gives one number for each digit, each with a standard error. Divided by the
 # number of pixels and by log 2, it is in bits per pixel; log2(17) = 4.09 is what a uniform
 # distribution over the levels needs. The standard error of the mean over digits has two parts: that
 # of the draws, which the estimate reports, and that of having seen 297 digits and not others.
 
 
-# %%
 def print_table(found: dict[str, Evidence]) -> None:
     """Nats and bits per pixel, with errors."""
     print(f"\n{'':28} {'nats per digit':>18} {'bits per pixel':>16} {'over digits':>12} k > 0.7")
@@ -175,15 +172,15 @@ def print_table(found: dict[str, Evidence]) -> None:
     print(f"discretized logistic over binomial: {difference.mean():.3f} +- {error:.3f} nats")
 
 
-# %% [markdown]
-# ## Is the number right?
+# %%
+# Is the number right?
+# --------------------
 #
 # A Pareto k above 0.7 says that it may not be: the encoder is narrower than the posterior, and the
-# few draws that would count are missing. Two remedies: `proposal_scale` widens the encoder, and
+# few draws that would count are missing. Two remedies: ``proposal_scale`` widens the encoder, and
 # annealed importance sampling moves its draws to the posterior in small steps.
 
 
-# %%
 def print_remedies(estimates: dict[str, dict[str, Evidence]]) -> None:
     """The same evidence by several estimates, for each model."""
     print(f"\n{'nats per digit':28} {'':20} {'estimate':>10} {'':11} k > 0.7")
@@ -198,8 +195,9 @@ def print_remedies(estimates: dict[str, dict[str, Evidence]]) -> None:
             )
 
 
-# %% [markdown]
-# ## How many draws?
+# %%
+# How many draws?
+# ---------------
 #
 # The estimate from K draws is a lower bound in the mean. With the encoder as proposal it is close
 # after some hundred draws. The prior hardly ever draws a z that explains the digit: its estimate
@@ -209,7 +207,6 @@ def print_remedies(estimates: dict[str, dict[str, Evidence]]) -> None:
 # the bias consists of, as with the encoder; with the prior, most of the bias is left.
 
 
-# %%
 def draw_figure(proposals: dict[str, Evidence], annealed: Evidence, output: str) -> None:
     """The mean evidence against the number of draws, and the Pareto k of each digit."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
@@ -228,7 +225,6 @@ def draw_figure(proposals: dict[str, Evidence], annealed: Evidence, output: str)
     print(f"\nFigure: {output}")
 
 
-# %%
 def main() -> None:
     """Trains, estimates, prints and draws."""
     parser = argparse.ArgumentParser(description="The evidence of three models of digits.")
@@ -292,8 +288,9 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% [markdown]
-# ## What was learnt
+# %%
+# What was learnt
+# ---------------
 #
 # - Bits per pixel compare models of the same data. The Bernoulli model needs the fewest because
 #   black and white pixels hold less, not because it is better.

@@ -1,11 +1,13 @@
-# %% [markdown]
-# # Quickstart: one network, five objectives
-#
-# A variational autoencoder over scikit-learn's 8 x 8 digits is trained with Pyro's `Trace_ELBO`,
-# with `ImportanceWeightedELBO` and with `JackknifeELBO`. Then the log evidence of held-out digits
-# says which objective was better, with error bars that say whether the difference is real.
-#
-#     python tutorials/quickstart.py [--smoke] [--no-progress-bar] [--output quickstart.png]
+"""
+Quickstart: one network, five objectives
+========================================
+
+A variational autoencoder over scikit-learn's 8 x 8 digits is trained with Pyro's ``Trace_ELBO``,
+with ``ImportanceWeightedELBO`` and with ``JackknifeELBO``. Then the log evidence of held-out digits
+says which objective was better, with error bars that say whether the difference is real. ::
+
+    python tutorials/quickstart.py [--smoke] [--no-progress-bar] [--output quickstart.png]
+"""
 
 # %%
 import argparse
@@ -13,10 +15,6 @@ import math
 import time
 import warnings
 from typing import NamedTuple
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pyro
@@ -33,14 +31,14 @@ from pyro_ext.ops import jackknife, jackknife_coefficients
 BATCH_SIZE = 100
 NUM_TEST = 297
 
-# %% [markdown]
-# ## The data
+# %%
+# The data
+# --------
 #
 # Pixels have 17 levels of grey. As usual for such images, a pixel's intensity is the probability
 # that it is on: training draws new binary images at each step, the test set is drawn once.
 
 
-# %%
 def load_images() -> tuple[torch.Tensor, torch.Tensor]:
     """Intensities of 1,500 training digits in [0, 1], and 297 binary test digits."""
     generator = torch.Generator().manual_seed(0)
@@ -50,14 +48,14 @@ def load_images() -> tuple[torch.Tensor, torch.Tensor]:
     return train, torch.bernoulli(test, generator=generator)
 
 
-# %% [markdown]
-# ## The model and the guide
+# %%
+# The model and the guide
+# -----------------------
 #
 # Nothing in them is special, save for one habit: dims are counted from the right, so that the K
 # particles can run at once in a dim on the left.
 
 
-# %%
 class VAE(nn.Module):
     """p(x, z) and q(z | x), with 16 latent dims and two tanh layers of 64 units in each network."""
 
@@ -91,14 +89,14 @@ class VAE(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-# %% [markdown]
-# ## The objectives
+# %%
+# The objectives
+# --------------
 #
-# `Trace_ELBO` with 50 particles is the control. It averages 50 estimates of the same loose bound,
+# ``Trace_ELBO`` with 50 particles is the control. It averages 50 estimates of the same loose bound,
 # which quiets the gradient and so explains a part of what the importance-weighted bound gains; the
 # rest is the tighter bound.
 
-# %%
 OBJECTIVES = {
     "Trace_ELBO, K = 1": Trace_ELBO(),
     "Trace_ELBO, K = 50": Trace_ELBO(50, vectorize_particles=True, max_plate_nesting=1),
@@ -147,17 +145,18 @@ def train(
     return vae, curve
 
 
-# %% [markdown]
-# ## What was gained: evidence of the held-out digits
-#
-# `estimate_evidence` gives log p(x) of each digit. All objectives are scored on the same digits, so
-# the differences are paired: their standard error is far below that of each mean. The spread over
-# seeds is shown beside it, for another initialisation is another network, and enters the error of
-# the comparisons below the table. `Trace_ELBO` with K = 50 against K = 1 is what averaging alone
-# gains; `ImportanceWeightedELBO` with K = 50 against it is what the tighter bound adds.
-
-
 # %%
+# What was gained: evidence of the held-out digits
+# ------------------------------------------------
+#
+# ``estimate_evidence`` gives log p(x) of each digit. All objectives are scored on the same
+# digits, so the differences are paired: their standard error is far below that of each mean. The
+# spread over seeds is shown beside it, for another initialisation is another network, and enters
+# the error of the comparisons below the table. ``Trace_ELBO`` with K = 50 against K = 1 is what
+# averaging alone gains; ``ImportanceWeightedELBO`` with K = 50 against it is what the tighter
+# bound adds.
+
+
 def print_table(runs: dict[str, list[Run]]) -> None:
     """Held-out log evidence per digit, and paired differences from the baseline."""
     mean_over_seeds = {
@@ -192,15 +191,15 @@ def standard_error(per_digit: torch.Tensor) -> float:
     return (per_digit.std() / len(per_digit) ** 0.5).item()
 
 
-# %% [markdown]
-# ## The jackknife as an estimate
+# %%
+# The jackknife as an estimate
+# ----------------------------
 #
 # With K draws the importance-weighted bound is low by about var(w) / (2 K E[w]^2). The jackknife
 # combines the bounds of all subsets with one or more draws left out so that the leading terms of
 # that bias cancel, at no further draw.
 
 
-# %%
 def bias_against_num_particles(
     vae: VAE, test: torch.Tensor, num_draws: int, orders: tuple[int, ...]
 ) -> dict[int, dict[int, torch.Tensor]]:
@@ -227,7 +226,7 @@ def print_bias(bias: dict[int, dict[int, torch.Tensor]], num_draws: int) -> None
         print(f"{K:>4} " + " ".join(f"{cell:>18}" for cell in cells))
 
 
-# %% [markdown]
+# %%
 # How fast does the bias fall? For weights with a Gamma(a, 1) distribution it is known exactly, for
 # the mean of K of them is again Gamma: E log mean w = digamma(K a) - log K. At a = 1 the series of
 # its bias is -1/(2 K) - 1/(12 K^2) + 1/(120 K^4) - ...: it has no term in K^-3. Order 1 removes the
@@ -235,7 +234,6 @@ def print_bias(bias: dict[int, dict[int, torch.Tensor]], num_draws: int) -> None
 # is not there, and falls as K^-4 too. The slopes are -1, -2, -4 and -4.
 
 
-# %%
 def print_gamma_slopes() -> None:
     """Exact biases under Gamma(1, 1) weights, and their slopes in log K."""
 
@@ -252,11 +250,11 @@ def print_gamma_slopes() -> None:
         print(f"{order:>6} " + " ".join(f"{x:>10.1e}" for x in b) + f" {slope:>7.2f}")
 
 
-# %% [markdown]
-# ## The figure
-
-
 # %%
+# The figure
+# ----------
+
+
 def draw_figure(
     runs: dict[str, list[Run]], bias: dict[int, dict[int, torch.Tensor]], output: str
 ) -> None:
@@ -291,7 +289,6 @@ def draw_figure(
     print(f"\nFigure: {output}")
 
 
-# %%
 def main() -> None:
     """Trains, evaluates, prints and draws."""
     parser = argparse.ArgumentParser(description="One network, five objectives.")
@@ -328,8 +325,9 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% [markdown]
-# ## What was learnt
+# %%
+# What was learnt
+# ---------------
 #
 # - The importance-weighted bound with K = 5 does at least as well as 50-fold averaging of the plain
 #   ELBO at a fraction of its cost, and K = 50 is better than both.

@@ -24,8 +24,8 @@ class Expectation:
 
     :ivar value: the estimate.
     :ivar std_error: its standard error.
-    :ivar ess: the effective sample size: of the weighted values w |f| for a model without
-        observations, of the weights w with them.
+    :ivar ess: the effective sample size: of the weights times the sizes of the values for a model
+        without observations, of the weights with them.
     :ivar pareto_k: the Pareto shape of the same; above 0.7 do not trust the estimate.
     :ivar is_self_normalized: whether the weights were normalised by their sum.
     :ivar num_samples: the number of draws.

@@ -29,7 +29,7 @@ class BayesianModule(PyroModule):
     module does, and in a loop where it cannot, such as for LSTMs; the numbers are the same, but
     for the masks of dropout.
 
-    The module is copied. The copy, as :attr:`net`, keeps the values of the latent parameters as
+    The module is copied. The copy, as ``net``, keeps the values of the latent parameters as
     buffers, so that its ``parameters()`` are the others, which are learnt by point estimates.
 
     Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural

@@ -36,6 +36,7 @@ class LeadingDims(nn.Module):
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Any:
+        """Calls the module on the flattened inputs."""
         for position, x in enumerate(inputs):
             if not isinstance(x, Tensor) or x.dim() < self.event_dim:
                 found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

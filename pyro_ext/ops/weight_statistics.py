@@ -60,7 +60,7 @@ class LogMoments:
 
     @property
     def std_error(self) -> Tensor:
-        """The standard error of :attr:`mean`."""
+        """The standard error of ``mean``."""
         return self.squares.sqrt() / self.num_samples
 
 
@@ -68,8 +68,7 @@ class WeightStatistics:
     r"""Mean, spread, tail and jackknife of importance weights, given in chunks.
 
     What is kept for each data point is a few sums, the :math:`3 \sqrt S` largest weights (256 at
-    least), and the
-    means of at most :data:`MAX_BLOCKS` blocks of draws; hence memory that hardly grows with S. A
+    least), and the means of at most 1,024 blocks of draws; hence memory that hardly grows with S. A
     block is one draw until there are more than that, then two, then four, and so on.
 
     The jackknife is taken over the block means in place of the draws. They are independent weights
