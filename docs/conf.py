@@ -59,7 +59,7 @@ sphinx_gallery_conf = {
 
 
 def check_reference(app: Sphinx, env: Any) -> None:
-    """A public name that is on no page, or has no docstring, is a warning, and so an error in CI."""
+    """A public name that is on no page, or has no docstring, is a warning: in CI, an error."""
     logger = logging.getLogger(__name__)
     for package in PACKAGES:
         module = importlib.import_module(f"pyro_ext.{package}")

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_ext.infer import Evidence, ImportanceWeightedELBO, JackknifeELBO, estimate_evidence
-from pyro_ext.ops import jackknife, jackknife_coefficients
+from pyro_ext.ops import jackknife
 
 BATCH_SIZE = 100
 NUM_TEST = 297
@@ -227,30 +227,6 @@ def print_bias(bias: dict[int, dict[int, torch.Tensor]], num_draws: int) -> None
 
 
 # %%
-# How fast does the bias fall? For weights with a Gamma(a, 1) distribution it is known exactly, for
-# the mean of K of them is again Gamma: E log mean w = digamma(K a) - log K. At a = 1 the series of
-# its bias is -1/(2 K) - 1/(12 K^2) + 1/(120 K^4) - ...: it has no term in K^-3. Order 1 removes the
-# first term and order 2 the second, so order 2 already falls as K^-4. Order 3 removes the term that
-# is not there, and falls as K^-4 too. The slopes are -1, -2, -4 and -4.
-
-
-def print_gamma_slopes() -> None:
-    """Exact biases under Gamma(1, 1) weights, and their slopes in log K."""
-
-    def bias(K: int, order: int) -> float:
-        rest = torch.arange(K, K - order - 1, -1, dtype=torch.float64)
-        coefficients = torch.tensor(jackknife_coefficients(K, order), dtype=torch.float64)
-        return (coefficients * (torch.digamma(rest) - rest.log())).sum().item()
-
-    print("\nExact bias for Gamma(1, 1) weights")
-    print(f"{'order':>6} {'K = 16':>10} {'K = 32':>10} {'K = 64':>10} {'slope':>7}")
-    for order in range(4):
-        b = [bias(K, order) for K in (16, 32, 64)]
-        slope = math.log2(abs(b[2] / b[1]))
-        print(f"{order:>6} " + " ".join(f"{x:>10.1e}" for x in b) + f" {slope:>7.2f}")
-
-
-# %%
 # The figure
 # ----------
 
@@ -318,7 +294,6 @@ def main() -> None:
     print_table(runs)
     bias = bias_against_num_particles(runs[TIGHTEST][0].vae, test, num_draws, orders=(0, 1, 2, 3))
     print_bias(bias, num_draws)
-    print_gamma_slopes()
     draw_figure(runs, bias, arguments.output)
 
 

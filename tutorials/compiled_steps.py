@@ -1,0 +1,260 @@
+"""
+Compiled steps
+==============
+
+Most of the time of a small ``SVI`` step goes into Python: effect handlers, traces, one optimiser
+step for each parameter. ``CompiledSVI`` runs all of that once, keeps the graph of tensor operations
+that it led to, and compiles it. The numbers stay those of ``SVI`` from the same seed. ::
+
+    python tutorials/compiled_steps.py [--smoke] [--no-progress-bar]
+        [--output compiled_steps.png]
+
+Compiling takes about ten seconds an objective, and a C++ compiler on a CPU.
+"""
+
+# %%
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_ext.infer import (
+    CompiledSVI,
+    EarlyStopping,
+    ImportanceWeightedELBO,
+    KLWeightedELBO,
+    LinearKL,
+)
+
+BATCH_SIZE = 100
+
+# %%
+# An ordinary pair
+# ----------------
+
+
+class VAE(nn.Module):
+    """p(x, z) and q(z | x) over binary digits, with 16 latent dims."""
+
+    def __init__(self, num_data: int, latent: int = 16) -> None:
+        super().__init__()
+        self.num_data = num_data
+        self.latent = latent
+        self.encoder = nn.Sequential(nn.Linear(64, 200), nn.Tanh(), nn.Linear(200, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, 200), nn.Tanh(), nn.Linear(200, 64))
+
+    def model(self, x: Tensor) -> None:
+        """z ~ N(0, 1), and the pixels of x are independent given z."""
+        pyro.module("vae", self)
+        with pyro.plate("data", self.num_data, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """The normal approximation of the posterior of z."""
+        with pyro.plate("data", self.num_data, subsample=x):
+            loc, log_scale = self.encoder(x).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def make_svi(svi_class: type[SVI], images: Tensor, elbo: ELBO, **options: str) -> SVI:
+    """A new network, from the same seed each time."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    vae = VAE(len(images))
+    return svi_class(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), elbo, **options)
+
+
+# %%
+# The same numbers, sooner
+# ------------------------
+#
+# The first call is eager, the second captures and compiles. From there on a step is one graph.
+# Every estimator has one, and so has Pyro's ``Trace_ELBO``.
+
+OBJECTIVES: dict[str, ELBO] = {
+    "Trace_ELBO": Trace_ELBO(),
+    "IWAE, K = 10": ImportanceWeightedELBO(10, max_plate_nesting=1),
+    "IWAE-DReG, K = 10": ImportanceWeightedELBO(10, gradient="dreg", max_plate_nesting=1),
+}
+
+
+def time_steps(svi: SVI, batches: list[Tensor]) -> tuple[list[float], float]:
+    """The losses, and the median time of a step, in milliseconds."""
+    losses, times = [], []
+    for x in batches:
+        start = time.perf_counter()
+        losses.append(svi.step(x) / svi_size(svi))
+        times.append(1e3 * (time.perf_counter() - start))
+    return losses, statistics.median(times)
+
+
+def svi_size(svi: SVI) -> int:
+    """How many data points the loss is a sum over."""
+    return svi.model.__self__.num_data
+
+
+def compare(
+    images: Tensor, num_steps: int, backend: str
+) -> dict[str, tuple[list[float], list[float], float, float]]:
+    """Losses and times of both, for each objective."""
+    batches = list(images[torch.randint(len(images), (num_steps, BATCH_SIZE))])
+    found = {}
+    print(f"{'':20}{'eager, ms':>12}{'compiled, ms':>14}{'ratio':>8}{'largest difference':>20}")
+    for name, elbo in OBJECTIVES.items():
+        eager, eager_time = time_steps(make_svi(SVI, images, elbo), batches)
+        svi = make_svi(CompiledSVI, images, elbo, backend=backend)
+        compiled, compiled_time = time_steps(svi, batches)
+        found[name] = eager, compiled, eager_time, compiled_time
+        ratio = compiled_time / eager_time
+        difference = max(abs(a - b) for a, b in zip(eager, compiled, strict=True))
+        print(f"{name:20}{eager_time:12.2f}{compiled_time:14.2f}{ratio:8.2f}{difference:20.1e}")
+    return found
+
+
+# %%
+# What changes between steps
+# --------------------------
+#
+# Learning rates, KL factors and parameters are looked up at each step, so that schedules and edits
+# work as they do with ``SVI``. A branch on the value of a draw cannot be captured: such programs
+# take eager steps, after a warning that says why.
+
+
+def warm_up(images: Tensor, num_steps: int, backend: str) -> list[float]:
+    """The loss under a KL factor that grows from 0 to 1."""
+    schedule = LinearKL(num_steps=num_steps)
+    elbo = KLWeightedELBO(ImportanceWeightedELBO(1, max_plate_nesting=1), schedule, sites="all")
+    svi = make_svi(CompiledSVI, images, elbo, backend=backend)
+    losses = []
+    for _ in range(num_steps):
+        losses.append(svi.step(images[torch.randint(len(images), (BATCH_SIZE,))]) / len(images))
+        schedule.step()
+    return losses
+
+
+def branch_on_a_draw() -> None:
+    """A model that no graph can follow."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = 1.0 if z > 0 else 2.0
+        pyro.sample("x", dist.Normal(z, scale), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi.step()
+        svi.step()
+    print(f"\nA branch on a draw: {caught[0].message}")
+
+
+# %%
+# A training loop
+# ---------------
+#
+# ``run`` goes over a loader with a progress bar, stops when the mean loss of an epoch no longer
+# falls, and keeps checkpoints from which an interrupted run goes on to the same last bit.
+
+
+def run_and_resume(images: Tensor, num_epochs: int, backend: str, show_bar: bool) -> list[float]:
+    """Half of the epochs, then the others from a checkpoint; the mean loss of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        for epochs in (num_epochs // 2, num_epochs):
+            elbo = ImportanceWeightedELBO(10, max_plate_nesting=1)
+            svi = make_svi(CompiledSVI, images, elbo, backend=backend)
+            loader = DataLoader(TensorDataset(images), batch_size=BATCH_SIZE, shuffle=True)
+            history = svi.run(
+                loader,
+                num_epochs=epochs,
+                callback=EarlyStopping(patience=3),
+                checkpoint=path,
+                resume=path if path.exists() else None,
+                progress_bar=show_bar,
+            )
+    return [loss / len(images) for loss in history.epoch_losses]
+
+
+# %%
+# The figure
+# ----------
+
+
+def draw_figure(
+    found: dict[str, tuple[list[float], list[float], float, float]],
+    warm: list[float],
+    epochs: list[float],
+    output: str,
+) -> None:
+    """Times, equal losses, and the two other runs."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    places = range(len(found))
+    for offset, label, column in ((-0.2, "SVI", 2), (0.2, "CompiledSVI", 3)):
+        times = [row[column] for row in found.values()]
+        left.barh([place + offset for place in places], times, height=0.4, label=label)
+    left.set_yticks(places, list(found))
+    left.invert_yaxis()
+    left.set(title="Time of a step", xlabel="ms")
+    left.legend()
+    eager, compiled, _, _ = found["IWAE, K = 10"]
+    middle.plot(eager, linewidth=4, alpha=0.4, label="SVI")
+    middle.plot(compiled, linewidth=1, label="CompiledSVI")
+    middle.plot(warm, linewidth=1, label="CompiledSVI, KL warm-up")
+    middle.set(title="Loss", xlabel="step", ylabel="nats per digit")
+    middle.legend()
+    right.plot(range(1, len(epochs) + 1), epochs, marker="o")
+    right.axvline(len(epochs) / 2 + 0.5, color="grey", linewidth=0.8, linestyle="--")
+    right.set(title="Resumed at the line", xlabel="epoch", ylabel="nats per digit")
+    figure.savefig(output, dpi=120)
+    print(f"\nFigure: {output}")
+
+
+# %%
+# All of it
+# ---------
+
+
+def main() -> None:
+    """Trains, times, prints and draws."""
+    parser = argparse.ArgumentParser(description="Steps as one graph.")
+    parser.add_argument("--smoke", action="store_true", help="few steps, without a compiler")
+    parser.add_argument("--no-progress-bar", action="store_true")
+    parser.add_argument("--output", default="compiled_steps.png", help="where the figure goes")
+    arguments = parser.parse_args()
+    num_steps, num_epochs, backend = (3, 2, "eager") if arguments.smoke else (300, 12, "inductor")
+    torch.set_flush_denormal(True)
+
+    images = torch.bernoulli(torch.tensor(load_digits().data / 16).float())
+    found = compare(images, num_steps, backend)
+    warm = warm_up(images, num_steps, backend)
+    branch_on_a_draw()
+    epochs = run_and_resume(images, num_epochs, backend, not arguments.no_progress_bar)
+    draw_figure(found, warm, epochs, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
+
+# %%
+# What was learnt
+# ---------------
+#
+# - A compiled step takes a quarter to two fifths of an eager one here, on two cores; the larger the
+#   network and K, the more of the time is matrix products, which compiling leaves as they are.
+# - Losses agree with those of ``SVI`` to float32 rounding over 300 steps, from one seed.
+# - Schedules of the KL term work as before. What cannot be captured is named, and runs as it did.
