@@ -289,7 +289,7 @@ def masses(network: Autoencoder, x: Tensor, num_levels: int) -> Tensor:
 
 def draw_figure(colour: Images, grey: Images, networks: dict, output: str) -> None:
     """Rows of images above, distributions of a pixel below."""
-    rows = {"held out": to_picture(colour.test[3:60:6], 256)}
+    rows = {"held out": to_picture(colour.test[:: len(colour.test) // 10][:10], 256)}
     for name, network in networks["colour"].items():
         rows[name] = to_picture(draw_images(network, 10), 256)
     figure = plt.figure(figsize=(12, 1.1 * len(rows) + 4.6), layout="constrained")
@@ -297,7 +297,7 @@ def draw_figure(colour: Images, grey: Images, networks: dict, output: str) -> No
     for axis, (name, picture) in zip(top.subplots(len(rows), 1), rows.items(), strict=True):
         axis.imshow(picture)
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set_title(name, loc="left", fontsize=9)
     left, right = bottom.subplots(1, 2)
     for axis, kind, images in ((left, "grey", grey), (right, "colour", colour)):
         x = images.test[len(images.test) // 3]
@@ -360,3 +360,17 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+# %%
+# What was learnt
+# ---------------
+#
+# - On 17 grey levels all three likelihoods are alike, to a fiftieth of a bit; five components gain
+#   a little over one.
+# - On 256 levels of three channels the mixtures need four bits for a sub-pixel where storing it
+#   takes eight, and the categorical distribution six after as many steps: it has to learn each of
+#   768 numbers a pixel, and its samples show the gaps that it has not filled.
+# - Five and ten components are not better than one here. The differences are within two of their
+#   standard errors; longer training may bring them out.
+# - Pixels are independent given z, hence the grain. PixelCNN++ gets below three bits with the same
+#   mixture, by letting each pixel depend on those before it.
