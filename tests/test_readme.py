@@ -27,6 +27,14 @@ def test_the_first_two_sh_blocks_are_the_two_commands():
     assert "pytest" in tests.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"])
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.slow  # the build of the documentation runs them too
 @pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem)
 def test_tutorials_run(path, tmp_path):
     pytest.importorskip("sklearn")

@@ -281,7 +281,7 @@ def print_table(fits: dict[str, list[Fit]], y: Tensor) -> None:
 # -------
 #
 # A weight whose mean is small against its standard deviation says little: it can be set to zero. As
-# in the paper, weights are removed in the order of |mu| / sigma, and the means of the others are
+# in the paper, weights are removed in the order of abs(mu) / sigma, and the means of the others are
 # the network.
 
 
@@ -420,6 +420,8 @@ def draw_figure(
     print(f"\nFigure: {output}")
 
 
+# Each module keeps parameters of its own, as in plain torch.
+@pyro.settings.context(module_local_params=True)
 def main() -> None:
     """Trains, prints and draws."""
     parser = argparse.ArgumentParser(description="Bayes by Backprop on digits.")
@@ -436,8 +438,6 @@ def main() -> None:
     if arguments.smoke:
         num_seeds, num_epochs, num_units, num_steps = 2, 2, 20, 20
     torch.set_flush_denormal(True)
-    # Each module keeps parameters of its own, as in plain torch.
-    pyro.settings.set(module_local_params=True)
 
     data = load_data(arguments.data)
     fits: dict[str, list[Fit]] = {name: [] for name in METHODS}

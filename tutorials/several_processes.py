@@ -175,7 +175,7 @@ def start_group(num_processes: int, num_steps: int, hide_bar: bool) -> dict:
         result = Path(folder) / "result.pt"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={num_processes}", __file__),
+            *(f"--nproc-per-node={num_processes}", sys.argv[0]),
             *(f"--steps={num_steps}", f"--result={result}"),
             *(["--no-progress-bar"] if hide_bar else []),
         ]

@@ -237,5 +237,5 @@ if __name__ == "__main__":
 #   deviation of the plain one. Both have the same mean.
 # - ``"stl"`` has the best ratio here, of a gradient that is biased for K > 1.
 # - On the autoencoder, ``"dreg"`` at K = 64 gives the guide a ratio seven times that of the plain
-#   gradient, for half as much time again. The plain ELBO's gradient is clearer still, but it is
+#   gradient, for a little more time. The plain ELBO's gradient is clearer still, but it is
 #   that of a looser bound. The model's gradient is the same under both rules.
