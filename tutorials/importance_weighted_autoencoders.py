@@ -324,3 +324,22 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+# %%
+# What was learnt
+# ---------------
+#
+# On the 8 x 8 digits, with one seed and 40 epochs:
+#
+# - With one stochastic layer the held-out evidence rises from -24.3 nats for the plain
+#   autoencoder to -23.8 with 5 particles and -23.1 with 50. Doubly reparameterised gradients add
+#   0.1 at K = 50 with one layer and 0.35 with two.
+# - The better the model, the worse its ELBO: -24.9, -26.0, -28.4. The guide has become a proposal
+#   whose errors the weights repair, and the ELBO does not see the repair.
+# - Trained on the jackknife, the network is worse than trained on the bound that it corrects, by
+#   every evaluation. Evaluated by the jackknife, the bound of 50 draws comes most of the way to
+#   the evidence from 5,000.
+# - Two layers are no better than one after so few epochs: none of the 50 units of the upper layer
+#   is active, but under doubly reparameterised gradients, where 26 are.
+#
+# On MNIST (8,000 training digits, three seeds), the documentation has the table.
