@@ -50,7 +50,7 @@ class SigmoidBeliefNet(nn.Module):
         super().__init__()
         lower, upper = sizes
         num_pixels = len(mean_image)
-        self.top = nn.Parameter(torch.zeros(upper))
+        self.top = nn.ParameterList([torch.zeros(upper)])
         self.down = nn.ModuleList([nn.Linear(upper, lower), nn.Linear(lower, num_pixels)])
         self.up = nn.ModuleList([nn.Linear(num_pixels, lower), nn.Linear(lower, upper)])
         with torch.no_grad():
@@ -58,9 +58,10 @@ class SigmoidBeliefNet(nn.Module):
 
     def model(self, x: Tensor) -> None:
         """Downwards: causes, features, pixels."""
-        pyro.module("net", self)
+        pyro.module("top", self.top)
+        pyro.module("down", self.down)
         with pyro.plate("data", len(x)):
-            upper = pyro.sample("upper", dist.Bernoulli(logits=self.top).to_event(1))
+            upper = pyro.sample("upper", dist.Bernoulli(logits=self.top[0]).to_event(1))
             logits = self.down[0](upper)
             lower = pyro.sample("lower", dist.Bernoulli(logits=logits).to_event(1))
             logits = self.down[1](lower)
@@ -68,6 +69,7 @@ class SigmoidBeliefNet(nn.Module):
 
     def guide(self, x: Tensor) -> None:
         """Upwards: pixels, features, causes."""
+        pyro.module("up", self.up)
         with pyro.plate("data", len(x)):
             lower = pyro.sample("lower", dist.Bernoulli(logits=self.up[0](x)).to_event(1))
             pyro.sample("upper", dist.Bernoulli(logits=self.up[1](lower)).to_event(1))
@@ -166,10 +168,10 @@ def draw_figure(fits: dict[str, Fit], num_steps: int, output: str) -> None:
     net = list(fits.values())[-1].net
     with torch.no_grad():
         weights = net.down[1].weight.T
-        usage = torch.bernoulli(net.top.sigmoid().expand(200, -1))
+        usage = torch.bernoulli(net.top[0].sigmoid().expand(200, -1))
         usage = net.down[0](usage).sigmoid().mean(0)
         features = weights[usage.argsort(descending=True)[:50]]
-        upper = torch.bernoulli(net.top.sigmoid().expand(50, -1))
+        upper = torch.bernoulli(net.top[0].sigmoid().expand(50, -1))
         lower = torch.bernoulli(net.down[0](upper).sigmoid())
         means = net.down[1](lower).sigmoid()
     limit = features.abs().quantile(0.99).item()

@@ -90,10 +90,10 @@ GUIDES = {name: longer(factors) if factors else None for name, factors in FACTOR
 #
 # Since exponentials have no memory, the set of finished tasks is a Markov chain, and the matrix
 # exponential of its generator gives the probability. It gives the exact standard error of a guide
-# too. With rates $p_j$ in the model and $q_j$ in the guide, the weight is a product of
-# $(p_j / q_j) e^{-(p_j - q_j) x_j}$, and times the model's density $p_j e^{-p_j x_j}$ that is
-# $p_j^2 / (q_j r_j)$ times an exponential density of rate $r_j = 2 p_j - q_j$: the second moment is
-# the same probability for tasks with these rates, times a constant.
+# too. With rates :math:`p_j` in the model and :math:`q_j` in the guide, the weight is a product of
+# :math:`(p_j / q_j) e^{-(p_j - q_j) x_j}`, and times the model's density :math:`p_j e^{-p_j x_j}`
+# that is :math:`p_j^2 / (q_j r_j)` times an exponential density of rate :math:`r_j = 2 p_j - q_j`:
+# the second moment is the same probability for tasks with these rates, times a constant.
 
 
 def tail_probability(rates: dict[int, float]) -> float:

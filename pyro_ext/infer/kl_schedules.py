@@ -14,7 +14,7 @@ class KLSchedule(ABC):
     """Base class of schedules: a factor for the KL term at each optimiser step.
 
     A subclass gives :meth:`factor_at` and :attr:`finished`. As with the schedulers of torch, call
-    :meth:`step` after each optimiser step; nothing else advances a schedule.
+    :meth:`step` after each optimiser step; only :meth:`EagerSVI.run` does it by itself.
 
     .. attribute:: num_steps_taken
 
