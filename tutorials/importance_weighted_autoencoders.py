@@ -122,14 +122,18 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def active_units(self, x: Tensor, num_draws: int = 20) -> list[int]:
-        """How many units of each layer have a posterior mean whose variance over x is > 0.01."""
-        means, value, active = [], x.expand(num_draws, *x.shape), []
+        """How many units of each layer have a posterior mean whose variance over x is > 0.01.
+
+        That mean is over the layers below; the product of two means of independent draws keeps
+        the noise of so few out of the variance.
+        """
+        value, active = x.expand(2, num_draws, *x.shape), []
         for encoder in self.encoders:
             loc, log_scale = encoder(value).chunk(2, dim=-1)
-            means.append(loc.mean(0))
+            first, second = loc.mean(1)
+            variance = ((first - first.mean(0)) * (second - second.mean(0))).mean(0)
+            active.append(int((variance > 0.01).sum()))
             value = loc + log_scale.exp() * torch.randn_like(loc)
-        for mean in means:
-            active.append(int((mean.var(0) > 0.01).sum()))
         return active
 
 

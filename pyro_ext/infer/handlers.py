@@ -15,6 +15,8 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_ext.infer.supports import check_fixed_support
+
 PARTICLE_PLATE = "num_particles_vectorized"
 
 
@@ -237,6 +239,7 @@ class LeafDraws(Messenger):
             and value.grad_fn is not None
             and not is_delta(fn)
         ):
+            check_fixed_support(msg["name"], fn)
             leaf = msg["value"] = value.detach().requires_grad_()
             is_outer = self.local_plate is not None and not lies_in(msg, self.local_plate)
             self.draws.append(

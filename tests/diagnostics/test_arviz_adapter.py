@@ -79,6 +79,22 @@ def test_pareto_k_of_pareto_weights(k):
     np.testing.assert_allclose(body, np.broadcast_to(body[:, :1], body.shape), atol=1e-9)
 
 
+@pytest.mark.parametrize("num_draws", [7, 60])
+def test_equal_weights_have_no_tail(num_draws):
+    smoothed, pareto_k = adapter.psis(np.full((3, num_draws), -5.0))
+    np.testing.assert_allclose(smoothed, -np.log(num_draws), atol=1e-12)
+    np.testing.assert_array_equal(pareto_k, 0)
+
+
+def test_weights_with_a_tail_too_short_to_fit_are_left():
+    log_weights = RNG.normal(size=(2, 3, 10))
+    smoothed, pareto_k = adapter.psis(log_weights)
+    total = np.log(np.exp(log_weights).sum(-1, keepdims=True))
+    np.testing.assert_allclose(smoothed, log_weights - total, atol=1e-12)
+    assert pareto_k.shape == (2, 3)
+    assert np.isinf(pareto_k).all()
+
+
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ with a newer pandas
 def test_elpd_data_is_compared():
     import xarray as xr
