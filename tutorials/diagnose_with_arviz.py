@@ -3,8 +3,9 @@ Did it work? Diagnosing a fit by SVI with ArviZ
 ===============================================
 
 SVI always ends with a number and a guide. Whether the guide is near the posterior is another
-question, and importance weights answer it: where the guide were the posterior, all weights would
-be equal. This tutorial asks it of eight schools, two regressions, and an autoencoder. ::
+question. If it were the posterior, the importance weights of its draws would all be equal; where
+they have a heavy tail, it misses something. (A mode that no draw has reached stays unseen.) This
+tutorial asks eight schools, two regressions, and an autoencoder. ::
 
     python tutorials/diagnose_with_arviz.py [--smoke] [--no-progress-bar]
         [--output diagnose_with_arviz.png]
@@ -294,7 +295,7 @@ if __name__ == "__main__":
 # What was learnt
 # ---------------
 #
-# - The ELBO of a fit does not say whether to believe it; the Pareto k of its weights does. The
+# - The ELBO of a fit does not say whether to doubt it; the Pareto k of its weights does. The
 #   non-centred model with a full-rank guide is the one to resample and export.
 # - ``loo`` prefers the parabola, and says by how much and how sure that is.
 # - A guide that is too narrow for each coefficient alone can still have the right mean:

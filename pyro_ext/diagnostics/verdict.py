@@ -76,9 +76,9 @@ class Diagnosis:
     def _on_weights(self) -> str:
         figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
         if self.pareto_k_local is not None and (self.pareto_k_local <= 0.7).all():
-            return f"covers each data point's posterior {figures}"
+            return f"fits each data point's posterior where its draws went {figures}"
         if self.pareto_k <= 0.5:
-            return f"is close to the posterior {figures}"
+            return f"fits the posterior where its draws went {figures}"
         if self.pareto_k <= 0.7:
             return f'is usable with resample="psis" {figures}'
         return f"misses a part of the posterior: do not trust it {figures}"

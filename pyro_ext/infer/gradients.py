@@ -11,7 +11,7 @@ The second sum is again reparameterised: as z_k enters f_k through log w_k alone
 
 so that f_k - f_kk on the path does for both. For the importance-weighted bound that is the squared
 normalised weight of Tucker et al. (2019); the identity holds for every smooth f of independent
-particles, the jackknife included.
+particles, the jackknife included, where the support of q does not depend on phi.
 
 Where a draw's log q enters log w with a factor c (a mask or a scale), so does the second sum. A
 non-reparameterised site d with log-probability s adds signal_k s, differentiated also through the
@@ -80,7 +80,7 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor:
     """Drops the guide's explicit term of its reparameterised draws.
 
-    The dropped term has mean zero for K = 1; for K > 1 it has not, and the rule is biased.
+    The dropped term has mean zero for a linear bound, as at K = 1; else the rule is biased.
 
     Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
     Estimators for Variational Inference.

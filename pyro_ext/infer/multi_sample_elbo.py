@@ -51,10 +51,10 @@ class MultiSampleELBO(ELBO):
     :param int num_particles: the number of particles K >= 1.
     :param str gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for
         fixed noise. ``"dreg"``, doubly reparameterised, has the same mean; near the posterior it
-        is much quieter and far from it it can be noisier. ``"stl"``, sticking the landing, has
-        no variance at the posterior for K = 1, and is biased for K > 1. Non-reparameterised sites
-        of the guide add a score-function term with a baseline under each rule; Pyro's
-        ``infer={"baseline": ...}`` is not used.
+        is much quieter and far from it it can be noisier. ``"stl"``, sticking the landing, is as
+        quiet, and biased for nonlinear bounds. Both need supports that do not move with parameters.
+        Non-reparameterised sites of the guide add a score-function term with a baseline under each
+        rule; Pyro's ``infer={"baseline": ...}`` is not used.
     :param bool vectorize_particles: whether the K particles run at once, in a plate to the left
         of all others; model and guide then see an extra dim on the left of every sample.
     :param max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh

@@ -27,7 +27,7 @@ def test_the_exact_guide_has_no_gap():
         assert value == pytest.approx(exact)
     assert found.evidence_gap == pytest.approx(0, abs=1e-9)
     assert found.ess == pytest.approx(1000)
-    assert "is close to the posterior" in repr(found)
+    assert "fits the posterior where its draws went" in repr(found)
     assert math.isnan(found.loss_change)
 
 
