@@ -225,8 +225,10 @@ if __name__ == "__main__":
 # What was learnt
 # ---------------
 #
-# - At 20 particles VIMCO is 1.3 nats a digit ahead of an averaged score function without a
-#   baseline, at the same cost; 5 particles do better than 20 of the latter.
-# - From 20 to 50 particles the gain is 0.1 nats for nearly twice the time.
+# - With 20 particles each, the baseline gains 0.95 nats a digit over an averaged score function
+#   without one, and the tighter bound another 0.36. The guide's gradient has ten times the
+#   signal-to-noise ratio with the baseline.
+# - 5 particles of VIMCO do as well as 20 of the ELBO with the baseline. From 20 to 50 the gain is
+#   0.1 nats.
 # - The model and guide are what they would be with continuous latents, and so is the evidence:
-#   Pareto k says that the guide is a fair proposal.
+#   Pareto k has nothing against the guide as a proposal.

@@ -344,6 +344,6 @@ if __name__ == "__main__":
 #   every evaluation. Evaluated by the jackknife, the bound of 50 draws comes most of the way to
 #   the evidence from 5,000.
 # - Two layers are no better than one after so few epochs: none of the 50 units of the upper layer
-#   is active, but under doubly reparameterised gradients, where 26 are.
+#   is active, but under doubly reparameterised gradients, where 25 are.
 #
 # On MNIST (8,000 training digits, three seeds), the documentation has the table.
