@@ -69,7 +69,7 @@ def train(name, rank=0, size=1):
     pyro.set_rng_seed(0)
     module = elbo(Model(has_global), Guide(has_global))
     step = DistributedDataParallel(module) if size > 1 else module
-    optimizer = torch.optim.Adam(step.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(step.parameters(), lr=1e-4)  # Adam would hide a wrong scale
     rows = slice(rank * BATCH_SIZE // size, (rank + 1) * BATCH_SIZE // size)
     for _ in range(NUM_STEPS):
         x, noise = torch.randn(BATCH_SIZE, 3), torch.randn(NUM_PARTICLES, BATCH_SIZE, 2)
