@@ -15,7 +15,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ext.infer.supports import check_fixed_support
+from pyro_ext.infer.supports import support_moves
 
 PARTICLE_PLATE = "num_particles_vectorized"
 
@@ -239,12 +239,21 @@ class LeafDraws(Messenger):
             and value.grad_fn is not None
             and not is_delta(fn)
         ):
-            check_fixed_support(msg["name"], fn)
+            if support_moves(fn):
+                raise SiteError(_moving_support(msg["name"]))
             leaf = msg["value"] = value.detach().requires_grad_()
             is_outer = self.local_plate is not None and not lies_in(msg, self.local_plate)
             self.draws.append(
                 Draw(msg["name"], value, leaf, fn, msg["scale"], msg["mask"], is_outer)
             )
+
+
+def _moving_support(name: str) -> str:
+    return (
+        f"Guide site '{name}' has a support with a bound that depends on a parameter or an earlier "
+        "draw: expected fixed bounds for gradient='dreg' and 'stl', which may be biased where a "
+        "density ends at a moving one; use gradient='pathwise'."
+    )
 
 
 def lies_in(site: Any, plate: str) -> bool:

@@ -1,62 +1,100 @@
-"""Supports that move: where the density of a draw ends at a bound that is not fixed."""
+"""Supports that move: where the density of a draw ends at a bound that is learnt."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator
+from enum import Enum
 from typing import Any
 
-from torch import Tensor
-from torch.distributions import AffineTransform, constraints
+from torch import Tensor, nn
+from torch.distributions import TransformedDistribution, constraints
+from torch.distributions.transforms import (
+    AbsTransform,
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    PowerTransform,
+    Transform,
+    _InverseTransform,
+)
 
 
-def check_fixed_support(name: str, fn: Any) -> None:
-    """Raises if the support of a guide site depends on parameters or on earlier draws.
+class _End(Enum):
+    """A bound of a support: at zero, at another fixed place, or where a parameter puts it."""
 
-    Integration by parts, on which the rules for leaves rest, leaves a boundary term there.
+    ZERO = 0
+    FIXED = 1
+    MOVES = 2
 
-    :param str name: the site.
-    :param fn: its distribution, made with gradients on.
-    :raises ValueError: if it does.
+
+def support_moves(fn: Any) -> bool:
+    """Whether a bound of the support depends on parameters or on earlier draws.
+
+    Integration by parts, on which doubly reparameterised gradients rest, leaves a boundary term
+    there, unless the density vanishes at the bound.
+
+    :param fn: a distribution, made with gradients on.
     """
-    if _moves(fn):
-        raise ValueError(
-            f"Guide site '{name}' has a support that moves with a parameter or an earlier draw "
-            f"({type(_innermost(fn)).__name__}): expected a fixed one for gradient='dreg' and "
-            "'stl', which are biased where a density ends at a moving bound; use "
-            "gradient='pathwise'."
-        )
+    return _End.MOVES in _ends(fn)
 
 
-def _moves(fn: Any) -> bool:
-    if _has_gradient(_bounds(fn)):
-        return True
+def _ends(fn: Any) -> list[_End]:
+    if hasattr(fn, "component0"):  # MaskedMixture
+        return _ends(fn.component0) + _ends(fn.component1)
     base = getattr(fn, "base_dist", None)
-    return base is not None and (_moves(base) or _slides(base, getattr(fn, "transforms", ())))
-
-
-def _slides(base: Any, transforms: Sequence[Any]) -> bool:
-    """Whether learnt affine maps carry a bound of the base along; 0 stays 0 under a scale."""
-    if not all(isinstance(transform, AffineTransform) for transform in transforms):
-        return False
-    bounds = _bounds(base)
-    by_loc = bounds and _has_gradient(transform.loc for transform in transforms)
-    by_scale = _has_gradient(transform.scale for transform in transforms) and any(
-        isinstance(bound, Tensor) or bound != 0 for bound in bounds
-    )
-    return bool(by_loc or by_scale)
-
-
-def _bounds(fn: Any) -> list[Any]:
-    constraint = fn.support
+    if base is not None and not hasattr(fn, "transforms"):
+        return _ends(base)
+    # Subclasses, such as Gumbel, know their support; a codomain alone would not tell.
+    if isinstance(fn, TransformedDistribution) and type(fn).__name__ == "TransformedDistribution":
+        ends = _ends(base)
+        for transform in _flattened(fn.transforms):
+            ends = [image for end in ends if (image := _image(end, transform)) is not None]
+        return ends
+    try:
+        constraint = fn.support
+    except NotImplementedError:
+        return []
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    names = ("lower_bound", "upper_bound")
-    return [getattr(constraint, name) for name in names if hasattr(constraint, name)]
+    bounds = (getattr(constraint, name, math.inf) for name in ("lower_bound", "upper_bound"))
+    return [_end_at(bound) for bound in bounds if isinstance(bound, Tensor) or math.isfinite(bound)]
 
 
-def _has_gradient(values: Iterable[Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+def _end_at(bound: Any) -> _End:
+    if isinstance(bound, Tensor):
+        return _End.MOVES if bound.requires_grad else _End.FIXED
+    return _End.FIXED if bound else _End.ZERO
 
 
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+def _flattened(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _flattened(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            yield from _flattened([transform.base_transform])
+        else:
+            yield transform
+
+
+def _image(end: _End, transform: Transform) -> _End | None:
+    """Where a transform takes a bound; None for infinity."""
+    is_inverse = isinstance(transform, _InverseTransform)
+    if is_inverse:
+        transform = transform.inv
+    if end is _End.ZERO:
+        if isinstance(transform, ExpTransform) and is_inverse:
+            return None
+        if isinstance(transform, AbsTransform | PowerTransform):
+            return end
+        if isinstance(transform, AffineTransform):
+            if not isinstance(transform.loc, Tensor):
+                return _end_at(transform.loc)
+            return _End.MOVES if transform.loc.requires_grad else _End.FIXED
+    return _End.MOVES if end is _End.MOVES or _is_learnt(transform) else _End.FIXED
+
+
+def _is_learnt(transform: Transform) -> bool:
+    tensors: list[Any] = list(vars(transform).values())
+    if isinstance(transform, nn.Module):
+        tensors += transform.parameters()
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
