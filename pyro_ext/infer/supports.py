@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
+import torch
+from pyro.distributions import TransformedDistribution
 from torch import Tensor, nn
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import constraints
 from torch.distributions.transforms import (
     AbsTransform,
     AffineTransform,
@@ -45,7 +47,7 @@ def _ends(fn: Any) -> list[_End]:
     if base is not None and not hasattr(fn, "transforms"):
         return _ends(base)
     # Subclasses, such as Gumbel, know their support; a codomain alone would not tell.
-    if isinstance(fn, TransformedDistribution) and type(fn).__name__ == "TransformedDistribution":
+    if type(fn) in (TransformedDistribution, torch.distributions.TransformedDistribution):
         ends = _ends(base)
         for transform in _flattened(fn.transforms):
             ends = [image for end in ends if (image := _image(end, transform)) is not None]
@@ -86,10 +88,11 @@ def _image(end: _End, transform: Transform) -> _End | None:
             return None
         if isinstance(transform, AbsTransform | PowerTransform):
             return end
+        # Forwards 0 goes to the location, whatever the scale; back again only if that is 0.
         if isinstance(transform, AffineTransform):
-            if not isinstance(transform.loc, Tensor):
-                return _end_at(transform.loc)
-            return _End.MOVES if transform.loc.requires_grad else _End.FIXED
+            image = _end_at(transform.loc)
+            if image is _End.ZERO or not is_inverse:
+                return image
     return _End.MOVES if end is _End.MOVES or _is_learnt(transform) else _End.FIXED
 
 

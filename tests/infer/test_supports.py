@@ -50,6 +50,9 @@ MOVING = {
     "inverse": lambda p: dist.TransformedDistribution(
         dist.Uniform(0.0, 1.0), [AffineTransform(0.0, 1 / p).inv]
     ),
+    "inverse of a shift and scale": lambda p: dist.TransformedDistribution(
+        dist.Exponential(1.0), [AffineTransform(2.0, p).inv]
+    ),
     "nested": lambda p: dist.TransformedDistribution(
         dist.TransformedDistribution(dist.Uniform(0.0, 1.0), [AffineTransform(0.0, 2.0)]),
         [AffineTransform(0.0, p)],
@@ -69,6 +72,9 @@ FIXED = {
     "beta": lambda p: dist.Beta(p, p),
     "scaled exponential": lambda p: dist.TransformedDistribution(
         dist.Exponential(1.0), [AffineTransform(0.0, p)]
+    ),
+    "exponential over a scale": lambda p: dist.TransformedDistribution(
+        dist.Exponential(1.0), [AffineTransform(0.0, p).inv]
     ),
     "weibull": lambda p: dist.Weibull(p, p),
     "gumbel": lambda p: dist.Gumbel(p, p),
