@@ -138,7 +138,11 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     is_constant = spread <= 1e-6 * np.maximum(1, np.abs(log_weights).max(-1))
     log_weights = np.where(is_constant[..., None], 0.0, log_weights)
     if has_data_tree():
-        rows = [_psis_of_row(row) for row in log_weights.reshape(-1, log_weights.shape[-1])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from arviz_stats.base import array_stats
+        by_row = log_weights.reshape(-1, log_weights.shape[-1])
+        rows = [_psis_of_row(array_stats, row) for row in by_row]
         smoothed = np.reshape([row for row, _ in rows], log_weights.shape)
         pareto_k = np.reshape([k for _, k in rows], is_constant.shape)
     else:
@@ -146,11 +150,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(smoothed), np.where(is_constant, 0.0, pareto_k)
 
 
-def _psis_of_row(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+def _psis_of_row(array_stats: Any, log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """By ArviZ 1.x, which raises where 0.23 leaves the weights and has a k of infinity."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from arviz_stats.base import array_stats
     try:
         # This generation takes the log-likelihood, minus the log weight.
         smoothed, pareto_k = array_stats.psislw(-log_weights)
