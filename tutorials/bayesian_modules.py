@@ -343,4 +343,4 @@ if __name__ == "__main__":
 # - The graph halves the error. With it, weight decay and a posterior err alike (4.4 to 4.8 %, three
 #   seeds), and weight decay has the better likelihood: with a hundred labels and a prior scale of
 #   3, the Bayesian predictions are too cautious, as the calibration curve above the diagonal says.
-# - A prior is a choice that has to be made. Scales of 1 and less let the KL term win.
+# - A prior is a choice that has to be made: try another ``PRIOR_SCALE``.

@@ -365,12 +365,13 @@ if __name__ == "__main__":
 # What was learnt
 # ---------------
 #
-# - On 17 grey levels all three likelihoods are alike, to a fiftieth of a bit; five components gain
-#   a little over one.
+# - On 17 grey levels all three likelihoods are alike, to a fiftieth of a bit; five components
+#   gain a little over one.
 # - On 256 levels of three channels the mixtures need four bits for a sub-pixel where storing it
 #   takes eight, and the categorical distribution six after as many steps: it has to learn each of
 #   768 numbers a pixel, and its samples show the gaps that it has not filled.
 # - Five and ten components are not better than one here. The differences are within two of their
-#   standard errors; longer training may bring them out.
-# - Pixels are independent given z, hence the grain. PixelCNN++ gets below three bits with the same
-#   mixture, by letting each pixel depend on those before it.
+#   standard errors, which take the patches of two photographs for independent; longer training
+#   may bring them out.
+# - Pixels are independent given z, hence the grain. PixelCNN++ lets each pixel depend on those
+#   before it, with the same mixture.

@@ -184,7 +184,7 @@ def train(
 # ----------
 #
 # The four bounds share the same 50 draws for each image. The log evidence has 5,000 draws of its
-# own; what it still lacks by Jensen's inequality is a few hundredths of a nat.
+# own; by Jensen's inequality it is still a little low.
 
 
 class Row(NamedTuple):
@@ -197,7 +197,7 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(autoencoder: Autoencoder, test: Tensor, num_samples: int, bar: tqdm) -> Row:
+def evaluate(autoencoder: Autoencoder, test: Tensor, num_samples: int, curve: list[float]) -> Row:
     """By the ELBO, the importance-weighted bound, the jackknife of order 1 and 2, and log p(x)."""
     elbo = ImportanceWeightedELBO(NUM_PARTICLES, max_plate_nesting=1)
     bounds, log_p = [], []
@@ -215,9 +215,8 @@ def evaluate(autoencoder: Autoencoder, test: Tensor, num_samples: int, bar: tqdm
                 max_plate_nesting=1,
             ).log_evidence
         )
-        bar.update(0)
     means = torch.cat(bounds, 1).mean(1)
-    return Row(means, torch.cat(log_p).mean().item(), autoencoder.active_units(test), [])
+    return Row(means, torch.cat(log_p).mean().item(), autoencoder.active_units(test), curve)
 
 
 def with_spread(values: list[float], digits: int = 2) -> str:
@@ -319,8 +318,8 @@ def main() -> None:
                     pyro.set_rng_seed(seed)
                     network = Autoencoder(train_images.mean(0), LATENT_UNITS[num_layers])
                     curve = train(network, objective, train_images, epochs, svi_class, bar)
-                    row = evaluate(network, test, num_samples, bar)
-                    rows[name].append(row._replace(curve=curve))
+                    row = evaluate(network, test, num_samples, curve)
+                    rows[name].append(row)
                     tqdm.write(f"{name}, layers: {num_layers}, seed {seed}: {row.log_p:.2f}")
             print_table(num_layers, rows, num_samples)
     draw_figure(results, arguments.output)
