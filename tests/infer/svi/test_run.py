@@ -34,6 +34,14 @@ from tests.infer.svi.programs import (
 )
 
 
+@pytest.fixture(autouse=True)
+def python_handles_interrupts():
+    """A process in the background of a plain shell inherits that they are ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 def eager(*args, **kwargs):
     return EagerSVI(*args, **kwargs)
 
