@@ -23,7 +23,7 @@ from pyro_ext.infer import (
     estimate_evidence,
 )
 from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
-from pyro_ext.ops import jackknife, jackknife_first_and_second, leave_one_out_log_mean_exp, pareto_k
+from pyro_ext.ops import jackknife, jackknife_derivatives, leave_one_out_log_mean_exp, pareto_k
 from tests.models import Hierarchical, NormalNormal, TwoLayer
 from tests.registry import DISTRIBUTIONS, ESTIMATORS
 
@@ -60,7 +60,7 @@ def test_a_bound_and_its_derivatives_do_not_wait_for_the_device(make, smallest):
     torch.cuda.set_sync_debug_mode("error")
     try:
         elbo.bound(log_w).sum().backward()
-        elbo.first_and_second(log_w)
+        elbo.derivatives(log_w)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -71,7 +71,7 @@ def test_ops_equal_those_on_the_cpu(dtype):
     log_w[:5, 1] = -math.inf
     functions = (
         lambda w: jackknife(w, 2),
-        lambda w: torch.stack(jackknife_first_and_second(w, 1)),
+        lambda w: torch.stack(jackknife_derivatives(w, 1)),
         leave_one_out_log_mean_exp,
         pareto_k,
     )
@@ -197,7 +197,7 @@ def test_a_bayesian_module_that_was_moved(handler):
 
 def test_export(x):
     programs = NormalNormal(x, exact_guide=True)
-    found = from_pyro_svi((programs.model, programs.guide), num_samples=20, resample="psis")
+    found = from_pyro_svi(programs.model, programs.guide, num_samples=20, resample="psis")
     posterior = group(found, "posterior")["z"]
     assert posterior.shape == (1, 20, 6)
     weights = group(found, "sample_stats")["log_weight_local"].values
@@ -207,7 +207,7 @@ def test_export(x):
 
 def test_leave_one_out(x):
     programs = Hierarchical(x, exact_guide=True)
-    found = loo((programs.model, programs.guide), num_samples=20, num_local_samples=5)
+    found = loo(programs.model, programs.guide, num_samples=20, num_local_samples=5)
     assert found["n_data_points"] == 6
 
 

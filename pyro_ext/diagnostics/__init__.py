@@ -1,9 +1,10 @@
 """From a fit by SVI to ArviZ, and whether to believe it."""
 
-from pyro_ext.diagnostics.calibration import Calibration, simulation_based_calibration
-from pyro_ext.diagnostics.leave_one_out import loo
-from pyro_ext.diagnostics.svi_export import from_pyro_svi
-from pyro_ext.diagnostics.verdict import Diagnosis, diagnose
+from pyro_ext.diagnostics.calibration import Calibration
+from pyro_ext.diagnostics.diagnose import Diagnosis, diagnose
+from pyro_ext.diagnostics.from_pyro_svi import from_pyro_svi
+from pyro_ext.diagnostics.loo import loo
+from pyro_ext.diagnostics.simulation_based_calibration import simulation_based_calibration
 
 __all__ = [
     "Calibration",

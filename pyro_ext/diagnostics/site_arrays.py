@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ext.infer.handlers import is_masked_out
-from pyro_ext.infer.plates import Plate, plates_of
+from pyro_ext._private.of_pyro import mask_of
+from pyro_ext.tracing.density_sites import Plate, plates_of
+from pyro_ext.tracing.sites import is_masked_out
 
 
 class SiteArray(NamedTuple):
@@ -32,40 +34,37 @@ Groups = dict[str, dict[str, SiteArray]]
 
 
 def site_arrays(
-    traces: Sequence[Any],
+    trace: Trace,
     num_draws: int,
     rank: int,
     is_wanted: Callable[[Any], bool],
     value_of: Callable[[Any], tuple[Tensor, int]],
     constants: Collection[str] = (),
 ) -> dict[str, SiteArray]:
-    """The arrays of some sites of one vectorised trace, or of one trace for each draw.
+    """The arrays of some sites of a trace.
 
-    :param int num_draws: how many draws a trace has.
+    :param int num_draws: how many draws it has; several are vectorised.
     :param int rank: the number of batch dims, with that of the draws.
     :param is_wanted: tells whether to take a site.
     :param value_of: a tensor of a site, and the number of its event dims.
     :param constants: deterministic sites that lack the dim of the draws.
     """
     arrays = {}
-    for name, node in traces[0].nodes.items():
+    for name, node in trace.nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or not is_wanted(node):
             continue
         plates = sorted(
             (plate for plate in plates_of(node) if plate.dim is not None),
             key=lambda plate: plate.dim or 0,
         )
-        values = []
-        for trace in traces:
-            value, event_dim = value_of(trace.nodes[name])
-            if is_deterministic(node) and event_dim == value.dim():
-                # No event_dim was given: what is neither plate nor draw is event.
-                depth = max((-(plate.dim or 0) for plate in plates), default=0)
-                has_draws = num_draws > 1 and name not in constants
-                event_dim = max(0, value.dim() - (rank if has_draws else depth))
-            values.append(_lay_out(value, event_dim, plates, num_draws, rank))
-        stacked = torch.cat(values).cpu().numpy()
-        arrays[name] = SiteArray(tuple(plate.name for plate in plates), stacked)
+        value, event_dim = value_of(node)
+        if is_deterministic(node) and event_dim == value.dim():
+            # No event_dim was given: what is neither plate nor draw is event.
+            depth = max((-(plate.dim or 0) for plate in plates), default=0)
+            has_draws = num_draws > 1 and name not in constants
+            event_dim = max(0, value.dim() - (rank if has_draws else depth))
+        laid_out = _lay_out(value, event_dim, plates, num_draws, rank)
+        arrays[name] = SiteArray(tuple(plate.name for plate in plates), laid_out.cpu().numpy())
     return arrays
 
 
@@ -128,7 +127,7 @@ def is_unmasked(node: Any) -> tuple[Tensor, int]:
     """Which elements count."""
     log_prob = node["log_prob"]
     mask = torch.ones_like(log_prob, dtype=torch.bool)
-    for part in (node["mask"], getattr(node["fn"], "_mask", None)):
+    for part in (node["mask"], mask_of(node["fn"])):
         if part is not None:
             mask = mask & torch.as_tensor(part, device=mask.device)
     return mask, 0

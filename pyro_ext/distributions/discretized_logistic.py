@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-from pyro_ext.distributions.arguments import Independent, broadcast_components, draw_components
+from pyro_ext.distributions.components import Independent, broadcast_components, draw_components
 from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels, one_of_scales
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
-from pyro_ext.distributions.arguments import Independent, check_one_of_pair
+from pyro_ext._arguments import describe
+from pyro_ext.distributions.components import Independent, check_one_of_pair
 from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
 
 # The edges of bins beyond it, half-integers, are not exact in float32.
@@ -35,8 +36,9 @@ class IntegerPixels(TorchDistribution):
     ) -> None:
         for name, bound in zip(("low", "high"), range_, strict=True):
             if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
-                raise ValueError(
-                    f"{type(self).__name__}: expected an integer {name}, got {bound!r}."
+                raise TypeError(
+                    f"{type(self).__name__}: {name} must be an integer, but it is "
+                    f"{describe(bound)}."
                 )
             setattr(self, name, int(bound))
         if not -_LARGEST_INTEGER <= self.low < self.high <= _LARGEST_INTEGER:
@@ -127,10 +129,10 @@ class IntegerPixels(TorchDistribution):
         except ValueError:
             interval = constraints.integer_interval(self.low, self.high)
             if isinstance(value, Tensor) and not (valid := interval.check(value)).all():
-                self._refuse(value, value[~valid][0].item())
+                self._raise_for(value, value[~valid][0].item())
             raise
 
-    def _refuse(self, value: Tensor, bad: float) -> NoReturn:
+    def _raise_for(self, value: Tensor, bad: float) -> NoReturn:
         hint = ""
         if value.min() >= 0 and value.max() <= 1:
             hint = f" Values in [0, 1] are not rescaled: expected {self.low}..{self.high}."

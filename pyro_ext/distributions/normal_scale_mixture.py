@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
-from pyro_ext.distributions.arguments import (
+from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
     check_one_of_pair,

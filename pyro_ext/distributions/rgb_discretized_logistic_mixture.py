@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.distributions.arguments import Independent, broadcast_components, draw_components
+from pyro_ext.distributions.components import Independent, broadcast_components, draw_components
 from pyro_ext.distributions.integer_pixels import IntegerPixels, one_of_scales
 from pyro_ext.ops import accumulation_dtype
 
@@ -132,27 +132,27 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     @property
     def mean(self) -> NoReturn:
         """Not available."""
-        self._refuse_moments("mean")
+        self._raise_for_moments("mean")
 
     @property
     def variance(self) -> NoReturn:
         """Not available."""
-        self._refuse_moments("variance")
+        self._raise_for_moments("variance")
 
     @property
     def mode(self) -> NoReturn:
         """Not available."""
-        self._refuse_moments("mode")
+        self._raise_for_moments("mode")
 
     def cdf(self, value: Tensor) -> NoReturn:
         """Not available."""
-        self._refuse_moments("cdf")
+        self._raise_for_moments("cdf")
 
     def enumerate_support(self, expand: bool = True) -> NoReturn:
         """Not available."""
-        self._refuse_moments("enumerate_support")
+        self._raise_for_moments("enumerate_support")
 
-    def _refuse_moments(self, name: str) -> NoReturn:
+    def _raise_for_moments(self, name: str) -> NoReturn:
         raise NotImplementedError(
             f"RGBDiscretizedLogisticMixture.{name}: green and blue depend on a red that is rounded "
             f"and clipped, so that there is no closed form, and the support has "

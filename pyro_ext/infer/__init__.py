@@ -1,23 +1,26 @@
 """Estimators: ELBO classes for Pyro, and the evidence that they bound."""
 
-from pyro_ext.infer.annealing import AnnealedEvidence, annealed_importance_sampling
-from pyro_ext.infer.combined import CombinedELBO
-from pyro_ext.infer.evidence import Evidence, EvidenceHistory
-from pyro_ext.infer.evidence_state import EvidenceState
-from pyro_ext.infer.expectation import Expectation, estimate_expectation
-from pyro_ext.infer.importance_sampling import estimate_evidence
-from pyro_ext.infer.importance_weighted import ImportanceWeightedELBO
-from pyro_ext.infer.jackknife import JackknifeELBO
-from pyro_ext.infer.kl_schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
-from pyro_ext.infer.kl_weighted import KLWeightedELBO
-from pyro_ext.infer.multi_sample_elbo import MultiSampleELBO
-from pyro_ext.infer.multiply_importance_weighted import MultiplyImportanceWeightedELBO
-from pyro_ext.infer.partially_importance_weighted import PartiallyImportanceWeightedELBO
-from pyro_ext.infer.particles import Particles
-from pyro_ext.infer.signal_to_noise import GradientDiagnostics, gradient_diagnostics
+from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
+from pyro_ext.infer.annealing.annealed_importance_sampling import annealed_importance_sampling
+from pyro_ext.infer.bounds.combined import CombinedELBO
+from pyro_ext.infer.bounds.importance_weighted import ImportanceWeightedELBO
+from pyro_ext.infer.bounds.jackknife import JackknifeELBO
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.infer.bounds.multiply_importance_weighted import MultiplyImportanceWeightedELBO
+from pyro_ext.infer.bounds.partially_importance_weighted import PartiallyImportanceWeightedELBO
+from pyro_ext.infer.bounds.thermodynamic import ThermodynamicELBO
+from pyro_ext.infer.bounds.variational_renyi import VariationalRenyiELBO
+from pyro_ext.infer.evidence.estimate_evidence import estimate_evidence
+from pyro_ext.infer.evidence.estimate_expectation import estimate_expectation
+from pyro_ext.infer.evidence.evidence import Evidence, EvidenceHistory
+from pyro_ext.infer.evidence.evidence_state import EvidenceState
+from pyro_ext.infer.evidence.expectation import Expectation
+from pyro_ext.infer.gradients.gradient_diagnostics import GradientDiagnostics
+from pyro_ext.infer.gradients.signal_to_noise import gradient_diagnostics
+from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
+from pyro_ext.infer.kl.schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
 from pyro_ext.infer.svi import CompiledSVI, EagerSVI, EarlyStopping, TrainingHistory
-from pyro_ext.infer.thermodynamic import ThermodynamicELBO
-from pyro_ext.infer.variational_renyi import VariationalRenyiELBO
+from pyro_ext.tracing.particles import Particles
 
 __all__ = [
     "AnnealedEvidence",

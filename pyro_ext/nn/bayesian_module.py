@@ -10,7 +10,9 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from pyro_ext.nn.functional import BatchedCall
+from pyro_ext._arguments import describe
+from pyro_ext._private.of_torch import parameters_of
+from pyro_ext.nn.batched_call import BatchedCall
 from pyro_ext.nn.priors import Prior, check_support, is_fixed, prior_of
 
 
@@ -71,13 +73,13 @@ class BayesianModule(PyroModule):
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module) or isinstance(net, PyroModule):
-            raise ValueError(
-                f"BayesianModule: expected a plain torch.nn.Module, got {type(net).__name__}."
+            raise TypeError(
+                f"BayesianModule: net must be a plain torch.nn.Module, but it is {describe(net)}."
             )
         if not callable(prior) and not isinstance(prior, TorchDistributionMixin):
-            raise ValueError(
-                "BayesianModule: expected prior to be a Pyro distribution or a function of a name "
-                f"and a parameter, got {prior!r}."
+            raise TypeError(
+                "BayesianModule: prior must be a Pyro distribution or a function of a name and a "
+                f"parameter, but it is {describe(prior)}."
             )
         #: The names of the latent parameters.
         self.latent_names = _latent_names(net, sites)
@@ -192,6 +194,6 @@ def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, di
             aliases[path] = name
         prefix, _, last = path.rpartition(".")
         module = net.get_submodule(prefix)
-        del module._parameters[last]
+        del parameters_of(module)[last]
         module.register_buffer(last, buffers[name])
     return net, aliases

@@ -3,6 +3,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_ext._arguments import check_integer, check_type
+
 
 class LeadingDims(nn.Module):
     """Lets a module that takes one batch dim take any number of leading dims.
@@ -28,21 +30,19 @@ class LeadingDims(nn.Module):
 
     def __init__(self, module: nn.Module, event_dim: int) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"LeadingDims: expected a torch.nn.Module, got {module!r}.")
-        if isinstance(event_dim, bool) or not isinstance(event_dim, int) or event_dim < 0:
-            raise ValueError(f"LeadingDims: expected an integer event_dim >= 0, got {event_dim!r}.")
+        check_type("LeadingDims", "module", module, nn.Module, "a torch.nn.Module")
+        check_integer("LeadingDims", "event_dim", event_dim, 0)
         self.module = module
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Any:
         """Calls the module on the flattened inputs."""
         for position, x in enumerate(inputs):
-            if not isinstance(x, Tensor) or x.dim() < self.event_dim:
-                found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            check_type("LeadingDims", f"input {position}", x, Tensor, "a tensor")
+            if x.dim() < self.event_dim:
                 raise ValueError(
                     f"LeadingDims: expected a tensor of at least event_dim={self.event_dim} dims, "
-                    f"got {found} as input {position}."
+                    f"got shape {tuple(x.shape)} as input {position}."
                 )
         splits = [x.dim() - self.event_dim for x in inputs]
         shapes = [x.shape[:split] for x, split in zip(inputs, splits, strict=True)]
@@ -64,11 +64,8 @@ class LeadingDims(nn.Module):
         return type(output)(self._restore(part, leading) for part in output)
 
     def _restore(self, output: Tensor, leading: torch.Size) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"LeadingDims: expected {type(self.module).__name__} to return a tensor, or a "
-                f"tuple or list of tensors, got a {type(output).__name__} among them."
-            )
+        name = f"the output of {type(self.module).__name__}"
+        check_type("LeadingDims", name, output, Tensor, "a tensor, or a tuple or list of tensors")
         if output.dim() == 0 or output.shape[0] != leading.numel():
             raise ValueError(
                 f"LeadingDims: expected {type(self.module).__name__} to keep the batch of "

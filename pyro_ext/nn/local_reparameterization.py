@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_ext.nn.noise_per_example import Layer, NoisePerExample
+from pyro_ext.nn.per_example_noise import Layer, NoisePerExample
 
 
 class local_reparameterization(NoisePerExample):

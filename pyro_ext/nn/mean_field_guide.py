@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.nn.functional import softplus
 
+from pyro_ext._arguments import check_positive, check_type
+from pyro_ext._private.of_torch import children_of
 from pyro_ext.nn.bayesian_module import BayesianModule
 
 
@@ -51,14 +53,8 @@ class MeanFieldGuide(PyroModule):
         init_loc: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, BayesianModule):
-            raise ValueError(
-                f"MeanFieldGuide: expected a BayesianModule, got {type(module).__name__}."
-            )
-        if isinstance(init_scale, bool) or not 0 < init_scale < math.inf:
-            raise ValueError(
-                f"MeanFieldGuide: expected a finite init_scale > 0, got {init_scale!r}."
-            )
+        check_type("MeanFieldGuide", "module", module, BayesianModule, "a BayesianModule")
+        check_positive("MeanFieldGuide", "init_scale", init_scale)
         # In a tuple, for the module not to be a part of the guide.
         self._module = (module,)
         #: The means, on the unconstrained space: a module with the names of the latent ones.
@@ -107,7 +103,7 @@ def _register(tree: nn.Module, name: str, value: Tensor) -> None:
     """Adds a parameter under a dotted name."""
     *path, last = name.split(".")
     for part in path:
-        if part not in tree._modules:
+        if part not in children_of(tree):
             tree.add_module(part, nn.Module())
         tree = tree.get_submodule(part)
     tree.register_parameter(last, nn.Parameter(value))

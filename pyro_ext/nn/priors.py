@@ -8,6 +8,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyro_ext._arguments import check_type
+
 _WITH_PARTS = (torch.distributions.Distribution, torch.distributions.Transform)
 
 Prior = TorchDistributionMixin | Callable[[str, Tensor], TorchDistributionMixin]
@@ -22,10 +24,8 @@ def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMix
     :raises ValueError: if it is no distribution, or if the shapes do not match.
     """
     fn: Any = prior if isinstance(prior, TorchDistributionMixin) else prior(name, parameter)
-    if not isinstance(fn, TorchDistributionMixin):
-        raise ValueError(
-            f"BayesianModule: expected a Pyro distribution as prior of '{name}', got {fn!r}."
-        )
+    where = f"the prior of '{name}'"
+    check_type("BayesianModule", where, fn, TorchDistributionMixin, "a Pyro distribution")
     fn = _like(fn, parameter)
     num_batch_dims = parameter.dim() - fn.event_dim
     batch_shape, event_shape = parameter.shape[:num_batch_dims], parameter.shape[num_batch_dims:]

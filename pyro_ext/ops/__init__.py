@@ -1,14 +1,13 @@
 """Pure tensor mathematics; imports torch alone."""
 
 from pyro_ext.ops.bits_per_dim import bits_per_dim
-from pyro_ext.ops.differentiation import may_need_gradient, once_differentiable
 from pyro_ext.ops.discretized_logistic import discretized_logistic_mixture_log_prob
 from pyro_ext.ops.jackknife import (
     MAX_SUBSETS,
     TooManySubsetsError,
     jackknife,
     jackknife_coefficients,
-    jackknife_first_and_second,
+    jackknife_derivatives,
 )
 from pyro_ext.ops.log_mean_exp import (
     leave_one_out_log_mean_exp,
@@ -19,6 +18,7 @@ from pyro_ext.ops.normal_scale_mixture import (
     normal_scale_mixture_log_densities,
     normal_scale_mixture_log_prob,
 )
+from pyro_ext.ops.once_differentiable import may_need_gradient, once_differentiable
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k
 from pyro_ext.ops.precision import accumulation_dtype
 from pyro_ext.ops.weight_statistics import LogMoments, WeightStatistics
@@ -34,7 +34,7 @@ __all__ = [
     "discretized_logistic_mixture_log_prob",
     "jackknife",
     "jackknife_coefficients",
-    "jackknife_first_and_second",
+    "jackknife_derivatives",
     "leave_one_out_log_mean_exp",
     "leave_one_out_mean",
     "log_mean_exp",

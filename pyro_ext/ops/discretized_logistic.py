@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from pyro_ext.ops.differentiation import is_traced, is_transformed, may_need_gradient
+from pyro_ext.ops.once_differentiable import is_traced, is_transformed, may_need_gradient
 
 #: How many terms (points x channels x components) are worked on at a time on a CPU.
 BLOCK_SIZE = 2**18

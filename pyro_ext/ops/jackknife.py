@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ext.ops.differentiation import once_differentiable
+from pyro_ext.ops.once_differentiable import once_differentiable
 from pyro_ext.ops.precision import accumulation_dtype
 
 #: The largest number of subsets of one size that :func:`jackknife` will visit: C(2048, 2) fits.
@@ -82,7 +82,7 @@ def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
     return value
 
 
-def jackknife_first_and_second(log_w: Tensor, order: int = 1) -> tuple[Tensor, Tensor]:
+def jackknife_derivatives(log_w: Tensor, order: int = 1) -> tuple[Tensor, Tensor]:
     r"""First and pure second derivatives of :func:`jackknife` in each log weight.
 
     With :math:`v_{k,S} = w_k / \sum_{i \notin S} w_i`,
@@ -100,7 +100,7 @@ def jackknife_first_and_second(log_w: Tensor, order: int = 1) -> tuple[Tensor, T
     :raises ValueError: if ``order`` is outside ``0..K-1``.
     :raises TooManySubsetsError: if C(K, j) exceeds :data:`MAX_SUBSETS` for a j <= m.
 
-    >>> first, second = jackknife_first_and_second(torch.zeros(4), order=1)
+    >>> first, second = jackknife_derivatives(torch.zeros(4), order=1)
     >>> first
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
@@ -129,7 +129,7 @@ class _Jackknife(torch.autograd.Function):
         log_w, first = ctx.saved_tensors
         message = (
             "jackknife can be differentiated once; for its pure second derivatives, "
-            "use jackknife_first_and_second."
+            "use jackknife_derivatives."
         )
         return grad_value * once_differentiable(first, log_w, message), None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import softplus
 
-from pyro_ext.ops.differentiation import is_traced, is_transformed
+from pyro_ext.ops.once_differentiable import is_traced, is_transformed
 
 #: How many values are worked on at a time on a CPU.
 BLOCK_SIZE = 2**17

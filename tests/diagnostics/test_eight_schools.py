@@ -76,7 +76,7 @@ def test_against_nuts():
     }
     nuts = to_container(groups, {"y": ("school",)}, {}, {})
     svi = fitted(3000)
-    options = {"num_samples": 4000, "batch_size": 1000, "prior": False}
+    options = {"num_samples": 4000, "chunk_size": 1000, "prior": False}
     raw = from_pyro_svi(svi, **options)
     resampled = from_pyro_svi(svi, resample="psis", **options)
 

@@ -278,18 +278,10 @@ ERRORS = {
         r"expected coeffs to be a tensor of \(..., 3, K\), got shape \(2,\)",
     ),
     "empty range": (lambda: DiscretizedLogistic(P, P, low=3, high=3), "expected low < high"),
-    "range of floats": (
-        lambda: DiscretizedLogistic(P, P, low=0.0, high=1.0),
-        "expected an integer low, got 0.0",
-    ),
     "wrong batch": (lambda: DiscretizedLogistic(P, P).log_prob(torch.zeros(3)), "broadcast"),
     "no components": (
         lambda: DiscretizedLogisticMixture(*torch.ones(3, 5, 0)),
         "number of components, at least one",
-    ),
-    "loc a number": (
-        lambda: RGBDiscretizedLogisticMixture(P, 1.0, M),
-        r"expected loc to be a tensor of \(..., 3, K\), got 1.0",
     ),
     "shapes": (lambda: DiscretizedLogistic(P, torch.ones(3)), "expected shapes that broadcast"),
     "number as value": (lambda: DiscretizedLogistic(P, P).log_prob(3), "must be a Tensor"),
@@ -299,4 +291,22 @@ ERRORS = {
 @pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: DiscretizedLogistic(P, P, low=0.0, high=1.0),
+            "low must be an integer, but it is 0.0",
+        ),
+        (
+            lambda: RGBDiscretizedLogisticMixture(P, 1.0, M),
+            r"loc must be a tensor of shape \(..., 3, K\), but it is 1.0",
+        ),
+    ],
+)
+def test_wrong_types(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

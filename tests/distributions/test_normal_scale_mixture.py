@@ -206,7 +206,6 @@ ERRORS = {
         lambda s: NormalScaleMixture(s.expand(3, 2), probs=s.expand(4, 2)),
         "expected shapes that broadcast",
     ),
-    "a number": (lambda s: NormalScaleMixture(1.0, probs=s), "expected scales to be a tensor"),
     "no components": (
         lambda s: NormalScaleMixture(torch.tensor(1.0), probs=s),
         r"expected scales to be a tensor of \(..., K\), got shape \(\)",
@@ -228,3 +227,8 @@ ERRORS = {
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2))
+
+
+def test_a_number_for_a_tensor():
+    with pytest.raises(TypeError, match=r"scales must be a tensor of shape .* but it is 1\.0"):
+        NormalScaleMixture(1.0, probs=torch.ones(2))

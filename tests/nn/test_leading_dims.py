@@ -34,17 +34,11 @@ def test_takes_part_in_a_state_dict():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LeadingDims("net", 1), "a torch.nn.Module, got 'net'"),
-        (lambda: LeadingDims(nn.ReLU(), 1)(5), "got 5 as input 0"),
         (
             lambda: LeadingDims(nn.Bilinear(3, 3, 1), 1)(torch.ones(4, 2, 3), torch.ones(5, 3)),
             r"whose leading dims broadcast, got \[\(4, 2\), \(5,\)\]",
         ),
-        (
-            lambda: LeadingDims(nn.LSTM(3, 2, batch_first=True), 2)(torch.zeros(6, 4, 7, 3)),
-            "got a tuple among them",
-        ),
-        (lambda: LeadingDims(nn.ReLU(), -1), "event_dim >= 0, got -1"),
+        (lambda: LeadingDims(nn.ReLU(), -1), "event_dim must be at least 0, but it is -1"),
         (
             lambda: LeadingDims(nn.ReLU(), 3)(torch.zeros(2, 2)),
             r"event_dim=3 dims, got shape \(2, 2",
@@ -57,4 +51,20 @@ def test_takes_part_in_a_state_dict():
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LeadingDims("net", 1), "module must be a torch.nn.Module, but it is 'net'"),
+        (lambda: LeadingDims(nn.ReLU(), 1)(5), "input 0 must be a tensor, but it is 5"),
+        (
+            lambda: LeadingDims(nn.LSTM(3, 2, batch_first=True), 2)(torch.zeros(6, 4, 7, 3)),
+            "the output of LSTM must be a tensor, .* but it is a tuple",
+        ),
+    ],
+)
+def test_wrong_types(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

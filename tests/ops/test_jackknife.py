@@ -10,7 +10,7 @@ from pyro_ext.ops import (
     TooManySubsetsError,
     jackknife,
     jackknife_coefficients,
-    jackknife_first_and_second,
+    jackknife_derivatives,
     log_mean_exp,
 )
 from tests.statistics import assert_mean
@@ -73,7 +73,7 @@ def test_value_and_derivatives_match_enumeration_in_400_digits(log_w, order, dev
     assert found.item() == pytest.approx(value, rel=1e-10, abs=1e-10)
 
     (gradient,) = torch.autograd.grad(found, log_w)
-    found_first, found_second = jackknife_first_and_second(log_w, order)
+    found_first, found_second = jackknife_derivatives(log_w, order)
     scale = max(map(abs, first))
     assert gradient.tolist() == pytest.approx(first, abs=1e-10 * scale)
     assert found_first.tolist() == pytest.approx(first, abs=1e-10 * scale)
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_subsets_times_particles():
 def test_batch_dims_are_independent(device):
     log_w = torch.randn(7, 3, 2, dtype=torch.float64, device=device)
     batched = jackknife(log_w, 2)
-    first, second = jackknife_first_and_second(log_w, 2)
+    first, second = jackknife_derivatives(log_w, 2)
     assert batched.shape == (3, 2)
     assert first.shape == second.shape == log_w.shape
     for i, j in itertools.product(range(3), range(2)):

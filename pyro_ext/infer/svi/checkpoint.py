@@ -11,22 +11,25 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_ext.infer.svi.guards import Surroundings, current_params
+from pyro_ext._private.of_pyro import waiting_states
+from pyro_ext._private.of_torch import buffers_of
+from pyro_ext.infer.svi.capture.graph_inputs import current_params
+from pyro_ext.infer.svi.capture.reachable_state import ReachableState
 
 _FORMAT = "pyro_ext training run, 1"
 
 
 def optimizer_state(optim: PyroOptim) -> dict[str, Any]:
     """The states of a ``PyroOptim``, with those that wait for their parameters."""
-    return {**optim._state_waiting_to_be_consumed, **optim.get_state()}
+    return {**waiting_states(optim), **optim.get_state()}
 
 
 def program_state(
-    around: Surroundings, called: Sequence[nn.Module], optim: PyroOptim
+    around: ReachableState, called: Sequence[nn.Module], optim: PyroOptim
 ) -> dict[str, Any]:
     """Parameters, buffers and optimisers.
 
-    :param Surroundings around: what the programs reach, for parameters and buffers of modules.
+    :param ReachableState around: what the programs reach, for parameters and buffers of modules.
     :param called: the modules that the programs call, in this order.
     :param PyroOptim optim: the optimiser.
     """
@@ -34,7 +37,7 @@ def program_state(
         "params": _copies(current_params()),
         "constraints": pyro.get_param_store().get_state()["constraints"],
         "modules": _copies(around.state),
-        "called": [(type(module).__name__, _copies(module._buffers)) for module in called],
+        "called": [(type(module).__name__, _copies(buffers_of(module))) for module in called],
         "optim": optimizer_state(optim),
         "optimizer": _name(optim.pt_optim_constructor),
     }
@@ -42,7 +45,7 @@ def program_state(
 
 def load_program_state(
     state: dict[str, Any],
-    around: Surroundings,
+    around: ReachableState,
     called: Sequence[nn.Module],
     used: Iterable[str],
     optim: PyroOptim,
@@ -91,7 +94,7 @@ def load_program_state(
     pyro.get_param_store().set_state({"params": late, "constraints": constraints})
     # Pyro makes the optimisers anew, with the states that are waiting for them.
     optim.optim_objs.clear()
-    optim._state_waiting_to_be_consumed.clear()
+    waiting_states(optim).clear()
     optim.set_state(state["optim"])
 
 

@@ -8,18 +8,23 @@ import torch
 from pyro import poutine
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.svi.backends import MODES, Backend, CompileError
-from pyro_ext.infer.svi.compiled_step import CompiledStep, NeedsEagerStepError, Step, build_step
+from pyro_ext._arguments import check_integer
+from pyro_ext._private.of_pyro import HANDLER_STACK
+from pyro_ext._private.of_torch import has_gradient_hooks, pytree
+from pyro_ext.infer.svi.capture.backends import MODES, Backend, CompileError
+from pyro_ext.infer.svi.capture.compiled_step import (
+    CompiledStep,
+    NeedsEagerStepError,
+    Step,
+    build_step,
+)
+from pyro_ext.infer.svi.capture.graph_inputs import current_params, layout
+from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
+from pyro_ext.infer.svi.capture.operation_log import CaptureError, called_modules
 from pyro_ext.infer.svi.eager_svi import EagerSVI
-from pyro_ext.infer.svi.guards import current_params, layout
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
-from pyro_ext.infer.svi.numbers import LiftedNumbers
-from pyro_ext.infer.svi.observation import CaptureError, called_modules
 
 _FIRST_AUDIT = 2
 
@@ -128,13 +133,13 @@ class CompiledSVI(EagerSVI):
             return self._eager_step(args, kwargs)
         names = ready.graph.names
         params = [ready.params[name] for name in names]
-        if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in params):
+        if any(has_gradient_hooks(param) for param in params):
             self._take_eager_steps("a hook on the gradient of a parameter is not in a graph")
             return self._eager_step(args, kwargs)
         outputs = ready.run()
         loss = outputs[0].item()
         if not math.isfinite(loss):
-            self._refuse(loss, args, kwargs)
+            self._raise_for(loss, args, kwargs)
         for name, param, gradient in zip(names, params, outputs[1:], strict=False):
             if gradient is not None:
                 param.grad = gradient if param.grad is None else param.grad + gradient
@@ -157,7 +162,7 @@ class CompiledSVI(EagerSVI):
             return super().evaluate_loss(*args, **kwargs)
         loss = ready.run()[0].item()
         if math.isnan(loss):
-            self._refuse(loss, args, kwargs)
+            self._raise_for(loss, args, kwargs)
         self._audit(ready)
         return loss
 
@@ -186,7 +191,7 @@ class CompiledSVI(EagerSVI):
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         lifts = self._graphs.lifts_numbers
-        programs = self.model, self.guide, self.objective, *_PYRO_STACK
+        programs = self.model, self.guide, self.objective, *HANDLER_STACK
         key = (
             has_gradients,
             str(spec),  # a spec of older versions has no hash
@@ -212,9 +217,9 @@ class CompiledSVI(EagerSVI):
             self.loss,
             self.loss_and_grads,
             has_gradients,
-            tuple(_PYRO_STACK),
+            tuple(HANDLER_STACK),
         )
-        numbers = LiftedNumbers(step.objectives, lifts)
+        numbers = LiftedFloats(step.objectives, lifts)
         try:
             built = build_step(step, leaves, spec, numbers, self._graphs.backend)
         except NeedsEagerStepError:
@@ -256,7 +261,7 @@ class CompiledSVI(EagerSVI):
             self._graphs.warned.add(reason)
             warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=5)
 
-    def _refuse(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _raise_for(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with pyro.validation_enabled(False):
             self.loss(self.model, self.guide, *args, **kwargs)  # names the site, if it can
         raise ValueError(f"CompiledSVI: expected a finite loss, got {loss}.")

@@ -11,8 +11,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_ext.infer.arguments import check_integer
-from pyro_ext.infer.kl_weighted import KLWeightedELBO
+from pyro_ext._arguments import check_integer, describe
+from pyro_ext._private.of_pyro import set_waiting_states
+from pyro_ext._random_states import kept_random_states, random_states, set_random_states
+from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
+from pyro_ext.infer.svi.capture.operation_log import called_modules, set_up
+from pyro_ext.infer.svi.capture.reachable_search import look_around
+from pyro_ext.infer.svi.capture.reachable_state import ReachableState
 from pyro_ext.infer.svi.checkpoint import (
     load_program_state,
     optimizer_state,
@@ -20,16 +25,8 @@ from pyro_ext.infer.svi.checkpoint import (
     read,
     write,
 )
-from pyro_ext.infer.svi.guards import Surroundings
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.interruption import postponed_interrupts
-from pyro_ext.infer.svi.look_around import look_around
-from pyro_ext.infer.svi.observation import called_modules, set_up
-from pyro_ext.infer.svi.random_states import (
-    other_random_numbers,
-    random_states,
-    set_random_states,
-)
 
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
@@ -85,7 +82,7 @@ class EagerSVI(SVI):
         # Pyro's optimisers hold parameters, which do not pickle; their states do.
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
-        optim._state_waiting_to_be_consumed = optimizer_state(self.optim)
+        set_waiting_states(optim, optimizer_state(self.optim))
         return {**self.__dict__, "optim": optim}
 
     @property
@@ -149,7 +146,7 @@ class EagerSVI(SVI):
         if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
         else:
-            with other_random_numbers(0):
+            with kept_random_states(0):
                 batch = () if isinstance(data, int) else next(iter(data), ())
             batch_args, batch_kwargs = _arguments(batch)
             self._load(resume, data, (*batch_args, *args), {**batch_kwargs, **kwargs})
@@ -231,7 +228,7 @@ class EagerSVI(SVI):
         set_random_states(state["random"], data)
 
     @property
-    def _surroundings(self) -> Surroundings:
+    def _surroundings(self) -> ReachableState:
         roots = [("model", self.model), ("guide", self.guide), ("loss", self.objective)]
         return look_around(roots, limit=math.inf)
 
@@ -246,9 +243,9 @@ class EagerSVI(SVI):
         if isinstance(data, int):
             check_integer(f"{name}.run", "data (if not an iterable)", data, 1)
         elif isinstance(data, Tensor) or not isinstance(data, Iterable):
-            raise ValueError(
-                f"{name}.run: expected data to be a number of steps or an iterable of minibatches, "
-                f"got {type(data).__name__}; all data at each step go into args."
+            raise TypeError(
+                f"{name}.run: data must be a number of steps or an iterable of minibatches, but it "
+                f"is {describe(data)}. Pass all data as args=, if each step takes all of it."
             )
         check_integer(f"{name}.run", "num_epochs", num_epochs, 1)
         if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_ext.infer.arguments import check_integer
+from pyro_ext._arguments import check_integer
+from pyro_ext._figures import axes_or_new
 
 
 @dataclass
@@ -60,10 +61,7 @@ class TrainingHistory:
         :param ax: matplotlib axes; new ones if None.
         :returns: the axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            _, ax = plt.subplots()
+        ax = axes_or_new(ax)
         steps = np.arange(1, len(self.losses) + 1)
         ax.plot(steps, self.losses, linewidth=0.5, alpha=0.5, label="step")
         if len(self.epoch_ends) > 1:

@@ -5,9 +5,16 @@ from typing import Any
 
 import pyro
 from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 from torch.optim import Optimizer
+
+from pyro_ext._private.of_pyro import (
+    load_optimizer_state,
+    make_grad_clip,
+    make_optimizer,
+    waiting_states,
+)
+from pyro_ext._private.of_torch import mark_as_stepped
 
 
 class JointOptimizer:
@@ -59,12 +66,12 @@ class JointOptimizer:
     def _make_optimizer(self, param: Tensor) -> None:
         """What Pyro does when it first sees a parameter."""
         optim = self.optim
-        own = optim.optim_objs[param] = optim._get_optim(param)
-        optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
+        own = optim.optim_objs[param] = make_optimizer(optim, param)
+        optim.grad_clip[param] = make_grad_clip(optim, param)
         name = pyro.get_param_store().param_name(param)
-        state = optim._state_waiting_to_be_consumed.pop(name, None)
+        state = waiting_states(optim).pop(name, None)
         if state is not None:
-            _load_state_dict(own, state)
+            load_optimizer_state(own, state)
 
     def _is_of(self, params: tuple[Tensor, ...]) -> bool:
         """Whether it was made for these parameters, and for the states that they have now."""
@@ -100,7 +107,7 @@ class JointOptimizer:
         for param in params:
             own = self._own_optimizer(param)
             joint.state[param] = own.state[param]
-            own._opt_called = True  # type: ignore[attr-defined]  # schedulers want it stepped
+            mark_as_stepped(own)
         self._params = params
         self._states = [joint.state[param] for param in params]
 

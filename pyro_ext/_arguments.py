@@ -1,0 +1,67 @@
+"""Checks of arguments, and words for a value that is not what was expected."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A few words for a value in an error: never the entries of a tensor or a long list."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    name = type(value).__name__
+    vowels = "AEFHILMNORSX" if name.isupper() else "AEIOUaeiou"  # an SVI, but a Sequential
+    size = f" of length {len(value)}" if isinstance(value, (list, tuple, dict, set)) else ""
+    return f"{'an' if name[0] in vowels else 'a'} {name}{size}"
+
+
+def check_type(
+    owner: str, name: str, value: Any, kind: type | tuple[type, ...], expected: str
+) -> None:
+    """Raises a TypeError unless an argument is an instance.
+
+    :param str expected: words for what it must be, such as "a tensor".
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{owner}: {name} must be {expected}, but it is {describe(value)}.")
+
+
+def check_integer(owner: str, name: str, value: Any, minimum: int) -> None:
+    """Raises unless an argument is an integer of at least ``minimum``.
+
+    :raises TypeError: if it is no integer.
+    :raises ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{owner}: {name} must be an integer >= {minimum}, but it is {describe(value)}."
+        )
+    if value < minimum:
+        raise ValueError(f"{owner}: {name} must be at least {minimum}, but it is {value}.")
+
+
+def check_real(owner: str, name: str, value: Any, low: float, high: float) -> None:
+    """Raises unless an argument is a number in ``[low, high]``.
+
+    :raises TypeError: if it is no number.
+    :raises ValueError: if it is outside of the interval.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, but it is {describe(value)}.")
+    if not low <= value <= high:
+        raise ValueError(
+            f"{owner}: {name} must be between {low:g} and {high:g}, but it is {value}."
+        )
+
+
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Raises unless an argument is a finite number above zero; for errors, see check_real."""
+    check_real(owner, name, value, 0.0, math.inf)
+    if value in (0, math.inf):
+        raise ValueError(f"{owner}: {name} must be positive and finite, but it is {value}.")

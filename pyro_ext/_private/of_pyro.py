@@ -1,0 +1,50 @@
+"""Private names of Pyro."""
+
+from typing import Any
+
+from pyro.infer.elbo import ELBO
+from pyro.optim import PyroOptim
+from pyro.optim.optim import _load_state_dict as load_optimizer_state
+from pyro.poutine.runtime import _PYRO_STACK as HANDLER_STACK
+from torch import Tensor
+
+__all__ = [
+    "HANDLER_STACK",
+    "guess_max_plate_nesting",
+    "load_optimizer_state",
+    "make_grad_clip",
+    "make_optimizer",
+    "mask_of",
+    "set_waiting_states",
+    "waiting_states",
+]
+
+
+def mask_of(fn: Any) -> Any:
+    """The mask of a masked distribution; None if it is not masked."""
+    return getattr(fn, "_mask", None)
+
+
+def guess_max_plate_nesting(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    """Sets ``elbo.max_plate_nesting`` by one run of both programs."""
+    elbo._guess_max_plate_nesting(model, guide, args, kwargs)
+
+
+def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:
+    """The torch optimiser that Pyro makes for a parameter."""
+    return optim._get_optim(param)
+
+
+def make_grad_clip(optim: PyroOptim, param: Any) -> Any:
+    """The function by which Pyro clips the gradient of a parameter; None if it does not."""
+    return optim._get_grad_clip(param)
+
+
+def waiting_states(optim: PyroOptim) -> dict[Any, Any]:
+    """Loaded states that wait for their parameters, by the parameter's name."""
+    return optim._state_waiting_to_be_consumed
+
+
+def set_waiting_states(optim: PyroOptim, states: dict[str, Any]) -> None:
+    """Lets loaded states wait for their parameters."""
+    optim._state_waiting_to_be_consumed = states

@@ -1,0 +1,204 @@
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import SVI
+from torch import Tensor
+
+from pyro_ext._deprecated import renamed_arguments
+from pyro_ext.diagnostics.arviz_adapter import psis
+from pyro_ext.diagnostics.draw_source import draw_source
+from pyro_ext.diagnostics.sample_statistics import sample_statistics
+from pyro_ext.diagnostics.site_arrays import Groups
+from pyro_ext.ops import jackknife
+from pyro_ext.tracing import Program
+from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
+
+NAME = "diagnose"
+STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda x: x.mean(-1),
+    "standard deviation": lambda x: x.std(-1),
+    "smallest": lambda x: x.min(-1),
+    "largest": lambda x: x.max(-1),
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What speaks for and against a fit by SVI. It prints as a verdict in words, with figures.
+
+    :ivar pareto_k: of all draws, for the joint weights.
+    :ivar pareto_k_local: for each element of the common plates; None if there are none.
+    :ivar ess: the effective sample size of the joint weights.
+    :ivar elbo: the mean log weight, in nats.
+    :ivar log_evidence: the log mean weight, for each element of the common plates, added up.
+    :ivar jackknife: the same with the first term of its bias removed.
+    :ivar num_samples: the number of draws.
+    :ivar loss_change: by how much the loss fell from the third to the last quarter of the curve;
+        NaN without one.
+    :ivar loss_change_error: its standard error, by batch means.
+    :ivar predictive_p_values: by observed site and statistic, the probability that the statistic
+        of drawn observations is larger than that of the data; ties count half.
+    """
+
+    pareto_k: float
+    pareto_k_local: np.ndarray | None
+    ess: float
+    elbo: float
+    log_evidence: float
+    jackknife: float
+    num_samples: int
+    loss_change: float
+    loss_change_error: float
+    predictive_p_values: dict[str, dict[str, float]]
+
+    @property
+    def evidence_gap(self) -> float:
+        """By how many nats the ELBO is below the evidence, at least."""
+        return max(self.log_evidence, self.elbo) - self.elbo
+
+    def __repr__(self) -> str:
+        lines = [f"Diagnosis({self.num_samples} draws)", f"  guide        {self._on_weights()}"]
+        if self.pareto_k_local is not None:
+            bad, n = int((self.pareto_k_local > 0.7).sum()), self.pareto_k_local.size
+            lines.append(f"  data points  Pareto k is above 0.7 for {bad} of {n}")
+        lines.append(
+            f"  evidence     {self.log_evidence:.3f} nats, ELBO {self.elbo:.3f}: a gap of "
+            f"{self.evidence_gap:.3f} (jackknife {self.jackknife - self.elbo:.3f})"
+        )
+        if not math.isnan(self.loss_change):
+            lines.append(f"  loss         {self._on_loss()}")
+        for site, values in self.predictive_p_values.items():
+            extreme = {k: p for k, p in values.items() if min(p, 1 - p) < 0.025}
+            figures = ", ".join(f"{name} {p:.3f}" for name, p in (extreme or values).items())
+            verdict = "the model misses" if extreme else "the model reproduces the data"
+            lines.append(f"  {site:12} {verdict} (p: {figures})")
+        return "\n".join(lines)
+
+    def _on_weights(self) -> str:
+        figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
+        if self.pareto_k_local is not None and (self.pareto_k_local <= 0.7).all():
+            return f"fits each data point's posterior where its draws went {figures}"
+        if self.pareto_k <= 0.5:
+            return f"fits the posterior where its draws went {figures}"
+        if self.pareto_k <= 0.7:
+            return f'is usable with resample="psis" {figures}'
+        return f"misses a part of the posterior: do not trust it {figures}"
+
+    def _on_loss(self) -> str:
+        figures = f"{self.loss_change:.4g} +- {self.loss_change_error:.2g}"
+        if self.loss_change > 2 * self.loss_change_error:
+            return f"still falls, by {figures} over the last quarter: train further"
+        if self.loss_change < -2 * self.loss_change_error:
+            return f"rises, by {figures} over the last quarter: lower the learning rate"
+        return f"has settled (a change of {figures} over the last quarter)"
+
+
+@renamed_arguments(svi="model", batch_size="chunk_size")
+def diagnose(
+    model: Program | SVI,
+    guide: Any = NOT_GIVEN,
+    *args: Any,
+    model_args: Sequence[Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    losses: Sequence[float] | Tensor | None = None,
+    statistics: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Diagnosis:
+    r"""Did it work? Weights, evidence, loss curve and predictions of a fit by SVI.
+
+    The importance weights :math:`w_s = p(x, z_s) / q(z_s)` would all be equal if the guide were the
+    posterior. Their Pareto k tells how far it is from that where it matters, their log mean less
+    their mean log is a lower bound of :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
+
+    Sources: Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?; Gelman, Meng and Stern
+    (1996), Posterior Predictive Assessment of Model Fitness.
+
+    :param model: a :class:`pyro.infer.SVI` that has been stepped, or the model.
+    :param guide: the guide. Leave it out after an SVI.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same as a sequence, in place of ``args``.
+    :param model_kwargs: keyword arguments of both whose names clash with those below.
+    :param int num_samples: the number of draws, 2 or more.
+    :param losses: the losses of the steps, 8 or more, for a word on convergence.
+    :param statistics: functions of arrays ``(..., observation)`` for the predictive p-values;
+        mean, standard deviation, smallest and largest by default.
+    :param int chunk_size: how many draws run at once, vectorised unless it is 1; at most 100 by
+        default.
+    :param kwargs: keyword arguments of both, under other names than those above.
+    :returns: a :class:`Diagnosis`.
+    :raises ValueError: if there are fewer than 8 losses, and where :func:`from_pyro_svi` raises it.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("loc", dist.Normal(0.75 * x.mean(), 0.1))
+    >>> pyro.set_rng_seed(0)
+    >>> found = diagnose(model, guide, torch.ones(3), num_samples=5000)
+    >>> found.pareto_k > 0.7
+    True
+    """
+    programs = read_programs(NAME, model, guide, args, kwargs, model_args, model_kwargs)
+    source = draw_source(NAME, programs, num_samples, chunk_size)
+    groups = source.draw(num_samples, predictive=True)
+    found = sample_statistics(groups, source.common)
+    joint = found["log_weight"].values
+    by_element = torch.tensor(found["log_weight_local" if source.common else "log_weight"].values)
+    outside = float((joint - by_element.reshape(num_samples, -1).sum(1).numpy()).mean())
+    smoothed = np.exp(psis(joint)[0])
+    change, error = _loss_change(losses)
+    return Diagnosis(
+        pareto_k=float(found["pareto_k"].values),
+        pareto_k_local=found["pareto_k_local"].values if source.common else None,
+        ess=float(1 / np.square(smoothed).sum()),
+        elbo=float(joint.mean()),
+        log_evidence=jackknife(by_element, 0).sum().item() + outside,
+        jackknife=jackknife(by_element, 1).sum().item() + outside,
+        num_samples=num_samples,
+        loss_change=change,
+        loss_change_error=error,
+        predictive_p_values={
+            site: _p_values(groups, site, statistics or STATISTICS)
+            for site in groups["posterior_predictive"]
+        },
+    )
+
+
+def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]:
+    """By how much the mean fell from the third quarter to the last, and its error."""
+    if losses is None:
+        return math.nan, math.nan
+    curve = np.asarray(losses, dtype=np.float64)
+    if curve.ndim != 1 or len(curve) < 8:
+        raise ValueError(f"{NAME}: expected 8 losses or more, got the shape {curve.shape}.")
+    quarter = len(curve) // 4
+    before, after = curve[-2 * quarter : -quarter], curve[-quarter:]
+    # Neighbours are correlated: means of batches are less so.
+    num_batches = max(2, min(10, quarter // 2))
+    variance = 0.0
+    for part in (before, after):
+        means = [batch.mean() for batch in np.array_split(part, num_batches)]
+        variance += float(np.var(means, ddof=1)) / num_batches
+    return float(before.mean() - after.mean()), math.sqrt(variance)
+
+
+def _p_values(groups: Groups, site: str, statistics: Mapping[str, Callable]) -> dict[str, float]:
+    """Of the observations that are not masked out."""
+    observed = groups["observed_data"][site].values
+    drawn = groups["posterior_predictive"][site].values
+    is_unmasked = groups["is_unmasked"][site].values[0]
+    data = observed[0][is_unmasked].reshape(-1)
+    replicated = drawn[:, is_unmasked].reshape(len(drawn), -1)
+    p_values = {}
+    for name, statistic in statistics.items():
+        of_data, of_draws = statistic(data), statistic(replicated)
+        p_values[name] = float((of_draws > of_data).mean() + (of_draws == of_data).mean() / 2)
+    return p_values

@@ -1,0 +1,193 @@
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import SVI
+
+from pyro_ext._deprecated import renamed_arguments
+from pyro_ext.diagnostics.arviz_adapter import arviz, to_container
+from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
+from pyro_ext.diagnostics.predictions import draw_predictions
+from pyro_ext.diagnostics.sample_statistics import resample_draws, sample_statistics
+from pyro_ext.diagnostics.site_arrays import Groups
+from pyro_ext.tracing import Program, Programs
+from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
+
+NAME = "from_pyro_svi"
+
+
+@renamed_arguments(svi="model", batch_size="chunk_size")
+def from_pyro_svi(
+    model: Program | SVI | list[Any],
+    guide: Any = NOT_GIVEN,
+    *args: Any,
+    model_args: Sequence[Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    prior: bool | Mapping[str, Any] = True,
+    posterior_predictive: bool | Mapping[str, Any] = True,
+    log_likelihood: bool = True,
+    predictions: Sequence[Any] | Mapping[str, Any] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    resample: str | None = None,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    r"""What a guide that was fitted by SVI says, as ArviZ's container.
+
+    The groups are ``posterior`` (draws of the guide, with deterministic sites),
+    ``posterior_predictive``, ``log_likelihood`` (of each observation), ``prior``,
+    ``prior_predictive``, ``observed_data``, ``constant_data``, ``predictions`` and
+    ``sample_stats``, which has ``log_p``, ``log_q`` and ``log_weight`` of each draw and the Pareto
+    k of all draws. Where plates are around all that is random, as for the local latents of a VAE,
+    ``log_weight_local`` and ``pareto_k_local`` tell of each element of these plates. The names of
+    plates are those of dims; a subsampled plate is visited block by block, until all of its rows
+    are there.
+
+    With ``resample="psis"`` draws are drawn again by their Pareto-smoothed importance weights
+
+    .. math:: w \propto \frac{p(x, z)}{q(z)},
+
+    for each element of the common plates by itself, jointly where there are none. That corrects
+    for the guide's error where the Pareto k is below 0.7. What cannot be put together again for
+    single elements is left out: deterministic sites outside of the common plates, and the joint
+    ``log_p``, ``log_q`` and ``log_weight``.
+
+    Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;
+    Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational
+    Inference.
+
+    :param model: a :class:`pyro.infer.SVI` that has been stepped, or the model; or a list of SVIs
+        or (model, guide) pairs, from several runs, to be the chains.
+    :param guide: the guide. Leave it out after an SVI or a list.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same as a sequence, in place of ``args``.
+    :param model_kwargs: keyword arguments of both whose names clash with those below.
+    :param int num_samples: draws of each chain, 2 or more.
+    :param prior: whether to draw from the prior; or arrays ``(draw, ...)`` by site.
+    :param posterior_predictive: whether to draw observations; or arrays ``(draw, ...)`` by site.
+    :param bool log_likelihood: whether to export it.
+    :param predictions: positional arguments of the model for new data, or a pair of these (a
+        tuple) and keyword arguments (a dict), in place of ``model_kwargs``: for each draw of the
+        posterior, observations are drawn by the model, and with them the latent sites in their
+        plates. Or arrays ``(draw, ...)`` by site.
+    :param constant_data: arrays by name.
+    :param coords: labels by name of a dim.
+    :param dims: names of a site's dims, all but chain and draw, in place of the plates' names; or
+        of its event dims alone, which are otherwise ``<site>_dim_<i>``.
+    :param resample: None or ``"psis"``.
+    :param int chunk_size: how many draws run at once, vectorised unless it is 1; at most 100 by
+        default.
+    :param kwargs: keyword arguments of both, under other names than those above.
+    :returns: an :class:`arviz.InferenceData`, or a :class:`xarray.DataTree` with ArviZ 1.x.
+    :raises ValueError: if an SVI has never been stepped, if arguments are out of range or do not
+        fit the programs, if nothing is observed, or if draws are NaN.
+    :raises ImportError: if ArviZ is missing.
+
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> found = from_pyro_svi(model, AutoNormal(model), torch.ones(3))
+    >>> found["posterior"]["loc"].dims, found["log_likelihood"]["x"].dims
+    (('chain', 'draw'), ('chain', 'draw', 'data'))
+    """
+    arviz()
+    if resample not in (None, "psis"):
+        raise ValueError(f"{NAME}: expected resample to be None or 'psis', got {resample!r}.")
+    runs = [(model, guide)]
+    if isinstance(model, list):
+        args = args if guide is NOT_GIVEN else (guide, *args)
+        runs = [run if isinstance(run, tuple) else (run, NOT_GIVEN) for run in model]
+    chains = []
+    for run in runs:
+        programs = read_programs(NAME, *run, args, kwargs, model_args, model_kwargs)
+        source = draw_source(NAME, programs, num_samples, chunk_size)
+        chain = _posterior(source, num_samples, posterior_predictive is True, resample)
+        if predictions is not None and not isinstance(predictions, Mapping):
+            chain["predictions"] = draw_predictions(
+                _with_arguments(programs, predictions),
+                chain["posterior"],
+                list(chain["observed_data"]),
+                source.chunk_size,
+            )
+        if prior is True:
+            chain |= source.draw_prior(num_samples)
+        chains.append(chain)
+    groups, names = _stack(chains, dims or {})
+    if not log_likelihood:
+        groups.pop("log_likelihood")
+    given = {
+        "prior": prior,
+        "posterior_predictive": posterior_predictive,
+        "predictions": predictions,
+    }
+    for group, arrays in given.items():
+        if isinstance(arrays, Mapping):
+            groups[group] = {name: _as_array(values)[None] for name, values in arrays.items()}
+    if constant_data is not None:
+        groups["constant_data"] = {name: _as_array(v) for name, v in constant_data.items()}
+    attributes = {
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "sampling": "variational",
+        "resample": resample or "none",
+        "common_plates": list(source.common),
+    }
+    return to_container(groups, names, dict(coords or {}), attributes)
+
+
+def _posterior(
+    source: DrawSource, num_samples: int, predictive: bool, resample: str | None
+) -> Groups:
+    """Draws of the guide, drawn again if asked for, with their statistics."""
+    groups = source.draw(num_samples, predictive=predictive)
+    if not groups["log_p"].keys() - groups["posterior"].keys():
+        raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
+    statistics = sample_statistics(groups, source.common)
+    if resample:
+        resample_draws(groups, statistics, source.common)
+    groups["sample_stats"] = statistics
+    return groups
+
+
+def _with_arguments(programs: Programs, predictions: Sequence[Any]) -> Programs:
+    """The programs with positional, and perhaps keyword, arguments for new data."""
+    if len(predictions) == 2 and isinstance(predictions[0], tuple):
+        return replace(programs, args=predictions[0], kwargs=dict(predictions[1]))
+    return replace(programs, args=tuple(predictions))
+
+
+def _stack(
+    chains: Sequence[Groups], dims: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[str]]]:
+    """The arrays of all chains, and the names of their dims."""
+    groups: dict[str, dict[str, Any]] = {}
+    names: dict[str, Sequence[str]] = dict(dims)
+    for group, sites in chains[0].items():
+        if group in ("log_p", "log_q", "is_unmasked"):
+            continue
+        groups[group] = {}
+        for site, array in sites.items():
+            if group == "observed_data":
+                groups[group][site] = array.values[0]
+            else:
+                values = np.stack([chain[group][site].values for chain in chains])
+                groups[group][site] = values
+                if site.startswith("pareto_k"):
+                    groups[group][site] = (("chain", *array.plates), values)
+            own = tuple(dims.get(site, ()))
+            num_events = array.values.ndim - 1 - len(array.plates)
+            names[site] = (*array.plates, *own) if len(own) <= num_events else own
+    return groups, names
+
+
+def _as_array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)

@@ -1,0 +1,71 @@
+"""Observations for new data, drawn by the model for each draw of the posterior."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+
+from pyro_ext.diagnostics.site_arrays import (
+    SiteArray,
+    is_deterministic,
+    site_arrays,
+    value_of_site,
+)
+from pyro_ext.tracing import Programs
+from pyro_ext.tracing.density_sites import plates_of
+from pyro_ext.tracing.particle_plate import plated
+
+
+@torch.no_grad()
+def draw_predictions(
+    programs: Programs, posterior: dict[str, SiteArray], names: Collection[str], chunk_size: int
+) -> dict[str, SiteArray]:
+    """Observations for other arguments, one for each draw of the posterior.
+
+    Latent sites in the plates of the data are drawn from the model, given the others: the
+    posterior knows nothing of new rows.
+
+    :param Programs programs: the model, with the other arguments.
+    :param dict posterior: the draws.
+    :param names: the sites that were observed.
+    :param int chunk_size: how many draws run at once.
+    """
+    free = poutine.uncondition(programs.model)
+    with poutine.block():
+        probe = poutine.trace(free).get_trace(*programs.args, **programs.kwargs)
+    nodes: dict[str, Any] = {
+        name: node for name, node in probe.nodes.items() if node["type"] == "sample"
+    }
+    frames = [plate for node in nodes.values() for plate in plates_of(node)]
+    nesting = max((-(plate.dim or 0) for plate in frames), default=0)
+    of_data = {p.name for name in names if name in nodes for p in plates_of(nodes[name])}
+    known = {
+        name: array
+        for name, array in posterior.items()
+        if name in nodes
+        and not is_deterministic(nodes[name])
+        and not of_data.intersection(array.plates)
+    }
+    num_draws = len(next(iter(posterior.values())).values)
+
+    def chunk(start: int) -> dict[str, SiteArray]:
+        n = min(chunk_size, num_draws - start)
+        data = {}
+        for name, array in known.items():
+            sizes = {p.dim: p.size for p in plates_of(nodes[name]) if p.dim is not None}
+            values = torch.as_tensor(array.values[start : start + n])
+            event = values.shape[1 + len(array.plates) :]
+            shape = [sizes.get(dim, 1) for dim in range(-nesting, 0)]
+            draws = (n,) if n > 1 else ()
+            data[name] = values.reshape(*draws, *shape, *event).to(nodes[name]["value"].device)
+        model: Any = plated(poutine.condition(free, data=data), n, nesting)
+        trace = poutine.trace(model).get_trace(*programs.args, **programs.kwargs)
+        return site_arrays(trace, n, 1 + nesting, lambda node: node["name"] in names, value_of_site)
+
+    parts = [chunk(start) for start in range(0, num_draws, chunk_size)]
+    return {
+        name: SiteArray(array.plates, np.concatenate([part[name].values for part in parts]))
+        for name, array in parts[0].items()
+    }

@@ -1,0 +1,78 @@
+"""Log weights of draws with their Pareto k, and draws drawn again by their weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_ext.diagnostics.arviz_adapter import psis
+from pyro_ext.diagnostics.site_arrays import Groups, SiteArray
+
+
+def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, SiteArray]:
+    """Log-densities, log weights and their Pareto k, which has no dim of draws."""
+
+    def total(group: str, plates: Sequence[str]) -> Any:
+        terms = [
+            array.sum_to(plates)
+            for array in groups[group].values()
+            if set(plates) <= set(array.plates)
+        ]
+        return sum(terms)
+
+    log_p, log_q = total("log_p", ()), total("log_q", ())
+    statistics = {
+        "log_p": SiteArray((), log_p),
+        "log_q": SiteArray((), log_q),
+        "log_weight": SiteArray((), log_p - log_q),
+    }
+    if common:
+        local = total("log_p", common) - total("log_q", common)
+        statistics["log_weight_local"] = SiteArray(common, local)
+    for name in list(statistics):
+        if name.startswith("log_weight"):
+            plates, values = statistics[name]
+            pareto_k = psis(np.moveaxis(values, 0, -1))[1]
+            statistics[name.replace("log_weight", "pareto_k")] = SiteArray(plates, pareto_k)
+    return statistics
+
+
+def resample_draws(
+    groups: Groups, statistics: dict[str, SiteArray], common: tuple[str, ...]
+) -> None:
+    """Draws the draws again by their smoothed weights, in place."""
+    name = "log_weight_local" if common else "log_weight"
+    log_weight = np.moveaxis(statistics[name].values, 0, -1)
+    num_draws = log_weight.shape[-1]
+    weight = np.exp(psis(log_weight)[0])
+    # Systematic: one uniform number for each element.
+    cumulative = np.cumsum(weight, -1).reshape(-1, num_draws)
+    offsets = torch.rand(len(cumulative)).numpy()
+    points = (np.arange(num_draws) + offsets[:, None]) / num_draws
+    rows = zip(cumulative, points * cumulative[:, -1:], strict=True)
+    chosen = np.stack([row.searchsorted(p).clip(max=num_draws - 1) for row, p in rows])
+    chosen = chosen.reshape(log_weight.shape)
+    order = torch.randperm(num_draws).numpy()
+    index = np.moveaxis(chosen[..., order], -1, 0)
+    for group in ("posterior", "posterior_predictive", "log_likelihood"):
+        for site, array in list(groups.get(group, {}).items()):
+            if set(common) <= set(array.plates):
+                groups[group][site] = SiteArray(array.plates, _take(array, index, common))
+            elif group == "posterior":
+                del groups[group][site]
+    for name in [name for name in statistics if name.startswith("log_")]:
+        if common and name != "log_weight_local":
+            del statistics[name]
+        else:
+            array = statistics[name]
+            statistics[name] = SiteArray(array.plates, _take(array, index, common))
+
+
+def _take(array: SiteArray, index: np.ndarray, common: tuple[str, ...]) -> np.ndarray:
+    """The draws of an array by index ``(draw, *common)``."""
+    axes = [1 + array.plates.index(name) for name in common]
+    shape = [1] * array.values.ndim
+    for axis, size in zip([0, *axes], index.shape, strict=True):
+        shape[axis] = size
+    return np.take_along_axis(array.values, index.reshape(shape), 0)

@@ -1,0 +1,131 @@
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
+from pyro_ext.infer.annealing.hmc import ChainState, transition
+from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
+from pyro_ext.infer.evidence.evidence_state import BlockState
+from pyro_ext.ops import accumulation_dtype, log_mean_exp
+from pyro_ext.tracing.failures import data_points
+
+#: How fast step sizes follow the acceptance, per transition.
+ADAPTATION_RATE = 0.3
+#: Transitions at the first temperature before step sizes count.
+NUM_WARMUP = 20
+
+
+class Annealer:
+    """Runs the chains, with step sizes that a first pass has found."""
+
+    def __init__(
+        self,
+        programs: UnconstrainedPrograms,
+        betas: tuple[float, ...],
+        num_leapfrog_steps: int,
+        target_acceptance: float,
+        bar: "tqdm[Any]",
+    ) -> None:
+        self.programs = programs
+        self.betas = betas
+        self.num_leapfrog_steps = num_leapfrog_steps
+        self.target_acceptance = target_acceptance
+        self.bar = bar
+        self.scales: dict[str, Tensor] = {}
+        self.step_sizes: list[Tensor] = []
+
+    def adapt(self, num_chains: int) -> None:
+        """Finds the step sizes, by chains that follow their acceptance."""
+        state = self._start(num_chains)
+        for name, position in state.positions.items():
+            self.scales[name] = torch.ones_like(position[:1])
+            if num_chains >= 8:
+                spread = position.std(0, keepdim=True)
+                self.scales[name] = spread.where(spread.isfinite() & (spread > 0), 1.0)
+        log_step = torch.full_like(state.densities.log_p[0], math.log(0.3))
+        inner = self.betas[1:-1]
+        for index, beta in enumerate(inner[:1] * NUM_WARMUP + inner):
+            state, acceptance = self._step(state, beta, log_step.exp())
+            log_step = log_step + ADAPTATION_RATE * (acceptance - self.target_acceptance)
+            if index >= NUM_WARMUP:
+                self.step_sizes.append(log_step.exp())
+
+    def evidence(
+        self,
+        num_chains: int,
+        chunk_size: int,
+        orders: tuple[int, ...],
+        exact_sample: dict[str, Tensor] | None,
+    ) -> AnnealedEvidence:
+        """The weights of all chains, or of the chunks that are complete at an interrupt."""
+        programs = self.programs
+        names = tuple(plate.name for plate in programs.plates)
+        block = BlockState(names, 0, programs.outer)
+        acceptances, reverse = [], []
+        try:
+            for start in range(0, num_chains, chunk_size):
+                num_used = min(chunk_size, num_chains - start)
+                log_w, acceptance = self._anneal(num_used)
+                block.add(log_w, orders, num_chains, 0)
+                acceptances.append(acceptance)
+                if exact_sample is not None:
+                    reverse.append(self._anneal(num_used, exact_sample)[0])
+        except KeyboardInterrupt:
+            if not acceptances:
+                raise
+            warnings.warn(
+                f"{programs.owner} was interrupted: the result is that of {block.num_samples} of "
+                f"{num_chains} chains.",
+                stacklevel=4,
+            )
+        evidence = block.to_evidence(orders)
+        is_zero = evidence.log_evidence.isneginf()
+        if is_zero.any():
+            raise ValueError(
+                f"{programs.owner}: expected chains with weights above zero, and all {num_chains} "
+                f"weights are zero{data_points(is_zero)}. The guide's support "
+                "misses what the data allow."
+            )
+        constant = 0.0 if names else programs.outer
+        return AnnealedEvidence(
+            **vars(evidence),
+            temperatures=self.betas,
+            acceptance=torch.stack(acceptances).mean(0),
+            upper=constant - log_mean_exp(-torch.cat(reverse)) if reverse else None,
+        )
+
+    def _anneal(
+        self, num_chains: int, exact_sample: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log weights, ``(C, *common)``, and the mean acceptance; in reverse from a sample."""
+        state = self._start(num_chains, exact_sample)
+        log_w = torch.zeros_like(
+            state.densities.log_p, dtype=accumulation_dtype(state.densities.log_p.device)
+        )
+        acceptances = [torch.full_like(log_w[0], math.nan)]
+        last = len(self.betas) - 2
+        for index in range(last + 1):
+            t = index if exact_sample is None else last - index
+            ratio = state.densities.log_w.to(log_w.dtype)
+            log_w = log_w + (self.betas[t + 1] - self.betas[t]) * ratio
+            if index < last:
+                inner = t if exact_sample is None else t - 1
+                step_size = self.step_sizes[inner]
+                state, acceptance = self._step(state, self.betas[inner + 1], step_size)
+                acceptances.append(acceptance.to(log_w.dtype))
+        return log_w, torch.stack(acceptances).nanmean(0)
+
+    def _start(self, num_chains: int, exact_sample: dict[str, Tensor] | None = None) -> ChainState:
+        positions = self.programs.draw(num_chains, exact_sample)
+        return ChainState(positions, self.programs(positions))
+
+    def _step(self, state: ChainState, beta: float, step_size: Tensor) -> tuple[ChainState, Tensor]:
+        state, acceptance = transition(
+            self.programs, state, beta, step_size, self.scales, self.num_leapfrog_steps
+        )
+        self.bar.update()
+        return state, acceptance.mean(0)

@@ -1,0 +1,119 @@
+"""Hamiltonian Monte Carlo for many chains and data points at once, each accepted by itself."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
+
+
+class ChainState(NamedTuple):
+    """Where the chains are, and the densities there."""
+
+    positions: dict[str, Tensor]
+    densities: Densities
+
+
+def transition(
+    programs: UnconstrainedPrograms,
+    state: ChainState,
+    beta: float,
+    step_size: Tensor,
+    scales: dict[str, Tensor],
+    num_leapfrog_steps: int,
+) -> tuple[ChainState, Tensor]:
+    """One transition that leaves p^beta q^(1 - beta) invariant, and its acceptance probabilities.
+
+    Source: Neal (2011), MCMC Using Hamiltonian Dynamics.
+
+    :param UnconstrainedPrograms programs: the densities.
+    :param ChainState state: the state of C chains.
+    :param float beta: the inverse temperature.
+    :param torch.Tensor step_size: the largest, for each element of the common plates.
+    :param dict scales: of each site, by which its step sizes are multiplied.
+    :param int num_leapfrog_steps: the number of leapfrog steps.
+    :returns: the state, and probabilities of shape ``(C, *common)``.
+    """
+    # Steps of random sizes: a path of a fixed length may return to where it began.
+    step_size = step_size * (1 - 0.5 * torch.rand_like(state.densities.log_p))
+    steps = {
+        name: scales[name] * programs.expand(step_size, position)
+        for name, position in state.positions.items()
+    }
+    start = {name: torch.randn_like(position) for name, position in state.positions.items()}
+    momenta, positions = start, state.positions
+    slopes = _slopes(programs, positions, beta)[1]
+    for _ in range(num_leapfrog_steps):
+        momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
+        positions = {name: u + steps[name] * momenta[name] for name, u in positions.items()}
+        densities, slopes = _slopes(programs, positions, beta)
+        momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
+    before = state.densities.annealed(beta) - _kinetic_energy(programs, start)
+    after = densities.annealed(beta) - _kinetic_energy(programs, momenta)
+    # NaN, where the path has left what the densities can take, rejects.
+    log_acceptance = (after - before).nan_to_num(nan=-math.inf).clamp(max=0)
+    accepted = torch.rand_like(log_acceptance).log() < log_acceptance
+    positions = {
+        name: torch.where(programs.expand(accepted, u), u, state.positions[name])
+        for name, u in positions.items()
+    }
+    pairs = zip(densities, state.densities, strict=True)
+    densities = Densities(*(torch.where(accepted, new, old) for new, old in pairs))
+    return ChainState(positions, densities), log_acceptance.exp()
+
+
+def _slopes(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
+    """The densities, and the gradient of the annealed one."""
+    try:
+        return _slopes_of_all(programs, positions, beta)
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
+            raise
+    # One chain at least has come to a singular matrix: find out which, and keep it from moving.
+    num_chains = len(next(iter(positions.values())))
+    rows = [
+        _slopes_of_one(programs, {name: u[i : i + 1] for name, u in positions.items()}, beta)
+        for i in range(num_chains)
+    ]
+    densities = Densities(*map(torch.cat, zip(*(row[0] for row in rows), strict=True)))
+    return densities, {name: torch.cat([row[1][name] for row in rows]) for name in positions}
+
+
+def _slopes_of_one(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
+    """The same of one chain; densities of zero where there are none."""
+    try:
+        return _slopes_of_all(programs, positions, beta)
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
+            raise
+        zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)
+        return Densities(*[torch.full_like(zero, -math.inf)] * 3), {
+            name: torch.zeros_like(u) for name, u in positions.items()
+        }
+
+
+def _slopes_of_all(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
+    with torch.enable_grad():
+        leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
+        densities = programs(leaves)
+        # The chains and data points are independent: the gradient of the sum is that of each.
+        slopes = torch.autograd.grad(densities.annealed(beta).sum(), list(leaves.values()))
+    densities = Densities(*(x.detach() for x in densities))
+    return densities, dict(zip(leaves, slopes, strict=True))
+
+
+def _kinetic_energy(programs: UnconstrainedPrograms, momenta: dict[str, Tensor]) -> Tensor:
+    terms = []
+    for p in momenta.values():
+        event_dims = list(range(-programs.num_event_dims(p), 0))
+        squares = p.square() / 2
+        terms.append(squares.sum(event_dims) if event_dims else squares)
+    return programs.sum_out(terms, len(terms[0]))

@@ -1,0 +1,150 @@
+"""The latent sites of a guide as unconstrained tensors, and the densities as functions of them."""
+
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
+from pyro_ext.tracing import Particles, ParticleTracer, Programs
+from pyro_ext.tracing.density_sites import DensitySite, density_sites
+from pyro_ext.tracing.failures import data_points, warn_of_points
+from pyro_ext.tracing.layout import Layout
+from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.sites import is_delta
+
+
+class Densities(NamedTuple):
+    """Log-densities of the particles, each of shape ``(C, *common)``.
+
+    :ivar log_p: log p(x, z).
+    :ivar log_q: log q(z).
+    :ivar log_det: the log determinant of the Jacobian from unconstrained to constrained values.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    log_det: Tensor
+
+    @property
+    def log_w(self) -> Tensor:
+        """log p - log q."""
+        return self.log_p - self.log_q
+
+    def annealed(self, beta: float) -> Tensor:
+        """The log-density of p^beta q^(1 - beta) in unconstrained space."""
+        return beta * self.log_p + (1 - beta) * self.log_q + self.log_det
+
+
+class UnconstrainedPrograms:
+    """A model and guide as functions of the unconstrained values of the guide's latent sites.
+
+    Every site has its particles in the leftmost dim of its batch. The shapes are known after
+    :meth:`draw`.
+
+    :param str owner: the name of the algorithm, for errors.
+    :param Programs programs: the model and guide.
+    :param max_plate_nesting: the number of nested plates; guessed if infinite.
+    """
+
+    def __init__(self, owner: str, programs: Programs, max_plate_nesting: float) -> None:
+        self.owner = owner
+        self.programs = programs
+        self._subsamples = SharedSubsamples()
+        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, has_dim_for_one=True)
+        self._particle_dim = 0
+        self.plates: tuple[Any, ...] = ()
+        self.outer = 0.0
+
+    @torch.no_grad()
+    def draw(
+        self, num_particles: int, sample: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Unconstrained values of some particles.
+
+        :param dict sample: values of all latent sites, for all particles; None to draw them.
+        """
+        sites = UnconstrainedSites(self.owner, sample=sample)
+        particles = self._trace(sites, num_particles)
+        if not sites.positions:
+            raise ValueError(
+                f"{self.owner}: expected the guide to draw a latent site, got "
+                f"{sorted(particles.guide_traces[0].nodes)}, none of which is random."
+            )
+        if sample is not None and sample.keys() != sites.positions.keys():
+            raise ValueError(
+                f"{self.owner}: expected exact_sample to hold the latent sites of the guide, "
+                f"{sorted(sites.positions)}, got {sorted(sample)}."
+            )
+        warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
+        self._particle_dim = sites.particle_dim
+        self.plates = particles.plates
+        self.outer = float(particles.outer)
+        self._raise_for_scales(particles)
+        log_w = particles.log_w
+        if log_w.isnan().any():
+            where = data_points(log_w.isnan().any(0))
+            raise ValueError(
+                f"{self.owner}: expected finite log weights, got NaN{where} for draws of the guide."
+            )
+        return sites.positions
+
+    def _raise_for_scales(self, particles: Particles) -> None:
+        """Raises if the guide's density is scaled, beyond what lies outside of the weights."""
+        sites = density_sites("guide", particles.guide_traces[0])
+        terms = [_log_prob(site) for site in sites]
+        log_q = self.sum_out(terms, len(particles.log_q))
+        if not torch.allclose(log_q, particles.log_q, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"{self.owner}: expected latent sites without poutine.scale, or one scale around "
+                f"all of model and guide; among the guide's sites {[site.name for site in sites]} "
+                "there is one with a scale of its own, with which q is no density."
+            )
+
+    def __call__(self, positions: dict[str, Tensor]) -> Densities:
+        """The densities at some positions."""
+        sites = UnconstrainedSites(self.owner, positions)
+        num_particles = len(next(iter(positions.values())))
+        # A proposal may lie so far out that a value overflows: it is then rejected.
+        with pyro.validation_enabled(False):
+            particles = self._trace(sites, num_particles)
+        # Automatic guides transform a draw, and say by how much in a Delta.
+        deltas = [
+            -_log_prob(site)
+            for site in density_sites("guide", particles.guide_traces[0])
+            if is_delta(site.node["fn"])
+        ]
+        log_det = self.sum_out([*sites.log_dets.values(), *deltas], num_particles)
+        return Densities(particles.log_p, particles.log_q, log_det)
+
+    def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
+        """The sum of terms with the batch dims of sites, of shape ``(C, *common)``."""
+        dims = {self._particle_dim, *(plate.dim for plate in self.plates)}
+        shape = torch.Size(plate.size for plate in self.plates)
+        layout = Layout(num_particles, self._particle_dim, shape, dims, terms[0])
+        return layout.stack([terms])
+
+    def num_event_dims(self, position: Tensor) -> int:
+        """The number of dims of a position to the right of its batch."""
+        return position.dim() + self._particle_dim
+
+    def expand(self, x: Tensor, position: Tensor) -> Tensor:
+        """A tensor of shape ``(C, *common)`` or ``common`` with dims for a position's others."""
+        shape = [1] * -self._particle_dim
+        if x.dim() > len(self.plates):
+            shape[0] = len(x)
+        for plate in self.plates:
+            shape[plate.dim] = plate.size
+        return x.reshape(shape + [1] * self.num_event_dims(position))
+
+    def _trace(self, sites: UnconstrainedSites, num_particles: int) -> Particles:
+        with sites:
+            return self._tracer.trace(self.programs, num_particles, self._subsamples)
+
+
+def _log_prob(site: DensitySite) -> Tensor:
+    """The log-probability of a site, masked but not scaled."""
+    log_prob = site.node["fn"].log_prob(site.node["value"])
+    return scale_and_mask(log_prob, mask=site.node["mask"])

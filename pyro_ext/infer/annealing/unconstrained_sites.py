@@ -1,0 +1,84 @@
+from typing import Any
+
+import pyro.distributions as dist
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_ext.tracing.sites import PARTICLE_PLATE, SiteError, base_of, is_delta, is_masked_out
+
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+
+
+class UnconstrainedSites(Messenger):
+    """Gives the latent sites of a guide values from unconstrained tensors, or reads these off.
+
+    :param str owner: the name of the algorithm, for errors.
+    :param dict given: unconstrained values by site; None to record those of what is drawn.
+    :param dict sample: values by site to take in place of draws, the same for all particles.
+
+    :ivar dict positions: the unconstrained value of each site, if they are recorded.
+    :ivar dict log_dets: the log determinant of the Jacobian from given values, for each site.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        given: dict[str, Tensor] | None = None,
+        sample: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.owner = owner
+        self.given = given
+        self.sample = sample
+        self.positions: dict[str, Tensor] = {}
+        self.log_dets: dict[str, Tensor] = {}
+        self.particle_dim = 0
+        self._of_guide: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        # A site that has a value is that of the guide again, replayed in the model.
+        if msg["value"] is not None or not _is_latent(msg):
+            return
+        name = msg["name"]
+        if is_masked_out(msg):
+            raise SiteError(
+                f"{self.owner}: expected latent sites with a density, got site '{name}', which is "
+                "masked out. Remove it from the model and the guide."
+            )
+        self._of_guide.add(name)
+        if self.given is not None:
+            transform = self._transform(msg)
+            msg["value"] = transform(self.given[name])
+            msg["done"] = True
+            self.log_dets[name] = transform.log_abs_det_jacobian(self.given[name], msg["value"])
+        elif self.sample is not None and name in self.sample:
+            msg["value"] = self.sample[name].expand(msg["fn"].batch_shape + msg["fn"].event_shape)
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if self.given is not None or name in self.positions or name not in self._of_guide:
+            return
+        self.positions[name] = self._transform(msg).inv(msg["value"])
+        frames = {frame.name: frame.dim for frame in msg["cond_indep_stack"]}
+        self.particle_dim = frames[PARTICLE_PLATE]
+
+    def _transform(self, msg: Any) -> Any:
+        support = msg["fn"].support
+        try:
+            # A circle is said to have the real line for support, on which its density is improper.
+            if support.is_discrete or isinstance(base_of(msg["fn"]), CIRCULAR):
+                raise NotImplementedError
+            return biject_to(support)
+        except NotImplementedError:
+            raise SiteError(
+                f"{self.owner}: expected continuous latent sites that map to unconstrained space, "
+                f"got site '{msg['name']}', {msg['fn']}, with support {support}. Sum it out of the "
+                "model, or use estimate_evidence."
+            ) from None
+
+
+def _is_latent(msg: Any) -> bool:
+    return not (msg["is_observed"] or site_is_subsample(msg) or is_delta(msg["fn"]))

@@ -1,0 +1,46 @@
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext._arguments import check_real
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.ops import log_mean_exp
+
+
+class CombinedELBO(MultiSampleELBO):
+    r"""The convex combination of the ELBO and the importance-weighted bound (CIWAE).
+
+    .. math::
+
+        f(\log w_1, \dots, \log w_K) =
+        \frac{\beta}{K} \sum_{k=1}^{K} \log w_k
+        + (1 - \beta) \log \frac{1}{K} \sum_{k=1}^{K} w_k
+
+    It is a lower bound in expectation.
+
+    Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
+    are Not Necessarily Better.
+
+    :param float beta: the weight of the ELBO, ``0 <= beta <= 1``.
+    :param int num_particles: the number of particles K.
+    :param kwargs: as for :class:`MultiSampleELBO`.
+    :raises ValueError: if ``beta`` is outside of [0, 1]; and as :class:`MultiSampleELBO` does.
+
+    >>> CombinedELBO(beta=0.5, num_particles=3).bound(torch.tensor([0.0, 1.0, 2.0]))
+    tensor(1.1545)
+    """
+
+    def __init__(self, beta: float = 0.5, num_particles: int = 2, **kwargs: Any) -> None:
+        super().__init__(num_particles, **kwargs)
+        check_real("CombinedELBO", "beta", beta, 0.0, 1.0)
+        self.beta = beta
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
+
+    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        weights = torch.softmax(log_w, 0)
+        first = self.beta / log_w.shape[0] + (1 - self.beta) * weights
+        return first, (1 - self.beta) * weights * (1 - weights)

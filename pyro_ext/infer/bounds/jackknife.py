@@ -1,0 +1,55 @@
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ext._arguments import check_integer
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.ops import jackknife, jackknife_derivatives
+
+
+class JackknifeELBO(MultiSampleELBO):
+    r"""The jackknife estimate of the log evidence (JVI), with bias O(K^-(m+1)).
+
+    .. math::
+
+        f(\log w_1, \dots, \log w_K) = \sum_{j=0}^{m} c(K, m, j)\, \bar L_{K-j}, \qquad
+        c(K, m, j) = \frac{(-1)^j (K - j)^m}{(m - j)!\, j!}
+
+    where :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of
+    K - j particles. It is not a bound: it may lie above the log evidence, and training can raise it
+    by spoiling the estimate instead of improving the model. With few particles that diverges; with
+    many, training with it does not beat the importance-weighted bound. Evaluating with it does.
+
+    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
+    Autoencoders and Jackknife Variational Inference.
+
+    :param int num_particles: the number of particles K.
+    :param int order: the order m, ``0 <= m < K``; m = 0 is the importance-weighted bound. One
+        evaluation costs O(K^m).
+    :param kwargs: as for :class:`MultiSampleELBO`.
+    :raises ValueError: if ``order`` is outside ``0..K-1``, so that K = 1 needs ``order=0``; and
+        as :class:`MultiSampleELBO` does.
+    :raises TooManySubsetsError: when run, if there are more subsets of one size than
+        :data:`pyro_ext.ops.MAX_SUBSETS`.
+
+    >>> import torch
+    >>> JackknifeELBO(num_particles=3, order=2).bound(torch.tensor([0.0, 1.0, 2.0]))
+    tensor(1.4918)
+    """
+
+    def __init__(self, num_particles: int = 2, order: int = 1, **kwargs: Any) -> None:
+        super().__init__(num_particles, **kwargs)
+        check_integer("JackknifeELBO", "order", order, 0)
+        if order >= num_particles:
+            raise ValueError(
+                f"JackknifeELBO: expected order < num_particles, got order={order} with "
+                f"num_particles={num_particles}."
+            )
+        self.order = order
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return jackknife(log_w, self.order)
+
+    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        return jackknife_derivatives(log_w, self.order)

@@ -1,0 +1,342 @@
+import math
+from abc import abstractmethod
+from typing import Any, NoReturn
+
+import torch
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from pyro_ext._arguments import check_integer, check_type
+from pyro_ext._deprecated import keep_old_methods
+from pyro_ext.infer.gradients.rules import GRADIENT_RULES, GradientRule, bound_value
+from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
+from pyro_ext.ops import leave_one_out_mean
+from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
+from pyro_ext.tracing.arguments import check_program
+from pyro_ext.tracing.failures import raise_not_finite
+from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.tracer import TracerMemory
+from pyro_ext.tracing.vectorization_check import check_vectorization
+
+_OLD_METHODS = {"first_and_second": "derivatives", "signal": "learning_signal"}
+
+
+class MultiSampleELBO(ELBO):
+    r"""Base class of objectives that are a function of K log importance weights.
+
+    .. math::
+
+        \mathrm{loss} = -\frac{N}{B} \sum_{n=1}^{B} f(\log w_{1n}, \dots, \log w_{Kn}), \qquad
+        \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
+
+    A subclass gives the function f, as :meth:`bound`, and may give its derivatives, as
+    :meth:`derivatives`. Everything else is here and is not meant to be overridden.
+
+    Each plate that encloses all that depends on the particle (a common plate) keeps weights of
+    its own, and its subsampling scale N / B stays outside of f. Particles that do not run
+    vectorised share the minibatch. Scales and masks of the user stay inside the weights, but for
+    a scale that is the same at every site, which stays outside.
+
+    :param int num_particles: the number of particles K >= 1.
+    :param str gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for
+        fixed noise. ``"dreg"``, doubly reparameterised, has the same mean; near the posterior it
+        is much quieter and far from it it can be noisier. ``"stl"``, sticking the landing, is as
+        quiet, and biased for nonlinear bounds. Both need supports that do not move with parameters.
+        Non-reparameterised sites of the guide add a score-function term with a baseline under each
+        rule; Pyro's ``infer={"baseline": ...}`` is not used.
+    :param bool vectorize_particles: whether the K particles run at once, in a plate to the left
+        of all others; model and guide then see an extra dim on the left of every sample.
+    :param max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
+        for each (model, guide).
+    :param bool strict_enumeration_warning: accepted as by every ELBO of Pyro; sites that are
+        marked for enumeration are refused either way.
+    :param bool retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
+    :param int particle_chunk_size: at most how many particles have their graph in memory at once;
+        None for all. The programs then run twice, and the gradients are those of all K particles.
+        For :meth:`loss` and :meth:`loss_and_grads`, hence ``SVI``.
+    :param str local_plate: the name of a plate, for models with global latent variables and local
+        ones in that plate: one draw of all sites outside of it, K of those inside, and a bound
+        for each point of the plate. The plate may then be subsampled. See
+        Geffner and Domke (2022), Variational Inference with Locally Enhanced Bounds for
+        Hierarchical Models. Non-reparameterised sites outside have no baseline.
+    :raises ValueError: where an argument is out of range. When run: where sites or plates do not
+        match between model and guide, where a site is marked for enumeration, where a plate is
+        subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
+        the loss is NaN (or, for gradients, infinite). Parameters and gradients are then as they
+        were. A gradient that is NaN where the loss is finite is not looked for.
+    :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
+
+    A bound of one's own, the mean of the log weights:
+
+    >>> import pyro, pyro.distributions as dist
+    >>> class MeanELBO(MultiSampleELBO):
+    ...     def bound(self, log_w):
+    ...         return log_w.mean(0)
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
+    >>> round(MeanELBO(num_particles=3).loss(model, guide), 4)  # the guide is the posterior
+    1.2655
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 2,
+        gradient: str = "pathwise",
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
+        particle_chunk_size: int | None = None,
+        local_plate: str | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check_integer(name, "num_particles", num_particles, 1)
+        if max_plate_nesting != math.inf:
+            check_integer(name, "max_plate_nesting (unless infinite)", max_plate_nesting, 0)
+        if particle_chunk_size is not None:
+            check_integer(name, "particle_chunk_size", particle_chunk_size, 1)
+        if gradient not in GRADIENT_RULES:
+            raise ValueError(
+                f"{name}: expected gradient to be one of {sorted(GRADIENT_RULES)}, "
+                f"got {gradient!r}."
+            )
+        if local_plate is not None:
+            check_type(name, "local_plate", local_plate, str, "the name of a plate")
+        if local_plate is not None and particle_chunk_size is not None:
+            raise NotImplementedError(
+                f"{name}: local_plate expects particle_chunk_size=None: each chunk would draw its "
+                "own globals."
+            )
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+            retain_graph=retain_graph,
+        )
+        # Pyro's constructor would add the particle plate to it.
+        self.max_plate_nesting = max_plate_nesting
+        self.gradient = gradient
+        self.particle_chunk_size = particle_chunk_size
+        self.local_plate = local_plate
+        self._memory = TracerMemory()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keep_old_methods(cls, **_OLD_METHODS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": TracerMemory()}
+
+    @property
+    def tracer(self) -> ParticleTracer:
+        """What runs model and guide for K particles, by the settings of now."""
+        return ParticleTracer(
+            num_particles=self.num_particles,
+            vectorize=self.vectorize_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            local_plate=self.local_plate,
+            is_linear=self.num_particles == 1,
+            memory=self._memory,
+        )
+
+    @abstractmethod
+    def bound(self, log_w: Tensor) -> Tensor:
+        """The function f of the log weights.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of shape ``(...)``.
+        """
+        raise NotImplementedError
+
+    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        r"""First and pure second derivatives of :meth:`bound` in each log weight.
+
+        By default they are computed by autograd, in K backward passes.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: :math:`f_k = \partial f / \partial \log w_k` and
+            :math:`f_{kk} = \partial^2 f / \partial (\log w_k)^2`, each of shape ``(K, ...)``.
+        """
+        with torch.enable_grad():
+            log_w = log_w.detach().requires_grad_()
+            (first,) = torch.autograd.grad(self.bound(log_w).sum(), log_w, create_graph=True)
+            if not first.requires_grad:
+                return first, torch.zeros_like(first)
+            second = [
+                torch.autograd.grad(row.sum(), log_w, retain_graph=True)[0][k]
+                for k, row in enumerate(first)
+            ]
+        return first.detach(), torch.stack(second)
+
+    def learning_signal(self, log_w: Tensor) -> Tensor:
+        r"""What the non-reparameterised sites of each particle are rewarded by.
+
+        .. math::
+
+            f(\log w) - f(\log w \text{ with entry } k \text{ replaced by the mean of the others})
+
+        The second term, a baseline, does not depend on particle k. It is 0 for K = 1 and where it
+        would not be finite. By default K bounds are evaluated on a tensor of K times the size.
+
+        Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
+
+        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
+        """
+        K = log_w.shape[0]
+        if K == 1:
+            return self.bound(log_w).unsqueeze(0)
+        own = torch.eye(K, dtype=torch.bool, device=log_w.device)
+        own = own.reshape(K, K, *(1,) * (log_w.dim() - 1))
+        replaced = torch.where(own, leave_one_out_mean(log_w), log_w.unsqueeze(1))
+        return self._against_baseline(log_w, self.bound(replaced))
+
+    @property
+    def guide_bound(self) -> "MultiSampleELBO":
+        """The estimator whose bound the guide is trained on; this one, unless overridden."""
+        return self
+
+    def _against_baseline(self, log_w: Tensor, baseline: Tensor) -> Tensor:
+        return self.bound(log_w) - baseline.where(baseline.isfinite(), 0.0)
+
+    @torch.no_grad()
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, minus the bound, from one trace of K particles.
+
+        :param model: the model, a callable with Pyro primitives.
+        :param guide: the guide, likewise.
+        :param args: passed to both, as are ``kwargs``.
+        """
+        programs = self._programs(model, guide, args, kwargs)
+        if self._is_chunked:
+            log_w, particles = self._two_pass(programs).weigh()
+        else:
+            particles = self.tracer.trace(programs)
+            log_w = particles.log_w
+        loss = self._loss_of(log_w, particles)
+        if math.isnan(loss):
+            self._raise_for_loss(loss, particles)
+        return loss
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        programs = self._programs(model, guide, args, kwargs)
+        if self._is_chunked:
+            return self._loss_and_grads_in_chunks(programs)
+        particles = self._trace(programs)
+        differentiable_loss = self._differentiable_loss(particles)
+        loss = differentiable_loss.item()
+        if not math.isfinite(loss):
+            self._raise_for_loss(loss, particles)
+        if differentiable_loss.requires_grad:
+            differentiable_loss.backward(retain_graph=self.retain_graph)
+        return loss
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A scalar tensor with the value of the loss and the gradient of the estimator.
+
+        Under ``pyro.enable_validation(False)`` it looks at no value, so that it can be captured
+        as a graph.
+        """
+        if self._is_chunked:
+            raise NotImplementedError(
+                f"{type(self).__name__}: particle_chunk_size={self.particle_chunk_size} expects "
+                "loss_and_grads or SVI: one differentiable tensor would hold the graph of all "
+                "particles."
+            )
+        particles = self._trace(self._programs(model, guide, args, kwargs))
+        loss = self._differentiable_loss(particles)
+        if is_validation_enabled() and not loss.isfinite():
+            self._raise_for_loss(loss.item(), particles)
+        return loss
+
+    def check(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
+        """Compares a vectorised particle, site by site, with the same particle run alone.
+
+        It catches programs that silently mix particles, such as BatchNorm in training mode or a
+        reshape that runs over the particle dim. Dropout is random and differs between the runs:
+        put modules in evaluation mode. Where particles do not run vectorised there is nothing
+        to compare.
+
+        :raises ValueError: if the log-probability of a site differs; names the site.
+        """
+        if self.vectorize_particles and self.num_particles > 1:
+            check_vectorization(self.tracer, self._programs(model, guide, args, kwargs))
+
+    def trace_particles(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Particles:
+        """Runs the guide, and the model against it, for K particles.
+
+        :param tuple args: positional arguments of both programs.
+        :param dict kwargs: keyword arguments of both programs.
+        """
+        return self._trace(self._programs(model, guide, args, kwargs or {}))
+
+    def _programs(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Programs:
+        owner = type(self).__name__
+        return Programs(
+            check_program(owner, "model", model), check_program(owner, "guide", guide), args, kwargs
+        )
+
+    def _trace(self, programs: Programs) -> Particles:
+        has_leaves = torch.is_grad_enabled() and self._rule.needs_leaves(self)
+        return self.tracer.trace(programs, has_leaves=has_leaves)
+
+    @property
+    def _is_chunked(self) -> bool:
+        size = self.particle_chunk_size
+        return size is not None and size < self.num_particles
+
+    def _two_pass(self, programs: Programs) -> TwoPass:
+        tracer = self.tracer
+        tracer.plate_nesting(programs)  # a first run may draw initial values: not in a pass
+
+        def trace(size: int, subsamples: SharedSubsamples, has_leaves: bool) -> Particles:
+            return tracer.trace(programs, size, subsamples, has_leaves)
+
+        return TwoPass(trace, self.num_particles, self.particle_chunk_size or self.num_particles)
+
+    def _loss_and_grads_in_chunks(self, programs: Programs) -> float:
+        passes = self._two_pass(programs)
+        log_w, particles = passes.weigh()
+        loss = self._loss_of(log_w, particles)
+        for value in (loss, self.guide_bound._loss_of(log_w, particles)):
+            if not math.isfinite(value):
+                self._raise_for_loss(value, particles)
+        linear = linearize(self, log_w, particles.score is not None)
+        del particles
+        passes.differentiate(self._rule, linear, self.retain_graph)
+        return loss
+
+    def _loss_of(self, log_w: Tensor, particles: Particles) -> float:
+        bound = bound_value(self, log_w.detach())
+        return float(-(particles.scale * bound).sum() - torch.as_tensor(particles.outer).detach())
+
+    @property
+    def _rule(self) -> GradientRule:
+        return GRADIENT_RULES[self.gradient]
+
+    def _differentiable_loss(self, particles: Particles) -> Tensor:
+        return -self._rule.objective(self, particles)
+
+    def _raise_for_loss(self, loss: float, particles: Particles) -> NoReturn:
+        raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} traces by its tracer.")
+
+
+keep_old_methods(MultiSampleELBO, **_OLD_METHODS)

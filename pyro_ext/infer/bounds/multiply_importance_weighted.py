@@ -1,0 +1,60 @@
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ext._arguments import check_integer
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.ops import log_mean_exp
+
+
+class MultiplyImportanceWeightedELBO(MultiSampleELBO):
+    r"""The mean of M importance-weighted bounds with K / M particles each (MIWAE).
+
+    .. math::
+
+        f(\log w_1, \dots, \log w_K) =
+        \frac{1}{M} \sum_{m=1}^{M} \log \frac{M}{K} \sum_{k=1}^{K/M} w_{mk}
+
+    It is a lower bound in expectation; M = 1 is the importance-weighted bound and M = K the ELBO.
+
+    Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
+    are Not Necessarily Better.
+
+    :param int num_particles: the number of all particles K.
+    :param int num_groups: the number of groups M, a divisor of K.
+    :param kwargs: as for :class:`MultiSampleELBO`.
+    :raises ValueError: if ``num_groups`` does not divide ``num_particles``; and as
+        :class:`MultiSampleELBO` does.
+
+    >>> import torch
+    >>> elbo = MultiplyImportanceWeightedELBO(num_particles=4, num_groups=2)
+    >>> elbo.bound(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    tensor(1.6201)
+    """
+
+    def __init__(self, num_particles: int = 2, num_groups: int = 1, **kwargs: Any) -> None:
+        super().__init__(num_particles, **kwargs)
+        check_integer(type(self).__name__, "num_groups", num_groups, 1)
+        if num_particles % num_groups:
+            raise ValueError(
+                f"{type(self).__name__}: expected num_groups to divide num_particles, got "
+                f"num_groups={num_groups} with num_particles={num_particles}."
+            )
+        self.num_groups = num_groups
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(self._grouped(log_w), dim=1).mean(0)
+
+    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        weights = self._grouped(log_w).softmax(1)
+        first = weights / self.num_groups
+        return first.reshape(log_w.shape), (first * (1 - weights)).reshape(log_w.shape)
+
+    def _grouped(self, log_w: Tensor) -> Tensor:
+        if log_w.shape[0] % self.num_groups:
+            raise ValueError(
+                f"{type(self).__name__}: expected a number of log weights divisible by "
+                f"num_groups={self.num_groups}, got shape {tuple(log_w.shape)}."
+            )
+        return log_w.unflatten(0, (self.num_groups, -1))

@@ -1,0 +1,90 @@
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext._arguments import check_integer
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+
+
+class ThermodynamicELBO(MultiSampleELBO):
+    r"""The thermodynamic variational objective (TVO), a left Riemann sum over a path from q to p.
+
+    .. math::
+
+        f(\log w_1, \dots, \log w_K) =
+        \sum_{i=0}^{I-1} (\beta_{i+1} - \beta_i) \sum_{k=1}^{K} v_k^{(i)} \log w_k, \qquad
+        v^{(i)} = \mathrm{softmax}(\beta_i \log w)
+
+    with :math:`0 = \beta_0 < \dots < \beta_I = 1`. With exact expectations it is a lower bound,
+    for the integrand increases; self-normalised over K particles it is one as K grows. One
+    partition is the ELBO.
+
+    Non-reparameterised sites are rewarded by the covariance
+    :math:`\sum_i (\beta_{i+1} - \beta_i) v_k^{(i)} (\log w_k - \sum_j v_j^{(i)} \log w_j)`,
+    the paper's estimator, which has no baseline to choose.
+
+    Source: Masrani, Le and Wood (2019), The Thermodynamic Variational Objective.
+
+    :param int num_particles: the number of particles K.
+    :param int num_partitions: the number of partitions I >= 1; the inner betas are spaced evenly
+        in their logarithm, from 0.01 on.
+    :param betas: the increasing sequence of betas from 0 to 1, in place of ``num_partitions``.
+    :param kwargs: as for :class:`MultiSampleELBO`.
+    :raises ValueError: if ``betas`` do not increase from 0 to 1, or are given together with
+        ``num_partitions``; and as :class:`MultiSampleELBO` does, also where any weight is zero.
+
+    >>> ThermodynamicELBO(3, betas=[0.0, 0.5, 1.0]).bound(torch.tensor([0.0, 1.0, 2.0]))
+    tensor(1.1601)
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 2,
+        num_partitions: int | None = None,
+        betas: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_particles, **kwargs)
+        if betas is not None and num_partitions is not None:
+            raise ValueError("ThermodynamicELBO: expected num_partitions or betas, got both.")
+        if betas is None:
+            partitions = 2 if num_partitions is None else num_partitions
+            check_integer("ThermodynamicELBO", "num_partitions", partitions, 1)
+            inner = range(1, partitions)
+            betas = [0.0, *(0.01 ** (1 - (i - 1) / (partitions - 1)) for i in inner), 1.0]
+        self.betas = tuple(float(beta) for beta in betas)
+        rises = all(a < b for a, b in zip(self.betas, self.betas[1:], strict=False))
+        if len(self.betas) < 2 or self.betas[0] != 0 or self.betas[-1] != 1 or not rises:
+            raise ValueError(
+                f"ThermodynamicELBO: expected betas that increase from 0 to 1, got {self.betas}."
+            )
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        means = [width * (v * log_w).sum(0) for _, width, v in self._partitions(log_w)]
+        return torch.stack(means).sum(0)
+
+    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        first, second = torch.zeros_like(log_w), torch.zeros_like(log_w)
+        for beta, width, v in self._partitions(log_w):
+            deviation = log_w - (v * log_w).sum(0)
+            slope = v * (1 + beta * deviation)
+            first = first + width * slope
+            second = second + width * beta * v * ((1 - v) * (1 + beta * deviation) + 1 - slope)
+        return first, second
+
+    def learning_signal(self, log_w: Tensor) -> Tensor:
+        """The covariance of the class's description, in place of a baseline."""
+        deviations = [
+            width * v * (log_w - (v * log_w).sum(0)) for _, width, v in self._partitions(log_w)
+        ]
+        return torch.stack(deviations).sum(0)
+
+    def _partitions(self, log_w: Tensor) -> list[tuple[float, float, Tensor]]:
+        """Left end, width and normalised weights of each partition."""
+        return [
+            (beta, after - beta, torch.softmax(beta * log_w, 0))
+            for beta, after in zip(self.betas, self.betas[1:], strict=False)
+        ]

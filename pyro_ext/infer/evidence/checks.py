@@ -1,0 +1,37 @@
+"""Checks that several estimates share."""
+
+import warnings
+from collections.abc import Iterable
+
+from pyro_ext._arguments import check_integer, check_type
+from pyro_ext.infer.evidence.evidence import Evidence
+from pyro_ext.ops import MIN_DRAWS
+from pyro_ext.tracing.failures import data_points
+
+
+def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
+    """Warns, in the name of an estimate, of data points with a Pareto k above 0.7."""
+    # Weights that differ by rounding have a tail of nothing else.
+    is_heavy = (evidence.pareto_k > 0.7) & (evidence.ess < 0.99 * evidence.num_samples)
+    if evidence.num_samples >= MIN_DRAWS and is_heavy.any():
+        warnings.warn(
+            f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}: a few draws carry the "
+            f"estimate, and its standard error is too small. {advice}",
+            stacklevel=4,
+        )
+
+
+def checked_orders(
+    owner: str, jackknife_orders: Iterable[int], num_samples: int
+) -> tuple[int, ...]:
+    """The orders of a jackknife as a tuple; raises a ValueError unless each is below the draws."""
+    check_type(owner, "jackknife_orders", jackknife_orders, Iterable, "a sequence of integers")
+    orders = tuple(jackknife_orders)
+    for order in orders:
+        check_integer(owner, "each of jackknife_orders", order, 0)
+        if order >= num_samples:
+            raise ValueError(
+                f"{owner}: expected jackknife_orders below the number of draws, {num_samples}, "
+                f"got {orders}; for one draw, pass jackknife_orders=()."
+            )
+    return orders

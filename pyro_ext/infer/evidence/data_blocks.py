@@ -1,0 +1,117 @@
+"""A data set in blocks of rows, which a pair of programs sees one after the other."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import length_hint
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ext.tracing import Particles, Programs
+from pyro_ext.tracing.density_sites import Plate
+from pyro_ext.tracing.shared_values import RowsOfPlate, SharedSubsamples
+
+
+@dataclass
+class DataBlock:
+    """What the programs run on.
+
+    :ivar programs: the model and guide, with their arguments for this block.
+    :ivar subsamples: the handler that chooses the rows of plates.
+    :ivar of_loader: the loader that the block is a batch of, or None.
+    :ivar plate: the name of the plate of the rows; None if the block is all there is, or if it is
+        the only common plate.
+    :ivar first_row: the number of rows in earlier blocks.
+    :ivar is_whole: whether the programs decide on the rows, and there are no other blocks.
+    """
+
+    programs: Programs
+    subsamples: SharedSubsamples = field(default_factory=SharedSubsamples)
+    plate: str | None = None
+    first_row: int = 0
+    is_whole: bool = True
+    of_loader: Iterable[Any] | None = None
+
+    @property
+    def size(self) -> int | None:
+        """The number of rows in all blocks, if that is known."""
+        return self.subsamples.size if isinstance(self.subsamples, RowsOfPlate) else None
+
+    @property
+    def num_blocks(self) -> int | None:
+        """The number of blocks, if that is known."""
+        if isinstance(self.subsamples, RowsOfPlate):
+            return self.size and -(-self.size // self.subsamples.batch_size)
+        return 1 if self.of_loader is None else length_hint(self.of_loader, 0) or None
+
+    def position(self, plates: Sequence[Plate]) -> int:
+        """Which of the common plates holds the rows."""
+        names = [plate.name for plate in plates]
+        if self.plate is None and len(names) == 1:
+            return 0
+        if self.plate not in names:
+            found = f"the common plates {names}" if names else "none"
+            raise ValueError(
+                f"data_plate={self.plate!r}: expected the name of a plate around every latent site "
+                f"and all that depends on one, so that rows have weights of their own; got {found}."
+            )
+        return names.index(self.plate)
+
+    def offset(self, plates: Sequence[Plate]) -> tuple[int, ...]:
+        """What to add to the indices of a data point in this block."""
+        if self.is_whole:
+            return ()
+        position = self.position(plates)
+        rows = self.subsamples
+        start = rows.start if isinstance(rows, RowsOfPlate) else self.first_row
+        return tuple(start * (i == position) for i in range(len(plates)))
+
+    def num_new_rows(self, particles: Particles) -> int:
+        """How many rows of the block, the last ones, no earlier block had."""
+        plate = particles.plates[self.position(particles.plates)]
+        if not isinstance(self.subsamples, RowsOfPlate):
+            return plate.size
+        if self.size is None:
+            raise ValueError(f"data_plate={plate.name!r}: expected a plate with a size, got none.")
+        return min(plate.size, self.size - self.first_row)
+
+    def outer(self, particles: Particles) -> float:
+        """The outer terms that no earlier block had."""
+        if self.is_whole:
+            return float(particles.outer)
+        rows = particles.plates[self.position(particles.plates)]
+        total = 0.0
+        for term in particles.outer_terms:
+            if rows.dim is not None and rows in term.plates:
+                by_row = term.sum_to(frozenset({rows})).movedim(rows.dim, 0)
+                new = by_row[-self.num_new_rows(particles) :]
+                total += float(new.sum()) / rows.subsampling_scale
+            elif self.first_row == 0:
+                total += float(term.value.sum())
+        return total
+
+
+def blocks_of_plate(programs: Programs, rows: RowsOfPlate) -> Iterator[DataBlock]:
+    """The rows of a plate, in order. Between the blocks, the programs have to run once."""
+    while rows.size is None or rows.first_row < rows.size:
+        yield DataBlock(programs, rows, rows.plate, rows.first_row, is_whole=False)
+        rows.first_row += rows.batch_size
+
+
+def blocks_of_loader(
+    programs: Programs, loader: Iterable[Any], plate: str | None
+) -> Iterator[DataBlock]:
+    """The batches of a loader, each as arguments before the others."""
+    for batch in loader:
+        if isinstance(batch, Mapping):
+            args, kwargs = programs.args, {**programs.kwargs, **batch}
+        else:
+            is_single = isinstance(batch, Tensor) or not isinstance(batch, Sequence)
+            first = (batch,) if is_single else tuple(batch)
+            args, kwargs = (*first, *programs.args), {**programs.kwargs}
+        yield DataBlock(
+            replace(programs, args=args, kwargs=kwargs),
+            plate=plate,
+            is_whole=False,
+            of_loader=loader,
+        )

@@ -1,0 +1,150 @@
+import hashlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from pyro_ext._random_states import RandomStates, random_states, set_random_states
+from pyro_ext.infer.evidence.data_blocks import DataBlock
+from pyro_ext.infer.evidence.evidence import Evidence, concatenate
+from pyro_ext.infer.evidence.evidence_state import BlockDraws, BlockState, EvidenceState
+from pyro_ext.infer.evidence.particle_stream import ParticleStream
+from pyro_ext.tracing.failures import data_points
+from pyro_ext.tracing.shared_values import RowsOfPlate
+
+
+class EvidenceSampler:
+    """Draws for one block of data after the other."""
+
+    def __init__(
+        self,
+        stream: ParticleStream,
+        orders: tuple[int, ...],
+        target_std_error: float | None,
+        state: EvidenceState,
+        is_kept: bool,
+        bar: "tqdm[Any]",
+    ) -> None:
+        self.stream = stream
+        self.orders = orders
+        self.target_std_error = target_std_error
+        self.state = state
+        self.is_kept = is_kept
+        self.bar = bar
+        self.parts: list[Evidence] = []
+        self.position = self.num_rows = self.num_chunks = 0
+        self._resume_from = state.latest
+        self._caller_random_states: RandomStates | None = None
+
+    def run(self, blocks: Iterator[DataBlock]) -> Evidence:
+        """The evidence of all blocks, or of what there is at an interrupt."""
+        block = None
+        try:
+            for index, block in enumerate(blocks):
+                if not block.is_whole:
+                    block.first_row = self.num_rows
+                self._draw(index, block)
+                self._finish(index)
+            self.state.is_complete = True
+        except (RuntimeError, ValueError, IndexError) as error:
+            is_ours = str(error).startswith(self.stream.owner)
+            if block is not None and isinstance(block.subsamples, RowsOfPlate) and not is_ours:
+                error.add_note(
+                    f"With batch_size={block.subsamples.batch_size}, model and guide have to index "
+                    f"their data by what pyro.plate('{block.plate}') yields, or pyro.subsample."
+                )
+            raise
+        except KeyboardInterrupt:
+            unfinished = len(self.parts)
+            if unfinished in self.state.blocks:
+                self._finish(unfinished)
+            if not self.parts:
+                raise
+            rows = "" if block is None or block.is_whole else f" and {self.num_rows} data points"
+            warnings.warn(
+                f"{self.stream.owner} was interrupted: the result is that of "
+                f"{self.parts[-1].num_samples} of {self.stream.num_samples} draws{rows}.",
+                stacklevel=4,
+            )
+        finally:
+            if self._caller_random_states is not None:
+                set_random_states(self._caller_random_states)
+        if not self.parts:
+            raise ValueError(f"{self.stream.owner}: expected a data_loader with batches, got none.")
+        return concatenate(self.parts, self.position)
+
+    def _draw(self, index: int, block: DataBlock) -> None:
+        state = self.state.blocks.get(index)
+        start = 0 if state is None else state.num_samples
+        self.bar.update(start)
+        if start >= self.stream.num_samples or (state is not None and self._is_reached(state)):
+            return
+        if self._resume_from is not None:
+            self._resume(block, self._resume_from)
+            self._resume_from = None
+        for particles in self.stream.draw(block, start, self.bar):
+            log_w = particles.log_w
+            if state is None:
+                position = 0 if block.is_whole else block.position(particles.plates)
+                plates = tuple(plate.name for plate in particles.plates)
+                state = BlockState(plates, position, block.outer(particles))
+            if not block.is_whole:
+                num_new = block.num_new_rows(particles)
+                dim = 1 + state.position
+                log_w = log_w.narrow(dim, log_w.shape[dim] - num_new, num_new)
+            del particles
+            self.num_chunks += 1
+            state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks)
+            self.state.blocks[index] = state
+            self.state.num_rows = block.size
+            self._show(state, block)
+            if self._is_reached(state):
+                break
+
+    def _resume(self, block: DataBlock, draws: BlockDraws) -> None:
+        self.num_chunks = draws.serial
+        if self.state.is_complete:
+            # Neither the numbers that follow on the saved state nor those of a seed: both may have
+            # been used.
+            saved = [draws.random_states["cpu"], *draws.random_states["cuda"]]
+            digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in saved)).digest()
+            self._caller_random_states = random_states()
+            torch.manual_seed(int.from_bytes(digest[:8]))
+        else:
+            # A first run may draw numbers of its own, as to set up an automatic guide.
+            self.stream.run(block, min(2, self.stream.chunk_size))
+            set_random_states(draws.random_states)
+        self.state.is_complete = False
+
+    def _finish(self, index: int) -> None:
+        state = self.state.blocks[index]
+        part = state.to_evidence(self.orders)
+        is_zero = part.log_evidence.isneginf()
+        if is_zero.any():
+            offset = [self.num_rows * (i == state.position) for i in range(is_zero.dim())]
+            raise ValueError(
+                f"{self.stream.owner}: expected draws with weights above zero, and all "
+                f"{part.num_samples} weights are zero{data_points(is_zero, tuple(offset))}. "
+                "The guide's support misses what the data allow: use a wider guide, or more draws."
+            )
+        self.parts.append(part)
+        self.position = state.position
+        if part.plates:
+            self.num_rows += part.log_evidence.shape[state.position]
+        if not self.is_kept:
+            del self.state.blocks[index]
+
+    def _is_reached(self, state: BlockState) -> bool:
+        if self.target_std_error is None or state.draws is None or state.num_samples < 100:
+            return False
+        return bool((state.draws.statistics.std_error <= self.target_std_error).all())
+
+    def _show(self, state: BlockState, block: DataBlock) -> None:
+        if self.bar.disable or state.draws is None:
+            return
+        self.bar.total = block.num_blocks and block.num_blocks * self.stream.num_samples
+        means = [part.log_evidence for part in self.parts] + [state.draws.statistics.log_mean]
+        total = sum(mean.sum().item() for mean in means)
+        self.bar.set_postfix_str(f"{total / sum(mean.numel() for mean in means):.4f} nats")

@@ -1,0 +1,73 @@
+"""Particles of a pair of programs in chunks, none of which is kept."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pyro_ext._arguments import check_integer
+from pyro_ext.infer.evidence.data_blocks import DataBlock
+from pyro_ext.tracing import Particles, ParticleTracer
+from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_points
+
+
+class ParticleStream:
+    """The draws that an estimate by importance sampling is made of.
+
+    :param str owner: the name of the estimate, for errors.
+    :param int num_samples: the number of draws.
+    :param int chunk_size: how many run at once; None for the default.
+    :param int default_chunk_size: that one, unless the draws are fewer.
+    :param max_plate_nesting: the number of nested plates; guessed if infinite.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        num_samples: int,
+        chunk_size: int | None,
+        default_chunk_size: int,
+        max_plate_nesting: float = math.inf,
+    ) -> None:
+        check_integer(owner, "num_samples", num_samples, 1)
+        if chunk_size is None:
+            chunk_size = min(num_samples, default_chunk_size)
+        check_integer(owner, "chunk_size", chunk_size, 1)
+        self.owner = owner
+        self.num_samples = num_samples
+        self.chunk_size = chunk_size
+        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, remedy="chunk_size=1")
+        self._was_looked_at = False
+
+    def draw(
+        self, block: DataBlock, start: int = 0, bar: "tqdm[Any] | None" = None
+    ) -> Iterator[Particles]:
+        """Particles, chunk by chunk.
+
+        :param DataBlock block: what the programs run on.
+        :param int start: how many draws there are already.
+        :param bar: a progress bar to count them on.
+        """
+        for first in range(start, self.num_samples, self.chunk_size):
+            num_particles = min(self.chunk_size, self.num_samples - first)
+            particles = self.run(block, num_particles)
+            self._check(particles, block)
+            if not self._was_looked_at:
+                warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
+                self._was_looked_at = True
+            yield particles
+            del particles  # nothing of one chunk is to live while another runs
+            if bar is not None:
+                bar.update(num_particles)
+
+    def run(self, block: DataBlock, num_particles: int) -> Particles:
+        """Some particles."""
+        return self._tracer.trace(block.programs, num_particles, block.subsamples)
+
+    def _check(self, particles: Particles, block: DataBlock) -> None:
+        log_w = particles.log_w
+        for is_bad, value in ((log_w.isnan(), math.nan), (log_w.isposinf(), math.inf)):
+            if is_bad.any():
+                where = data_points(is_bad.any(0), block.offset(particles.plates))
+                raise_not_finite(f"{self.owner}: a log weight{where}", value, particles)

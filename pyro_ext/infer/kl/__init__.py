@@ -1,0 +1,1 @@
+"""Weights of the KL term, by a schedule."""

@@ -1,0 +1,192 @@
+from typing import Any
+
+import torch
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceTailAdaptive_ELBO,
+)
+from pyro.infer.elbo import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_ext._arguments import check_type
+from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.infer.kl.schedules import KLSchedule
+from pyro_ext.infer.kl.site_selection import Sites, SiteSelection, select_sites
+from pyro_ext.tracing import Program, Programs
+
+#: The last pair of programs, and the same with weighted sites: none yet.
+_NO_PAIR = (None, None)
+
+
+class KLWeightedELBO(ELBO):
+    r"""An ELBO whose KL term is multiplied by a factor that follows a schedule.
+
+    .. math:: \mathrm{loss} = -\mathbb{E}_q \bigl[ \log p(x \mid z)
+        + \mathrm{factor} \cdot (\log p(z) - \log q(z)) \bigr]
+
+    The factor multiplies the terms of the chosen latent sites, in model and guide. It is that of
+    the schedule's current step, and evaluating a loss does not advance the schedule. The plain
+    loss, at factor 1, is that of :attr:`elbo`.
+
+    Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
+    Networks, section 3.4; Bowman et al. (2016), Generating Sentences from a Continuous Space.
+
+    :param ELBO elbo: an objective that is linear in log p - log q: Pyro's ``Trace_ELBO``,
+        ``TraceMeanField_ELBO``, ``TraceGraph_ELBO`` or ``TraceEnum_ELBO`` with any number of
+        particles, or a :class:`MultiSampleELBO` with one.
+    :param KLSchedule schedule: the factor at each step; of this objective alone.
+    :param sites: which latent sites. ``"global"`` for those that several data points share: those
+        outside of some plate of each observed site, or all where no observed site has a plate.
+        ``"all"``, for warm-ups of models with local latent variables. Or a collection of names,
+        or a function from a name to a bool. Auxiliary sites of the guide follow the sites that
+        they are for.
+    :raises ValueError: if ``elbo`` is not linear, if the schedule belongs to another objective;
+        when run, if ``sites`` matches no latent site, or if the guide draws sites that are
+        weighted together with others that are not.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer import SVI, TraceMeanField_ELBO
+    >>> from pyro_ext.infer import GeometricKL
+    >>> batches = torch.randn(3, 10)
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", 30, subsample=x):
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> guide = pyro.infer.autoguide.AutoNormal(model)
+    >>> schedule = GeometricKL(num_batches=len(batches))
+    >>> elbo = KLWeightedELBO(TraceMeanField_ELBO(), schedule)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    >>> for x in batches:
+    ...     loss = svi.step(x)
+    ...     schedule.step()
+    """
+
+    def __init__(self, elbo: ELBO, schedule: KLSchedule, sites: Sites = "global") -> None:
+        _check_linear(elbo)
+        check_type("KLWeightedELBO", "schedule", schedule, KLSchedule, "a KLSchedule")
+        if isinstance(sites, str) and sites not in ("global", "all"):
+            raise ValueError(
+                "KLWeightedELBO: expected sites to be 'global', 'all', a collection of names or a "
+                f"function of a name, got {sites!r}."
+            )
+        if schedule.is_in_use:
+            raise ValueError(
+                "KLWeightedELBO: expected a schedule of its own, got one that belongs to another "
+                "KLWeightedELBO: stepped for both, it would advance twice as fast."
+            )
+        super().__init__()
+        self.num_particles = elbo.num_particles
+        #: The plain objective; its loss is the one at factor 1.
+        self.elbo: Any = elbo
+        self.schedule = schedule
+        self.sites = sites
+        self._memory: Any = _NO_PAIR
+        schedule.is_in_use = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": _NO_PAIR}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.schedule.is_in_use = True
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss at the current factor.
+
+        :param model: the model, a callable with Pyro primitives.
+        :param guide: the guide, likewise.
+        :param args: passed to both, as are ``kwargs``.
+        """
+        weighted = self._weighted(Programs(model, guide, args, kwargs))
+        return self.elbo.loss(weighted.model, weighted.guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        weighted = self._weighted(Programs(model, guide, args, kwargs))
+        return self.elbo.loss_and_grads(weighted.model, weighted.guide, *args, **kwargs)
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss as a tensor, for objectives that have it."""
+        weighted = self._weighted(Programs(model, guide, args, kwargs))
+        return self.elbo.differentiable_loss(weighted.model, weighted.guide, *args, **kwargs)
+
+    def _weighted(self, programs: Programs) -> Programs:
+        _check_linear(self.elbo)
+        pair, weighted = self._memory
+        if not programs.is_same_pair(pair):
+            selection = select_sites(self.sites, programs)
+            in_model, in_guide = (
+                _KLWeight(selection, self.schedule, is_guide) for is_guide in (False, True)
+            )
+            # Estimators remember their programs by identity.
+            pair = programs.without_arguments
+            weighted = pair.each_under(in_model, in_guide)
+            self._memory = pair, weighted
+        return weighted
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("KLWeightedELBO leaves tracing to its elbo.")
+
+
+class _KLWeight(Messenger):
+    """Multiplies the scale of some latent sites by a schedule's factor.
+
+    ``poutine.scale`` refuses a factor of zero and would scale observed sites as well.
+    """
+
+    def __init__(self, selection: SiteSelection, schedule: KLSchedule, is_guide: bool) -> None:
+        super().__init__()
+        self.selection = selection
+        self.schedule = schedule
+        self.is_guide = is_guide
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if self.is_guide:
+            self.selection.add(msg)
+        # A site of the model alone is enumerated, and has no KL term.
+        if self.selection.is_weighted.get(msg["name"], False):
+            # A tensor, for graphs captured from a step to follow it; in the dtype of the density,
+            # which float64 would widen where it has no dims either.
+            dtype = self.selection.dtypes.get(msg["name"], torch.get_default_dtype())
+            msg["scale"] = msg["scale"] * self.schedule.factor_tensor.to(dtype)
+
+
+def _check_linear(elbo: Any) -> None:
+    """Raises unless an objective is an ELBO that is linear in log p - log q."""
+    check_type("KLWeightedELBO", "elbo", elbo, ELBO, "an ELBO")
+    name = type(elbo).__name__
+    if isinstance(elbo, MultiSampleELBO):
+        if elbo.num_particles > 1:
+            raise ValueError(
+                f"KLWeightedELBO: expected {name} to have num_particles=1, got "
+                f"{elbo.num_particles}: with more its bound is not linear in the log weights, so "
+                "that it has no KL term to multiply."
+            )
+        return
+    linear = Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+    # Jit objectives would freeze the factor; the tail-adaptive one is not linear.
+    others = (
+        JitTrace_ELBO,
+        JitTraceEnum_ELBO,
+        JitTraceGraph_ELBO,
+        JitTraceMeanField_ELBO,
+        TraceTailAdaptive_ELBO,
+    )
+    if not isinstance(elbo, linear) or isinstance(elbo, others):
+        raise ValueError(
+            "KLWeightedELBO: expected an objective that is linear in log p - log q and traced at "
+            "each step (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, or one "
+            f"of pyro_ext with num_particles=1), got {name}."
+        )

@@ -1,0 +1,120 @@
+"""Which latent sites have their KL terms weighted."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+
+from pyro_ext._random_states import kept_random_states
+from pyro_ext.tracing import Programs
+from pyro_ext.tracing.sites import is_delta, is_masked_out
+
+Sites = str | Collection[str] | Callable[[str], bool]
+
+
+@dataclass
+class SiteSelection:
+    """Which latent sites are weighted."""
+
+    choose: Callable[[str, Any], bool]
+    is_weighted: dict[str, bool] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def add(self, site: Any) -> None:
+        """Decides about a site of the guide, if it is not one of the first run's."""
+        name = site["name"]
+        if name not in self.is_weighted:
+            stem = _stem(name)
+            self.is_weighted[name] = self.is_weighted.get(stem, self.choose(stem, site))
+
+
+def select_sites(sites: Sites, programs: Programs) -> SiteSelection:
+    """The sites that are weighted, among those of a run and among others to come."""
+    with kept_random_states(), torch.no_grad():
+        model_trace, guide_trace = programs.run().values()
+        guide_trace.compute_log_prob()
+    drawn = {
+        name: node
+        for name, node in guide_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+    }
+    latent = [name for name in drawn if name in model_trace.nodes]
+    choose = _chooser(sites, model_trace, list(drawn))
+    selection = SiteSelection(choose, {name: choose(name, drawn[name]) for name in latent})
+    if not any(selection.is_weighted.values()) and sites != "all":
+        raise ValueError(
+            f"KLWeightedELBO: expected sites={sites!r} to match latent sites, of which the guide "
+            f"has {latent}, and it matches none. sites='all' is for local latent variables."
+        )
+    auxiliary = [name for name in drawn if name not in model_trace.nodes]
+    joint = [name for name in auxiliary if _stem(name) not in latent]
+    if joint:
+        _select_joint(joint, auxiliary, latent, drawn, selection)
+    for name, node in drawn.items():
+        selection.add(node)
+        selection.dtypes[name] = node["log_prob"].dtype
+    return selection
+
+
+def _select_joint(
+    joint: list[str],
+    auxiliary: list[str],
+    latent: list[str],
+    drawn: dict[str, Any],
+    selection: SiteSelection,
+) -> None:
+    """Adds the auxiliary sites that may be drawn for several latent sites."""
+    apart = {_stem(name) for name in auxiliary}
+    together = [name for name in latent if is_delta(drawn[name]["fn"]) and name not in apart]
+    weights = {selection.is_weighted[name] for name in together or latent}
+    if together and len(weights) > 1:
+        weighted = [name for name in together if selection.is_weighted[name]]
+        raise ValueError(
+            f"KLWeightedELBO: the guide's site '{joint[0]}' may draw sites that are weighted, "
+            f"{weighted}, together with others, {sorted(set(together) - set(weighted))}: expected "
+            "a guide that draws them apart, or sites='all'."
+        )
+    for name in joint:
+        are_all = weights == {True} or weights == {False}
+        selection.is_weighted[name] = (
+            weights == {True} if are_all else selection.choose(name, drawn[name])
+        )
+
+
+def _stem(name: str) -> str:
+    """The latent site that an autoguide's auxiliary site is for."""
+    return name.removesuffix("_unconstrained").removesuffix("_aux")
+
+
+def _chooser(sites: Sites, model_trace: Trace, latent: list[str]) -> Callable[[str, Any], bool]:
+    """The function from a name and a site to whether the site is weighted."""
+    if callable(sites):
+        return lambda name, site: bool(sites(name))
+    if sites == "all":
+        return lambda name, site: True
+    if not isinstance(sites, str):
+        names = set(sites)
+        unknown = sorted(names - set(latent))
+        if unknown:
+            raise ValueError(
+                f"KLWeightedELBO: expected sites to name latent sites, of which the guide has "
+                f"{latent}, got {unknown} among them."
+            )
+        return lambda name, site: name in names
+    observed = [
+        node
+        for node in model_trace.nodes.values()
+        if node["type"] == "sample" and node["is_observed"] and not is_masked_out(node)
+    ]
+    # A factor may be a term of the prior.
+    data = [node for node in observed if not isinstance(node["fn"], Unit)] or observed
+    data_plates = [_plates(node) for node in data]
+    return lambda name, site: not any(plates and plates <= _plates(site) for plates in data_plates)
+
+
+def _plates(node: Any) -> frozenset[str]:
+    return frozenset(frame.name for frame in node["cond_indep_stack"])

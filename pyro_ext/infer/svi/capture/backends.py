@@ -1,0 +1,58 @@
+"""What runs a captured graph."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_ext._private.of_torch import inductor
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class Backend(NamedTuple):
+    """How graphs are compiled.
+
+    :param str name: ``"inductor"``, or ``"eager"`` for graphs as they are.
+    :param str mode: a mode of ``torch.compile``, for Inductor.
+    """
+
+    name: str
+    mode: str
+
+
+class CompileError(Exception):
+    """A graph could not be compiled; the message says why."""
+
+
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[Tensor], backend: Backend
+) -> Callable[..., Sequence[Tensor | None]]:
+    """A function that computes what a graph does.
+
+    :raises CompileError: if the backend fails.
+    """
+    if backend.name == "eager":
+        return graph
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler about itself
+        try:
+            return _compile_by_inductor(graph, inputs, backend.mode)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CompileError(f"{backend.name} could not compile it: {lines[0]}") from error
+
+
+def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Any:
+    compiler = inductor()
+    # Random numbers of the eager generator: the same stream as a step of Pyro's, and quicker.
+    with compiler.config.patch({**compiler.list_mode_options(mode), "fallback_random": True}):
+        decompositions = {
+            operator: decomposition
+            for operator, decomposition in compiler.select_decomp_table().items()
+            if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ())
+        }
+        return compiler.compile_fx(graph, list(inputs), decompositions=decompositions)

@@ -1,0 +1,148 @@
+"""Captures a step as a graph: its loss and gradients as functions of tensors alone."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_ext._private.of_torch import storage_of, without_validation
+from pyro_ext.infer.svi.capture.operation_log import (
+    CaptureError,
+    CurrentSite,
+    Outcome,
+    TensorsForNumbers,
+    reason_of,
+)
+
+
+def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
+    """The loss of a step by Pyro's own means, and its gradients, looking at no value.
+
+    :param objective: gives the differentiable loss.
+    :param bool has_gradients: whether gradients are wanted.
+    """
+    torch.clear_autocast_cache()  # else casts of parameters would be those of an earlier step
+    with without_looking_at_values(), torch.enable_grad():
+        with poutine.trace(param_only=True) as trace:
+            loss = objective()
+        if not isinstance(loss, Tensor):
+            raise CaptureError(f"expected the loss to be a tensor, got {type(loss).__name__}")
+        sites: dict[str, Any] = dict(trace.trace.nodes)
+        params = {name: site["value"].unconstrained() for name, site in sites.items()}
+        first_names = {id(param): name for name, param in reversed(params.items())}
+        wanted = {name: params[name] for name in params if name in first_names.values()}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        wanted = {name: param for name, param in wanted.items() if param.requires_grad}
+        if has_gradients and loss.requires_grad and wanted:
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            gradients |= _own_gradients(wanted, found)
+        return Outcome(loss.detach(), gradients, params)
+
+
+def _own_gradients(
+    params: dict[str, Tensor], gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Gradients laid out like their parameters, none of which shares memory with another."""
+    own: dict[str, Tensor | None] = {}
+    storages = {storage_of(param) for param in params.values()}
+    for (name, param), gradient in zip(params.items(), gradients, strict=True):
+        if gradient is not None:
+            if gradient.layout != torch.strided:
+                raise CaptureError(f"the gradient of '{name}' is sparse")
+            storage = storage_of(gradient)
+            # Fused optimisers read memory as if it were the parameter's.
+            if gradient.stride() != param.stride() or storage in storages:
+                gradient = torch.empty_like(param).copy_(gradient)
+            storages.add(storage)
+        own[name] = gradient
+    return own
+
+
+@contextmanager
+def without_looking_at_values() -> Iterator[None]:
+    """Turns off what looks at values: validation, and Pyro's warnings of NaN."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("pyro.infer")]
+    initialize = Distribution.__init__
+
+    def initialize_unchecked(
+        self: Any, batch_shape: Any = (), event_shape: Any = (), validate_args: Any = None
+    ) -> None:
+        initialize(self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
+
+    with ExitStack() as stack:
+        stack.enter_context(pyro.validation_enabled(False))
+        # Distributions that were made before have validation of their own.
+        stack.enter_context(patch.object(Distribution, "__init__", initialize_unchecked))
+        stack.enter_context(without_validation())
+        for module in modules:
+            if hasattr(module, "warn_if_nan"):
+                stack.enter_context(patch.object(module, "warn_if_nan", _do_nothing))
+        yield
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:
+    """The graph of a run that reads the inputs, whatever way it comes by them.
+
+    :raises CaptureError: if the run looks at values, or has results of a shape that depends on
+        values.
+    """
+    site = CurrentSite()
+
+    def traced(*inputs: Tensor) -> list[Tensor | None]:
+        with site, TensorsForNumbers():
+            return run().tensors
+
+    try:
+        graph = make_fx(traced)(*inputs)
+    except Exception as error:
+        raise CaptureError(f"{reason_of(error)}, {site.place}") from error
+    for node in _variable_nodes(graph):
+        if _has_shape_of_values(node):
+            raise CaptureError(f"the shape of a result of {node.target} depends on values")
+    _keep_random_numbers(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _variable_nodes(graph: GraphModule) -> Iterator[Node]:
+    """The nodes that depend on inputs or random numbers, hence are no constants."""
+    variable: set[Node] = set()
+    for node in graph.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "placeholder" or is_random or not variable.isdisjoint(node.all_input_nodes):
+            variable.add(node)
+            yield node
+
+
+def _has_shape_of_values(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    masks = [index for index in node.args[1] if isinstance(index, Node)]  # type: ignore[union-attr]
+    return any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in masks)
+
+
+def _keep_random_numbers(graph: GraphModule) -> None:
+    """Random numbers that nothing uses are drawn all the same, for the stream to be Pyro's."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    unused = [
+        node
+        for node in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not node.users
+    ]
+    output.args = ([*output.args[0], *unused],)

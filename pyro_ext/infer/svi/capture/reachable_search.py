@@ -1,0 +1,243 @@
+"""Finds by names what programs can reach: attributes, globals, closures, items, defaults."""
+
+import argparse
+import dis
+import enum
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from pyro.infer.elbo import ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_ext._private.of_torch import buffers_of, children_of, parameters_of
+from pyro_ext.infer.svi.capture.operation_log import CaptureError
+from pyro_ext.infer.svi.capture.reachable_state import (
+    MAX_ITEMS,
+    MISSING,
+    GeneratorState,
+    Place,
+    ReachableState,
+    printable,
+)
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
+_LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "functools", "tqdm", *sys.stdlib_module_names}
+_LIBRARIES -= {"__main__"}
+_FOLLOWED = (FunctionType, MethodType, partial, nn.Module, Distribution)
+_STATEFUL = {"builtins", "collections", "itertools"}
+_MAX_DEPTH, _MAX_PLACES = 8, 20_000
+
+
+def look_around(
+    roots: Iterable[tuple[str, Any]],
+    unless: Iterable[str] = (),
+    limit: float = _MAX_PLACES,
+) -> ReachableState:
+    """Everything that is reachable by names from some objects.
+
+    :param roots: names and objects: programs, modules, objectives, arguments.
+    :param unless: labels of what may change.
+    :param limit: the largest number of values.
+    :raises CaptureError: if there are more.
+    """
+    search = _Search(set(unless), limit)
+    search.pending.extend((name, value, 0) for name, value in roots)
+    search.run()
+    return search.found
+
+
+class _Search:
+    """A breadth-first search through objects."""
+
+    def __init__(self, ignored: set[str], limit: float) -> None:
+        self.limit = limit
+        self.found = ReachableState()
+        self.ignored = ignored
+        self.pending: deque[tuple[str, Any, int]] = deque()
+        self.seen: dict[int, Any] = {}  # by identity, kept alive
+        self.places: set[tuple[int, Any]] = set()
+        self.attribute_names: set[str] = {"forward", "__call__"}
+        # Methods, properties and entries of modules, for when some code has their name.
+        self.waiting: dict[str, list[tuple[str, Any, int]]] = defaultdict(list)
+
+    def run(self) -> None:
+        """Looks at all that is pending, and at what that leads to."""
+        while self.pending:
+            label, value, depth = self.pending.popleft()
+            if id(value) not in self.seen:
+                self.seen[id(value)] = value
+                self._look_at(label, value, depth)
+
+    def _look_at(self, label: str, value: Any, depth: int) -> None:
+        if isinstance(value, np.random.Generator):
+            self.found.generators.append((label, GeneratorState(value)))
+        elif isinstance(value, FunctionType):
+            if str(value.__globals__.get("__name__")).partition(".")[0] not in _LIBRARIES:
+                self._look_at_function(value, depth)
+        elif isinstance(value, MethodType):
+            self.pending.append((label, value.__func__, depth))
+            self.pending.append((type(value.__self__).__name__, value.__self__, depth))
+        elif isinstance(value, partial):
+            self.pending.append((label, value.func, depth))
+            self._look_at(label, value.args, depth)
+            self._look_at(label, value.keywords, depth)
+        elif isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] not in _LIBRARIES:
+                for key in vars(value):
+                    self._wait_for(key, Place(vars(value), key, f"{label}.{key}"), depth)
+        elif isinstance(value, (dict, list, tuple)):
+            self._look_at_container(label, value, depth)
+        elif isinstance(value, type):
+            self._look_at_class(label, value, depth)
+        else:
+            self._look_at_instance(label, value, depth)
+
+    def _look_at_function(self, function: FunctionType, depth: int) -> None:
+        code = function.__code__
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._add(Place(cell, None, variable), depth)
+        global_names, attribute_names = _names(code)
+        for variable in sorted(global_names & function.__globals__.keys()):
+            self._add(Place(function.__globals__, variable, variable), depth)
+        for i, default in enumerate(function.__defaults__ or ()):
+            if not isinstance(default, _PLAIN):
+                self.pending.append((f"default {i} of {function.__name__}", default, depth + 1))
+        for name in sorted(attribute_names - self.attribute_names):
+            self.attribute_names.add(name)
+            for label, value, at in self.waiting.pop(name, ()):
+                if isinstance(value, Place):
+                    self._add(value, at)
+                else:
+                    self.pending.append((label, value, at))
+
+    def _look_at_container(self, label: str, value: Any, depth: int) -> None:
+        if len(value) > MAX_ITEMS:
+            return
+        for key in value if isinstance(value, dict) else range(len(value)):
+            self._add(Place(value, key, f"{label}[{key!r}]"), depth)
+        if isinstance(value, dict):
+            self.found.copies.append((label, lambda: tuple(value), tuple(value)))
+        elif isinstance(value, list):
+            self.found.copies.append((label, lambda: len(value), len(value)))
+
+    def _look_at_class(self, label: str, cls: type, depth: int) -> None:
+        for base in cls.__mro__:
+            if _library(base) in _LIBRARIES:
+                continue
+            for key, value in vars(base).items():
+                functions = [value]
+                if isinstance(value, property):
+                    functions = [value.fget]
+                elif isinstance(value, (staticmethod, classmethod)):
+                    functions = [value.__func__]
+                if isinstance(functions[0], FunctionType):
+                    if key in self.attribute_names:
+                        self.pending.append((label, functions[0], depth))
+                    else:
+                        self.waiting[key].append((label, functions[0], depth))
+                elif not key.startswith("__") and not hasattr(value, "__get__"):
+                    self._add(Place(vars(base), key, f"{base.__name__}.{key}"), depth)
+
+    def _look_at_instance(self, label: str, value: Any, depth: int) -> None:
+        cls = type(value)
+        is_library = _library(cls) in _LIBRARIES
+        known = (nn.Module, ELBO, Messenger, Distribution)
+        is_library = is_library and not isinstance(value, (SimpleNamespace, argparse.Namespace))
+        if is_library and not isinstance(value, known) and _library(cls) != "pyro_ext":
+            return
+        if isinstance(value, nn.Module):
+            for holder in (parameters_of(value), buffers_of(value)):
+                for key in holder:
+                    self._add(Place(holder, key, f"{label}.{key}", is_state=True), depth)
+            for key in children_of(value):
+                self._add(Place(children_of(value), key, f"{label}.{key}"), depth - 1)
+        attributes = getattr(value, "__dict__", {})
+        internal = vars(nn.Module()) if isinstance(value, nn.Module) else {}
+        for key, entry in attributes.items():
+            if key in internal and key != "training":
+                continue
+            # Libraries make objects of their own anew in each run, and keep tensors.
+            is_hidden = key.startswith("_") and isinstance(entry, Tensor)
+            is_known = isinstance(entry, (*_PLAIN, Tensor, *_FOLLOWED)) and not is_hidden
+            is_of_user = not is_library or is_known
+            if is_of_user or (isinstance(value, Messenger) and isinstance(entry, dict)):
+                self._add(Place(attributes, key, f"{label}.{key}"), depth)
+        if not is_library:
+            self._look_at_class(label, cls, depth)
+            names = tuple(attributes)
+            self.found.copies.append((label, lambda: tuple(attributes), names))
+            for key in (key for base in cls.__mro__ for key in _slots(base)):
+                self._add(Place(value, key, f"{label}.{key}", is_slot=True), depth)
+
+    def _wait_for(self, key: str, place: Place, depth: int) -> None:
+        if key in self.attribute_names:
+            self._add(place, depth)
+        else:
+            self.waiting[key].append((place.label, place, depth))
+
+    def _add(self, place: Place, depth: int) -> None:
+        entry = place.get()
+        where = id(place.holder), place.key
+        if place.label in self.ignored or entry is MISSING or where in self.places:
+            return
+        self.places.add(where)
+        if len(self.places) > self.limit:
+            raise CaptureError(
+                f"the programs reach more than {self.limit} values by names, which is too many to "
+                f"compare in each step; the last one is '{place.label}'"
+            )
+        if isinstance(entry, Tensor):
+            self.found.tensors.append((place, entry))
+            return
+        self.found.objects.append((place, entry))
+        read = place.get
+        if isinstance(entry, np.ndarray) and entry.size <= MAX_ITEMS:
+            self.found.copies.append((place.label, read, entry.copy()))
+        elif isinstance(entry, (set, frozenset)) and len(entry) <= MAX_ITEMS:
+            self.found.copies.append((place.label, read, set(entry)))
+        elif isinstance(entry, list) and all(isinstance(x, _PLAIN) for x in entry):
+            self.found.copies.append((place.label, read, list(entry)))
+            return
+        if isinstance(entry, _PLAIN):
+            return
+        if type(entry).__module__ in _STATEFUL and _size(entry) <= MAX_ITEMS:
+            self.found.printed.append((place, printable(entry)))
+        if depth < _MAX_DEPTH:
+            self.pending.append((place.label, entry, depth + 1))
+
+
+def _library(value: Any) -> str:
+    return str(getattr(value, "__module__", "")).partition(".")[0]
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 0
+
+
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names of globals and of attributes that code loads, with the code inside of it."""
+    global_names, attribute_names = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            global_names.add(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            attribute_names.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner_globals, inner_attributes = _names(constant)
+            global_names |= inner_globals
+            attribute_names |= inner_attributes
+    return global_names, attribute_names

@@ -1,0 +1,133 @@
+"""A module's output for given parameters, with any number of leading dims."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from pyro_ext._private.of_torch import pytree
+from pyro_ext._random_states import random_states, set_random_states
+
+# What vmap raises where it has no rule, for values that decide, and for outputs without tensors.
+_NOT_BATCHED = (RuntimeError, ValueError)
+
+
+class BatchedCall:
+    """Calls a module with one set of parameters, or with many at once.
+
+    Many run under :func:`torch.func.vmap` where PyTorch has batching rules for all that the
+    module does, and one after the other where it has not; the first call finds out.
+
+    :param dict aliases: further names of parameters that submodules share.
+    """
+
+    def __init__(self, aliases: dict[str, str]) -> None:
+        self._aliases = aliases
+        self._is_looped: dict[Any, bool] = {}
+
+    def once(
+        self, net: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The output for one set of parameters."""
+        # By each name: Module.to() replaces buffers one by one, and parts those that are shared.
+        shared = {alias: values[name] for alias, name in self._aliases.items() if name in values}
+        return functional_call(net, {**values, **shared}, args, kwargs)
+
+    def __call__(
+        self, net: nn.Module, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The output, with the leading dims of the draws before those that the module gives.
+
+        Leading dims of size 1 are fillers, and dropped.
+
+        :param torch.nn.Module net: the module.
+        :param dict draws: tensors of shape ``(..., *shape)`` in place of those of the module.
+        :param tuple args: passed to the module, as are ``kwargs``.
+        """
+        shapes = {name: net.get_buffer(name).shape for name in draws}
+        leading = torch.broadcast_shapes(
+            *(draw.shape[: draw.dim() - len(shapes[name])] for name, draw in draws.items())
+        )
+        kept = torch.Size([size for size in leading if size != 1])
+        fixed, batched = {}, {}
+        for name, draw in draws.items():
+            if draw.numel() == shapes[name].numel():
+                fixed[name] = draw.reshape(shapes[name])
+            else:
+                batched[name] = draw.expand(leading + shapes[name]).reshape(-1, *shapes[name])
+        if not batched:
+            return self.once(net, fixed, args, kwargs)
+
+        def run(batched: dict[str, Tensor]) -> Any:
+            return self.once(net, {**fixed, **batched}, args, kwargs)
+
+        output = self._run_all(net, run, batched, _kind(net, args, kwargs))
+        return pytree.tree_map(
+            lambda x: x.reshape(kept + x.shape[1:]) if isinstance(x, Tensor) else x, output
+        )
+
+    def _run_all(
+        self,
+        net: nn.Module,
+        run: Callable[[dict[str, Tensor]], Any],
+        batched: dict[str, Tensor],
+        kind: Any,
+    ) -> Any:
+        if kind not in self._is_looped:
+            is_batched, output = _try_batched(net, run, batched)
+            if is_batched:
+                self._is_looped[kind] = False
+                return output
+        elif not self._is_looped[kind]:
+            try:
+                return vmap(run, randomness="different")(batched)
+            except _NOT_BATCHED:
+                pass  # the data decided otherwise, or the module itself fails
+        output = _loop(run, batched)
+        self._is_looped[kind] = True
+        return output
+
+
+def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """What may decide whether a call can be batched: modes, dims, switches, types."""
+
+    def kind_of(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.dim()
+        return x if isinstance(x, (bool, str)) else type(x)
+
+    leaves = pytree.tree_leaves([*args, *sorted(kwargs.items())])
+    return tuple(module.training for module in net.modules()), tuple(map(kind_of, leaves))
+
+
+def _try_batched(
+    net: nn.Module, run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]
+) -> tuple[bool, Any]:
+    """Whether a module runs under vmap, and its output; if not, nothing has changed."""
+    states = random_states()
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        with warnings.catch_warnings():
+            # Operators without a batching rule run in a slow loop of their own, and warn.
+            warnings.simplefilter("error", UserWarning)
+            return True, vmap(run, randomness="different")(batched)
+    except (*_NOT_BATCHED, UserWarning):
+        set_random_states(states)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return False, None
+
+
+def _loop(run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]) -> Any:
+    """One call after the other, their outputs stacked."""
+    num_draws = len(next(iter(batched.values())))
+    outputs = [run({name: x[i] for name, x in batched.items()}) for i in range(num_draws)]
+    leaves, structures = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
+    stacked = [
+        torch.stack(same) if isinstance(same[0], Tensor) else same[0]
+        for same in zip(*leaves, strict=True)
+    ]
+    return pytree.tree_unflatten(stacked, structures[0])

@@ -1,0 +1,50 @@
+"""What functions with gradients of their own need to know and to refuse."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ext._private.of_torch import is_in_transform
+
+
+def is_traced() -> bool:
+    """Whether operations are recorded by ``torch.compile`` or ``make_fx``."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor is that of a transform of ``torch.func``, or of batched gradients."""
+    return not is_traced() and is_in_transform(x)
+
+
+def may_need_gradient(*tensors: Tensor) -> bool:
+    """Whether a gradient may be asked for; under ``vmap`` no tensor tells."""
+    return torch.is_grad_enabled() and any(x.requires_grad or is_transformed(x) for x in tensors)
+
+
+def once_differentiable(gradient: Tensor, x: Tensor, message: str) -> Tensor:
+    """A gradient that refuses to pass for a constant where it is differentiated again.
+
+    :param torch.Tensor gradient: the values of a first derivative.
+    :param torch.Tensor x: what it depends on.
+    :param str message: of the NotImplementedError.
+    """
+    return _Once.apply(gradient, x, message)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, x: Tensor, message: str) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        ctx.message = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> NoReturn:
+        raise NotImplementedError(ctx.message)

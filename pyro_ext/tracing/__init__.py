@@ -1,0 +1,7 @@
+"""Runs a model and a guide for K particles, and sums their traces to log weights."""
+
+from pyro_ext.tracing.particles import Particles
+from pyro_ext.tracing.programs import Program, Programs
+from pyro_ext.tracing.tracer import ParticleTracer
+
+__all__ = ["ParticleTracer", "Particles", "Program", "Programs"]

@@ -1,0 +1,97 @@
+"""Which plates keep weights of their own, and which make a nonlinear bound wrong."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from pyro_ext.tracing.density_sites import DensitySite, Plate
+from pyro_ext.tracing.sites import global_site_error, is_delta, lies_in
+
+Depends = Callable[[DensitySite], bool]
+
+
+def find_common_plates(sites: Sequence[DensitySite], depends: Depends) -> tuple[Plate, ...]:
+    """The vectorised plates, left to right, that enclose all that depends on the particle.
+
+    Those are the latent sites of model and guide and the observed sites that depend on them.
+    """
+    latent = [site.plates for site in sites if not site.is_observed]
+    stacks = latent or [site.plates for site in sites] or [frozenset()]
+    common = frozenset(p for p in frozenset.intersection(*stacks) if p.is_vectorized)
+    for site in sites:
+        if not common <= site.plates and depends(site):
+            common &= site.plates
+    return tuple(sorted(common, key=lambda plate: plate.dim or 0))
+
+
+def check_subsampling(
+    sites: Sequence[DensitySite], common: Sequence[Plate], depends: Depends
+) -> None:
+    """Raises if a plate is subsampled inside the bound, which is not linear."""
+    for site in sites:
+        for plate in site.plates.difference(common):
+            if plate.subsampling_scale == 1 or (site.is_observed and not depends(site)):
+                continue
+            raise ValueError(
+                f"Plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}) but "
+                f"{_why_not_common(plate, sites)}; with more than one particle its scale would "
+                "enter a nonlinear bound, which would then be wrong. Expected a vectorised plate "
+                "around every latent site, or the full data. For global latents and local ones in "
+                f"a plate, local_plate='{plate.name}' draws the globals once and has a bound for "
+                "each point; else move globals into pyro.param, do not subsample, or use "
+                "num_particles=1."
+            )
+
+
+def warn_of_joint_weights(sites: Sequence[DensitySite], warned: set[str]) -> None:
+    """Warns once of each plate that holds all the data but has one weight for all of it.
+
+    To be called where no plate is common.
+
+    :param set warned: names of the plates already warned of; added to.
+    """
+    data = [s.plates for s in sites if s.is_observed and s.program == "model"]
+    by_name = [{plate.name: plate for plate in plates} for plates in data]
+    names = set.intersection(*map(set, by_name)) if by_name else set()
+    for name in names - warned:
+        warned.add(name)
+        warnings.warn(
+            f"Plate '{name}' holds all the data but {_why_not_common(by_name[0][name], sites)}: "
+            "each particle gets one weight for the whole plate, which bounds the joint evidence "
+            "loosely. Expected for global latent variables; otherwise use a vectorised plate, "
+            "with the site inside, and a guide that draws each point by itself (AutoNormal does).",
+            stacklevel=2,
+        )
+
+
+def _why_not_common(plate: Plate, sites: Sequence[DensitySite]) -> str:
+    if not plate.is_vectorized:
+        return "is sequential"
+    # Latent sites first: they are what a user can move.
+    outside = [site for site in sites if plate not in site.plates]
+    site = min(outside, key=lambda site: site.is_observed)
+    return f"does not enclose the site '{site.name}' of the {site.program}"
+
+
+def check_local_plate(local_plate: str, sites: Sequence[DensitySite], depends: Depends) -> None:
+    """Raises if a plate cannot hold the particles.
+
+    :param str local_plate: the name of the plate.
+    :param sites: the sites of one pair of traces.
+    :param depends: tells of a site whether it depends on the draws inside.
+    """
+    names = sorted({plate.name for site in sites for plate in site.plates if plate.is_vectorized})
+    if local_plate not in names:
+        raise ValueError(
+            f"local_plate='{local_plate}': expected one of the vectorised plates, {names}."
+        )
+    inside = [site for site in sites if lies_in(site.node, local_plate)]
+    drawn = [site for site in inside if site.program == "guide" and not site.is_observed]
+    if all(is_delta(site.node["fn"]) for site in drawn):
+        raise ValueError(
+            f"local_plate='{local_plate}': expected the guide to draw a latent site inside of the "
+            f"plate, for which the particles differ, got {sorted({site.name for site in inside})}, "
+            "which are observed or points (Delta, as of guides that draw all sites at once)."
+        )
+    for site in sites:
+        if not lies_in(site.node, local_plate) and depends(site):
+            raise global_site_error(*site.key)

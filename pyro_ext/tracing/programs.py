@@ -1,0 +1,60 @@
+"""A model and a guide with their arguments, handed on as one value."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.enum import get_importance_trace
+from pyro.poutine import Trace
+
+#: A callable with Pyro primitives.
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A model, a guide, and the arguments of both."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def without_arguments(self) -> "Programs":
+        """The pair alone, to remember it without keeping its data alive."""
+        return Programs(self.model, self.guide)
+
+    def is_same_pair(self, other: "Programs | None") -> bool:
+        """Whether another value has the same model and the same guide."""
+        return (
+            other is not None
+            and _is_same(self.model, other.model)
+            and _is_same(self.guide, other.guide)
+        )
+
+    def each_under(self, for_model: Any, for_guide: Any) -> "Programs":
+        """The model and the guide, each run under an effect handler."""
+        return replace(self, model=for_model(self.model), guide=for_guide(self.guide))
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Trace]:
+        """Traces of one run of the guide, and of the model against it, hidden from handlers."""
+        with poutine.block():
+            guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            model = poutine.trace(poutine.replay(self.model, guide))
+            return {"model": model.get_trace(*self.args, **self.kwargs), "guide": guide}
+
+    def importance_traces(self, max_plate_nesting: float) -> tuple[Trace, Trace]:
+        """Pyro's traces of model and guide, with log-probabilities and Pyro's checks."""
+        return get_importance_trace(
+            "flat", max_plate_nesting, self.model, self.guide, self.args, self.kwargs
+        )
+
+
+def _is_same(program: Program, other: Program) -> bool:
+    # A bound method is a new object at each access; other callables may not compare to a bool.
+    return program is other or (isinstance(program, MethodType) and bool(program == other))

@@ -1,0 +1,148 @@
+"""Which sites depend on the draws that the particles differ by."""
+
+from typing import Any
+
+import torch
+from pyro.infer.inspect import TrackProvenance
+from pyro.infer.util import is_validation_enabled
+from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.poutine import Trace
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_ext._random_states import kept_random_states
+from pyro_ext.tracing.density_sites import DensitySite
+from pyro_ext.tracing.plates import Depends
+from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.run import ParticleTraces, SiteKey
+from pyro_ext.tracing.shared_values import SharedGlobals
+from pyro_ext.tracing.sites import has_particles, is_delta
+
+
+class Dependence:
+    """The sites that depend on the particle: found out once for a pair of programs.
+
+    Several particles that run at once have a dim, which shows. Otherwise the programs run once on
+    tensors that carry the names of the sites they come from. Provenance is lost in compiled code
+    and in writes into buffers; values are not, so that the values of two runs, and of particles
+    that run one after the other, are compared as well.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[SiteKey] = set()
+        self.dependent: set[SiteKey] = set()
+
+    def within(
+        self, traces: ParticleTraces, programs: Programs, local_plate: str | None
+    ) -> Depends:
+        """A function that tells of a site of some traces whether it depends on the particle.
+
+        :param Programs programs: those that were traced, with the same minibatch at each run.
+        :param str local_plate: the plate that holds the particles; None if they are around all.
+        """
+        by_particle = traces.density_sites()
+        shows = traces.particle_dim is not None and traces.num_particles > 1
+
+        def depends(site: DensitySite) -> bool:
+            key = site.key
+            if shows and has_particles(site.node, local_plate):
+                self.seen.add(key)
+                found = traces.has_particle_dim(site)
+                (self.dependent.add if found else self.dependent.discard)(key)
+                return found
+            if key not in self.seen:
+                self._track(programs, local_plate)
+                self.seen.add(key)
+            if key not in self.dependent and is_validation_enabled():
+                same = [other for row in by_particle for other in row if other.key == key]
+                if len(same) < len(by_particle) or not all(
+                    is_same_up_to_rounding(other.log_prob, site.log_prob) for other in same
+                ):
+                    self.dependent.add(key)
+            return key in self.dependent
+
+        return depends
+
+    def _track(self, programs: Programs, local_plate: str | None) -> None:
+        """Adds the sites of one run with provenance, and of another to compare it with."""
+        if local_plate is not None:
+            shared = SharedGlobals(local_plate)
+            programs = programs.each_under(shared, shared)
+        tracked, other = _two_runs(programs)
+        latent = {
+            name
+            for name, site in tracked["guide"].iter_stochastic_nodes()
+            if has_particles(site, local_plate)
+        }
+        for program, trace in tracked.items():
+            site: Any
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample" or site_is_subsample(site):
+                    continue
+                self.seen.add((program, name))
+                # Latent sites that have particles are what the particles differ by.
+                if (site["is_observed"] or not has_particles(site, local_plate)) and (
+                    _provenance(site) & latent or _differs(site, other[program].nodes.get(name))
+                ):
+                    self.dependent.add((program, name))
+
+
+def is_same_up_to_rounding(x: Tensor, y: Tensor) -> bool:
+    """Whether two log-probabilities are the same but for the order of operations."""
+    tolerance = torch.finfo(y.dtype).eps ** 0.5
+    return x.shape == y.shape and torch.allclose(
+        x, y, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def points_of(programs: Programs) -> list[str]:
+    """The names of the sites that the guide puts at one point, whatever else it draws.
+
+    :param Programs programs: programs with the same minibatch at each run.
+    """
+    tracked, other = (run["guide"] for run in _two_runs(programs))
+    names = []
+    site: Any
+    for name, site in tracked.iter_stochastic_nodes():
+        again: Any = other.nodes.get(name)
+        if again is None or not is_delta(site["fn"]) or _provenance(site) - {name}:
+            continue
+        if torch.equal(detach_provenance(site["value"]), again["value"]):
+            names.append(name)
+    return names
+
+
+def _two_runs(programs: Programs) -> tuple[dict[str, Trace], dict[str, Trace]]:
+    """The traces of a run on tensors with provenance, and of another one."""
+    tracker = _TrackDraws()
+    with kept_random_states():
+        return programs.each_under(tracker, tracker).run(), programs.run()
+
+
+class _TrackDraws(TrackProvenance):
+    """Leaves parameters alone, which a subsampled plate has to recognise."""
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        pass
+
+
+def _log_prob(site: Any) -> Tensor | None:
+    try:
+        return site["fn"].log_prob(site["value"])
+    except NotImplementedError:  # a draw of a flow without an inverse, no longer cached
+        return None
+
+
+def _provenance(site: Any) -> frozenset[str]:
+    tensors = [x for x in (_log_prob(site), site["mask"], site["scale"]) if torch.is_tensor(x)]
+    return frozenset().union(*map(get_provenance, tensors))
+
+
+def _differs(site: Any, other: Any) -> bool:
+    if other is None:
+        return True
+    x, y = _log_prob(site), _log_prob(other)
+    if x is None or y is None:
+        return False
+    return not is_same_up_to_rounding(detach_provenance(x), y)

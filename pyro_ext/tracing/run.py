@@ -1,0 +1,226 @@
+"""Runs a model and guide for K particles: at once in a plate, or one after the other."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_ext._random_states import kept_random_states
+from pyro_ext.tracing.density_sites import DensitySite, density_sites
+from pyro_ext.tracing.leaves import Draw, LeafDraws
+from pyro_ext.tracing.matching import (
+    SiteRecord,
+    SiteRecorder,
+    raise_for_handlers_of_linear_objectives,
+)
+from pyro_ext.tracing.particle_plate import ParticlePlate
+from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.shared_values import SharedGlobals, SharedSubsamples
+from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, is_masked_out
+
+SiteKey = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class ParticleTraces:
+    """The traces of K particles: one pair if they ran at once, else one pair for each.
+
+    :ivar particle_dim: the negative dim of the particles; None if they ran one after the other.
+    :ivar records: what was recorded of each site, by program and name.
+    :ivar draws: the draws that leaves took the place of.
+    """
+
+    model_traces: tuple[Trace, ...]
+    guide_traces: tuple[Trace, ...]
+    num_particles: int
+    particle_dim: int | None
+    records: dict[SiteKey, SiteRecord]
+    draws: tuple[Draw, ...]
+
+    def record(self, site: DensitySite) -> SiteRecord:
+        """What was recorded of a site; a guide that runs the model itself records its sites."""
+        return self.records.get(site.key) or self.records["guide", site.name]
+
+    def density_sites(self) -> list[list[DensitySite]]:
+        """The density sites of each pair of traces."""
+        return [
+            density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            for model_trace, guide_trace in zip(self.model_traces, self.guide_traces, strict=True)
+        ]
+
+    @torch.no_grad()
+    def has_particle_dim(self, site: DensitySite) -> bool:
+        """Whether a site has the particle dim before the particle plate gives it one.
+
+        A batch shape may lack the dim though a transform of the distribution has it; the shape of
+        the log-probability does not.
+        """
+        record = self.record(site)
+        if record.has_particle_dim or self.particle_dim is None:
+            return True
+        return has_dim(record.fn.log_prob(record.value).shape, self.particle_dim)
+
+    def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
+        """One particle's entry of a log-probability or value out of the first traces."""
+        if self.particle_dim is None or x.dim() < event_dim - self.particle_dim:
+            return x
+        return x.select(self.particle_dim - event_dim, index)
+
+
+def run_at_once(
+    programs: Programs,
+    num_particles: int,
+    particle_dim: int,
+    subsamples: SharedSubsamples | None,
+    local_plate: str | None,
+    has_leaves: bool,
+    remedy: str,
+) -> ParticleTraces:
+    """Traces both programs with the K particles in a plate to the left of all others.
+
+    :param Programs programs: the model and guide.
+    :param int num_particles: the number of particles K.
+    :param int particle_dim: the negative dim of their plate.
+    :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+    :param str local_plate: the name of the only plate to run K times; None to run all.
+    :param bool has_leaves: whether leaves take the place of reparameterised draws.
+    :param str remedy: the argument that runs the particles one after the other, for errors.
+    :raises ValueError: where the model or guide fails with K particles but runs with one, and
+        where a site does not match between model and guide.
+    """
+    raise_for_handlers_of_linear_objectives(num_particles)
+    in_guide = SiteRecorder(particle_dim, local_plate=local_plate)
+    in_model = SiteRecorder(particle_dim, in_guide, local_plate)
+    plate = ParticlePlate(num_particles, particle_dim, local_plate)
+    recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
+    with _leaf_draws(has_leaves, local_plate) as draws, subsamples or nullcontext():
+        try:
+            model_trace, guide_trace = recorded.importance_traces(-particle_dim)
+        except (SiteError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if _runs_alone(programs):
+                where = f"num_particles={num_particles} vectorised in a plate at dim {particle_dim}"
+                raise ValueError(
+                    f"The {_last_place(in_model, in_guide)} with {where}, though it runs with one "
+                    "particle: expected code that takes an extra dim on the left of every sample. "
+                    "Index dims from the right, wrap convolutions in pyro_ext.nn.LeadingDims, "
+                    "correct max_plate_nesting (it is guessed in the first run of a model and "
+                    f"guide), or pass {remedy}.\n{type(error).__name__}: {error}"
+                ) from error
+            raise
+    for program, trace in (("model", model_trace), ("guide", guide_trace)):
+        _check_dims(program, trace, particle_dim)
+    return ParticleTraces(
+        (model_trace,),
+        (guide_trace,),
+        num_particles,
+        particle_dim,
+        _by_program(in_model, in_guide),
+        tuple(draws),
+    )
+
+
+def run_in_turn(
+    programs: Programs,
+    num_particles: int,
+    max_plate_nesting: float,
+    subsamples: SharedSubsamples | None,
+    local_plate: str | None,
+    has_leaves: bool,
+) -> ParticleTraces:
+    """Traces both programs once for each particle, all with the same minibatch.
+
+    :param max_plate_nesting: the number of nested plates, for Pyro's checks; may be infinite.
+
+    The other arguments are those of :func:`run_at_once`.
+    """
+    if num_particles > 1:
+        raise_for_handlers_of_linear_objectives(num_particles)
+    rows = subsamples or SharedSubsamples()
+    shared_globals = nullcontext() if local_plate is None else SharedGlobals(local_plate)
+    model_traces, guide_traces = [], []
+    all_draws: list[Draw] = []
+    records: dict[SiteKey, SiteRecord] = {}
+    for _ in range(num_particles):
+        in_guide = SiteRecorder(None)
+        in_model = SiteRecorder(None, in_guide)
+        with _leaf_draws(has_leaves, local_plate) as draws, rows, shared_globals:
+            recorded = programs.each_under(in_model, in_guide)
+            model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
+        model_traces.append(model_trace)
+        guide_traces.append(guide_trace)
+        all_draws += draws
+        records |= _by_program(in_model, in_guide)
+    return ParticleTraces(
+        tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(all_draws)
+    )
+
+
+@contextmanager
+def _leaf_draws(has_leaves: bool, local_plate: str | None) -> Iterator[Sequence[Draw]]:
+    """The draws that leaves take the place of, while the programs run."""
+    if not has_leaves:
+        yield ()
+        return
+    handler = LeafDraws(local_plate)
+    try:
+        with handler:
+            yield handler.draws
+    except (SiteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        handler.raise_without_inverse(error)
+        raise
+
+
+def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
+    """Raises where a log-probability has a dim that is neither a plate nor the particle dim.
+
+    Pyro's own check lets dims between the plates and the particle dim pass, so that a site which
+    lost its filler dims, of shape (K,) in place of (K, 1), would count K x K terms.
+    """
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or is_masked_out(node):
+            continue
+        shape = node["log_prob"].shape
+        dims = {frame.dim for frame in node["cond_indep_stack"]}
+        stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
+        if particle_dim in stray:
+            raise global_site_error(program, name)
+        if stray:
+            raise SiteError(
+                f"Site '{name}' of the {program} has a log-probability of shape {tuple(shape)}, "
+                f"with the particles in dim {particle_dim} and no plate at dim {stray[-1]}: "
+                "expected size 1 there. Keep the filler dims of samples (sum with keepdim=True, "
+                "do not squeeze), or put the dim in a plate."
+            )
+
+
+def _by_program(in_model: SiteRecorder, in_guide: SiteRecorder) -> dict[SiteKey, SiteRecord]:
+    return {
+        (program, name): record
+        for program, recorder in (("model", in_model), ("guide", in_guide))
+        for name, record in recorder.sites.items()
+    }
+
+
+def _runs_alone(programs: Programs) -> bool:
+    """Whether one particle runs where several at once have failed."""
+    try:
+        with poutine.block(), torch.no_grad(), kept_random_states():
+            programs.importance_traces(math.inf)
+    except Exception:
+        return False
+    return True
+
+
+def _last_place(in_model: SiteRecorder, in_guide: SiteRecorder) -> str:
+    program, recorder = ("model", in_model) if in_model.sites else ("guide", in_guide)
+    where = f"after its site '{list(recorder.sites)[-1]}'" if recorder.sites else "at its start"
+    return f"{program} failed {where}"

@@ -1,0 +1,93 @@
+"""Handlers that give several runs the same minibatch, the same globals, or rows block by block."""
+
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_ext.tracing.sites import lies_in
+
+
+class SharedSubsamples(Messenger):
+    """Gives every run under it the minibatch indices that the first run drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.indices.setdefault(msg["name"], msg["value"])
+
+
+class SharedGlobals(Messenger):
+    """Gives every run under it the draws outside of a plate that the first run made.
+
+    :param str plate: the name of the plate.
+    """
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not (msg["is_observed"] or site_is_subsample(msg) or lies_in(msg, self.plate)):
+            self.values.setdefault(msg["name"], msg["value"])
+
+
+class RowsOfPlate(SharedSubsamples):
+    """Chooses the rows of one plate, block by block, and shares the indices of other plates.
+
+    :param str plate: the name of the plate.
+    :param int batch_size: the number of rows in a block, but for the last.
+    :param int size: the size of the plate, if it is known before the programs run.
+    """
+
+    def __init__(self, plate: str, batch_size: int, size: int | None = None) -> None:
+        super().__init__()
+        self.plate = plate
+        self.batch_size = batch_size
+        self.size = size
+        self.first_row = self.start = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (site_is_subsample(msg) and msg["name"] == self.plate):
+            super()._pyro_sample(msg)
+            return
+        self.size = size = msg["fn"].size
+        own_size = msg["fn"].subsample_size
+        stop = min(self.first_row + self.batch_size, size)
+        # A plate with a subsample size insists on it: the last block goes back over known rows.
+        self.start = self.first_row if own_size is None else max(0, stop - own_size)
+        rows = torch.arange(self.start, stop, device=msg["fn"].device)
+        found = None
+        if own_size is not None and own_size != min(self.batch_size, size):
+            found = f"subsample_size={own_size}"
+        elif msg["value"] is not None and not torch.equal(torch.as_tensor(msg["value"]), rows):
+            found = "rows of its own"  # a model that is replayed has those of the guide
+        if found:
+            raise ValueError(
+                f"batch_size={self.batch_size}: expected plate '{self.plate}' to have the "
+                f"subsample_size={self.batch_size} or none, and to use the indices that it yields; "
+                f"got {found}. An automatic guide has the sizes of the first run, unless "
+                "create_plates says otherwise."
+            )
+        msg["value"] = rows
+        msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] != self.plate:
+            super()._pyro_post_sample(msg)

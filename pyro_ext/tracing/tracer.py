@@ -1,0 +1,161 @@
+import math
+from dataclasses import dataclass, field
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
+
+from pyro_ext.tracing.density_sites import DensitySite, plates_of
+from pyro_ext.tracing.gather import gather_particles
+from pyro_ext.tracing.particles import Particles
+from pyro_ext.tracing.plates import (
+    check_local_plate,
+    check_subsampling,
+    find_common_plates,
+    warn_of_joint_weights,
+)
+from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.provenance import Dependence
+from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
+from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.sites import lies_in
+
+
+@dataclass
+class TracerMemory:
+    """What is known of the programs that were traced last; other programs start afresh."""
+
+    pair: Programs | None = None
+    plate_nesting: int | None = None
+    dependence: Dependence = field(default_factory=Dependence)
+    warned_plates: set[str] = field(default_factory=set)
+
+    def recall(self, programs: Programs) -> "TracerMemory":
+        """The memory, emptied if it is of other programs."""
+        if not programs.is_same_pair(self.pair):
+            self.__dict__ |= vars(TracerMemory(programs.without_arguments))
+        return self
+
+
+@dataclass
+class ParticleTracer:
+    """Runs a model and a guide for K particles, and sums their traces to log weights.
+
+    It knows no bound: estimators, evidence, annealing and diagnostics all trace by it.
+
+    :ivar num_particles: the number of particles K.
+    :ivar vectorize: whether they run at once, in a plate to the left of all others. One particle
+        runs by itself, without the plate, unless ``has_dim_for_one``.
+    :ivar max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
+        for each pair of programs.
+    :ivar local_plate: the name of the only plate to run K times; None to run all.
+    :ivar is_linear: whether the objective is linear in the log weights, so that any plate may be
+        subsampled.
+    :ivar has_dim_for_one: whether one particle, too, has the dim of the particles.
+    :ivar remedy: the argument of the caller that runs one particle at a time, for errors.
+    :ivar memory: what was found out about the programs.
+    """
+
+    num_particles: int = 2
+    vectorize: bool = True
+    max_plate_nesting: float = math.inf
+    local_plate: str | None = None
+    is_linear: bool = False
+    has_dim_for_one: bool = False
+    remedy: str = "vectorize_particles=False"
+    memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
+
+    def run(
+        self,
+        programs: Programs,
+        num_particles: int | None = None,
+        subsamples: SharedSubsamples | None = None,
+        has_leaves: bool = False,
+    ) -> ParticleTraces:
+        """The traces of K particles.
+
+        :param Programs programs: the model and guide.
+        :param int num_particles: in place of the tracer's own.
+        :param SharedSubsamples subsamples: minibatch indices to use, or to record.
+        :param bool has_leaves: whether leaves take the place of reparameterised draws.
+        :raises ValueError: where sites do not match between model and guide, where a site is
+            marked for enumeration, and where the programs cannot take the dim of the particles.
+        """
+        K = self.num_particles if num_particles is None else num_particles
+        if self.vectorize and (K > 1 or self.has_dim_for_one):
+            particle_dim = -1 - self.plate_nesting(programs, subsamples)
+            return run_at_once(
+                programs, K, particle_dim, subsamples, self._local_plate, has_leaves, self.remedy
+            )
+        return run_in_turn(
+            programs, K, self.max_plate_nesting, subsamples, self._local_plate, has_leaves
+        )
+
+    def trace(
+        self,
+        programs: Programs,
+        num_particles: int | None = None,
+        subsamples: SharedSubsamples | None = None,
+        has_leaves: bool = False,
+    ) -> Particles:
+        """The log weights of K particles; for arguments and errors, see :meth:`run`.
+
+        :raises ValueError: also where a subsampled plate would enter the weights.
+        """
+        memory = self.memory.recall(programs)
+        traces = self.run(programs, num_particles, subsamples, has_leaves)
+        local_plate = self._local_plate
+        rows = subsamples or SharedSubsamples()
+        depends = memory.dependence.within(traces, programs.each_under(rows, rows), local_plate)
+        by_particle = traces.density_sites()
+        sites = [site for row in by_particle for site in row]
+        if local_plate is not None:
+            check_local_plate(local_plate, by_particle[0], depends)
+            sites = [site for site in sites if lies_in(site.node, local_plate)]
+        common = find_common_plates(sites, depends)
+        if not self.is_linear:
+            check_subsampling(sites, common, depends)
+            if not common:
+                warn_of_joint_weights(sites, memory.warned_plates)
+
+        def is_outside(site: DensitySite) -> bool:
+            if local_plate is not None and not lies_in(site.node, local_plate):
+                return True
+            return site.is_observed and not site.plates.issuperset(common) and not depends(site)
+
+        outside = {site.key for row in by_particle for site in row if is_outside(site)}
+        return gather_particles(traces, common, outside, local_plate)
+
+    @property
+    def _local_plate(self) -> str | None:
+        # A linear objective is the same wherever its particles are.
+        return None if self.is_linear else self.local_plate
+
+    def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
+        """The number of nested plates, guessed by one run where it is not given."""
+        if self.max_plate_nesting != math.inf:
+            return int(self.max_plate_nesting)
+        memory = self.memory.recall(programs)
+        if memory.plate_nesting is None:
+            # The programs may hide their sites from handlers around them.
+            rows = subsamples or SharedSubsamples()
+            memory.plate_nesting = _guess_plate_nesting(programs.each_under(rows, rows))
+        return memory.plate_nesting
+
+
+@torch.no_grad()
+def _guess_plate_nesting(programs: Programs) -> int:
+    nodes = []
+    for trace in programs.run().values():
+        if is_validation_enabled():
+            trace.compute_log_prob()
+        nodes += [node for node in trace.nodes.values() if node["type"] == "sample"]
+    depths = [0]
+    for node in nodes:
+        if site_is_subsample(node):
+            continue
+        if is_validation_enabled():
+            check_site_shape(node, math.inf)  # type: ignore[arg-type]
+        depths += [-(plate.dim or 0) for plate in plates_of(node)]
+    return max(depths)
