@@ -1,8 +1,10 @@
-import os
-
 import pyro
 import pytest
 import torch
+
+from tests import shapes
+
+shapes.install()
 
 
 def pytest_addoption(parser):
@@ -11,9 +13,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Under pytest-xdist each worker has one core.
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    # The networks of the tests are tiny: a second thread costs more than it gives.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _load_state_dict as load_optimizer_state
 from pyro.poutine.runtime import _PYRO_STACK as HANDLER_STACK
@@ -10,7 +9,6 @@ from torch import Tensor
 
 __all__ = [
     "HANDLER_STACK",
-    "guess_max_plate_nesting",
     "load_optimizer_state",
     "make_grad_clip",
     "make_optimizer",
@@ -23,11 +21,6 @@ __all__ = [
 def mask_of(fn: Any) -> Any:
     """The mask of a masked distribution; None if it is not masked."""
     return getattr(fn, "_mask", None)
-
-
-def guess_max_plate_nesting(elbo: ELBO, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-    """Sets ``elbo.max_plate_nesting`` by one run of both programs."""
-    elbo._guess_max_plate_nesting(model, guide, args, kwargs)
 
 
 def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:

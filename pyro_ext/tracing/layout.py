@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext.tracing.density_sites import Plate
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
     kept: set[int | None]
     like: Tensor
 
-    def stack(self, terms: Iterable[Sequence[Tensor]]) -> Tensor:
+    def stack(self, terms: Iterable[Sequence[Tensor]]) -> Float[Tensor, "K *common"]:
         """Adds up the terms of each trace, and stacks the traces unless they are vectorised."""
         rows = [self._row(row_terms) for row_terms in terms]
         if self.particle_dim is not None:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_ext.tracing.moving_supports import support_moves
@@ -39,11 +40,13 @@ class LeafDraws(Messenger):
         self.draws: list[Draw] = []
         self._seen: set[str] = set()
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value, fn = msg["value"], msg["fn"]
-        if msg["name"] in self._seen:
+    def _pyro_post_sample(self, msg: Message) -> None:
+        name: Any = msg["name"]
+        value: Any = msg["value"]
+        fn = msg["fn"]
+        if name in self._seen:
             return  # the model, replayed
-        self._seen.add(msg["name"])
+        self._seen.add(name)
         if (
             not msg["is_observed"]
             and getattr(fn, "has_rsample", False)
@@ -51,12 +54,10 @@ class LeafDraws(Messenger):
             and not is_delta(fn)
         ):
             if support_moves(fn):
-                raise SiteError(_moving_support(msg["name"]))
+                raise SiteError(_moving_support(name))
             leaf = msg["value"] = value.detach().requires_grad_()
             is_global = not has_particles(msg, self.local_plate)
-            self.draws.append(
-                Draw(msg["name"], value, leaf, fn, msg["scale"], msg["mask"], is_global)
-            )
+            self.draws.append(Draw(name, value, leaf, fn, msg["scale"], msg["mask"], is_global))
 
     def raise_without_inverse(self, error: Exception) -> None:
         """Raises if a leaf has no density because its distribution's transform has no inverse."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -25,7 +26,7 @@ class SiteRecord(NamedTuple):
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
-    plate_sizes: dict[str, int]
+    plate_sizes: dict[str, int | None]
     user_scales: tuple[Any, ...]
 
 
@@ -54,10 +55,10 @@ class SiteRecorder(Messenger):
         self.sites: dict[str, SiteRecord] = {}
         self._has_latent = False
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             return
-        name, infer = msg["name"], msg["infer"]
+        name, infer = str(msg["name"]), msg["infer"] or {}
         if infer.get("enumerate") and not msg["is_observed"]:
             raise SiteError(
                 f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -38,13 +39,13 @@ class Particles:
     :ivar guide_traces: likewise.
     """
 
-    log_p: Tensor
-    log_q: Tensor
-    log_q_rest: Tensor
+    log_p: Float[Tensor, "K *common"]
+    log_q: Float[Tensor, "K *common"]
+    log_q_rest: Float[Tensor, "K *common"]
     scale: Any
     outer_terms: tuple[OuterTerm, ...]
     global_scores: tuple[OuterTerm, ...]
-    score: Tensor | None
+    score: Float[Tensor, "K *common"] | None
     plates: tuple[Plate, ...]
     draws: tuple[Draw, ...]
     global_draws: tuple[Draw, ...]
@@ -52,11 +53,13 @@ class Particles:
     guide_traces: tuple[Trace, ...]
 
     @property
-    def log_w(self) -> Tensor:
+    def log_w(self) -> Float[Tensor, "K *common"]:
         """``(K, *common)``, the log importance weights log p(x, z) - log q(z)."""
         return self.log_p - self.log_q
 
-    def reward_outside(self, objective: Tensor, plates: frozenset[Plate]) -> Tensor:
+    def reward_outside(
+        self, objective: Float[Tensor, "*common"], plates: frozenset[Plate]
+    ) -> Tensor:
         """The whole objective, summed to some plates: what sites in them are rewarded by.
 
         :param torch.Tensor objective: its part in the common plates, of shape ``common``.

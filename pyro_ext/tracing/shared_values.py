@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 
 from pyro_ext.tracing.sites import lies_in
 
@@ -17,14 +17,14 @@ class SharedSubsamples(Messenger):
         super().__init__()
         self.indices: dict[str, Any] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
-            self.indices.setdefault(msg["name"], msg["value"])
+            self.indices.setdefault(str(msg["name"]), msg["value"])
 
 
 class SharedGlobals(Messenger):
@@ -36,16 +36,16 @@ class SharedGlobals(Messenger):
     def __init__(self, plate: str) -> None:
         super().__init__()
         self.plate = plate
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[str, Any] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["value"] is None and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if not (msg["is_observed"] or site_is_subsample(msg) or lies_in(msg, self.plate)):
-            self.values.setdefault(msg["name"], msg["value"])
+            self.values.setdefault(str(msg["name"]), msg["value"])
 
 
 class RowsOfPlate(SharedSubsamples):
@@ -63,16 +63,17 @@ class RowsOfPlate(SharedSubsamples):
         self.size = size
         self.first_row = self.start = 0
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if not (site_is_subsample(msg) and msg["name"] == self.plate):
             super()._pyro_sample(msg)
             return
-        self.size = size = msg["fn"].size
-        own_size = msg["fn"].subsample_size
+        fn: Any = msg["fn"]
+        self.size = size = fn.size
+        own_size = fn.subsample_size
         stop = min(self.first_row + self.batch_size, size)
         # A plate with a subsample size insists on it: the last block goes back over known rows.
         self.start = self.first_row if own_size is None else max(0, stop - own_size)
-        rows = torch.arange(self.start, stop, device=msg["fn"].device)
+        rows = torch.arange(self.start, stop, device=fn.device)
         found = None
         if own_size is not None and own_size != min(self.batch_size, size):
             found = f"subsample_size={own_size}"
@@ -88,6 +89,6 @@ class RowsOfPlate(SharedSubsamples):
         msg["value"] = rows
         msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if msg["name"] != self.plate:
             super()._pyro_post_sample(msg)

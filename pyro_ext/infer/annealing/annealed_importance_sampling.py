@@ -13,7 +13,7 @@ from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
-from pyro_ext.infer.evidence.proposals import PriorProposal
+from pyro_ext.infer.evidence.proposals import prior_proposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 
@@ -104,7 +104,7 @@ def annealed_importance_sampling(
     True
     """
     programs = read_programs(
-        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
+        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
     )
     for name, value in (
         ("num_chains", num_chains),

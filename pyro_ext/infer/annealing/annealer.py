@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,24 +20,17 @@ ADAPTATION_RATE = 0.3
 NUM_WARMUP = 20
 
 
+@dataclass
 class Annealer:
     """Runs the chains, with step sizes that a first pass has found."""
 
-    def __init__(
-        self,
-        programs: UnconstrainedPrograms,
-        betas: tuple[float, ...],
-        num_leapfrog_steps: int,
-        target_acceptance: float,
-        bar: "tqdm[Any]",
-    ) -> None:
-        self.programs = programs
-        self.betas = betas
-        self.num_leapfrog_steps = num_leapfrog_steps
-        self.target_acceptance = target_acceptance
-        self.bar = bar
-        self.scales: dict[str, Tensor] = {}
-        self.step_sizes: list[Tensor] = []
+    programs: UnconstrainedPrograms
+    betas: tuple[float, ...]
+    num_leapfrog_steps: int
+    target_acceptance: float
+    bar: "tqdm[Any]"
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    step_sizes: list[Tensor] = field(default_factory=list)
 
     def adapt(self, num_chains: int) -> None:
         """Finds the step sizes, by chains that follow their acceptance."""

@@ -68,46 +68,34 @@ def _slopes(
     programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
 ) -> tuple[Densities, dict[str, Tensor]]:
     """The densities, and the gradient of the annealed one."""
+    leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
     try:
-        return _slopes_of_all(programs, positions, beta)
+        with torch.enable_grad():
+            densities = programs(leaves)
+            # Chains and data points are independent: the gradient of the sum is that of each.
+            slopes = torch.autograd.grad(densities.annealed(beta).sum(), list(leaves.values()))
     except Exception as error:
         if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
             raise
-    # One chain at least has come to a singular matrix: find out which, and keep it from moving.
+        return _slopes_one_by_one(programs, positions, beta)
+    return Densities(*(x.detach() for x in densities)), dict(zip(leaves, slopes, strict=True))
+
+
+def _slopes_one_by_one(
+    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
+) -> tuple[Densities, dict[str, Tensor]]:
+    """The same where a chain has come to a singular matrix: it has no density, and stays put."""
     num_chains = len(next(iter(positions.values())))
+    if num_chains == 1:
+        zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)
+        densities = Densities(*[torch.full_like(zero, -math.inf)] * 3)
+        return densities, {name: torch.zeros_like(u) for name, u in positions.items()}
     rows = [
-        _slopes_of_one(programs, {name: u[i : i + 1] for name, u in positions.items()}, beta)
+        _slopes(programs, {name: u[i : i + 1] for name, u in positions.items()}, beta)
         for i in range(num_chains)
     ]
     densities = Densities(*map(torch.cat, zip(*(row[0] for row in rows), strict=True)))
     return densities, {name: torch.cat([row[1][name] for row in rows]) for name in positions}
-
-
-def _slopes_of_one(
-    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
-) -> tuple[Densities, dict[str, Tensor]]:
-    """The same of one chain; densities of zero where there are none."""
-    try:
-        return _slopes_of_all(programs, positions, beta)
-    except Exception as error:
-        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
-            raise
-        zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)
-        return Densities(*[torch.full_like(zero, -math.inf)] * 3), {
-            name: torch.zeros_like(u) for name, u in positions.items()
-        }
-
-
-def _slopes_of_all(
-    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
-) -> tuple[Densities, dict[str, Tensor]]:
-    with torch.enable_grad():
-        leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
-        densities = programs(leaves)
-        # The chains and data points are independent: the gradient of the sum is that of each.
-        slopes = torch.autograd.grad(densities.annealed(beta).sum(), list(leaves.values()))
-    densities = Densities(*(x.detach() for x in densities))
-    return densities, dict(zip(leaves, slopes, strict=True))
 
 
 def _kinetic_energy(programs: UnconstrainedPrograms, momenta: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pyro.distributions as dist
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -37,11 +38,11 @@ class UnconstrainedSites(Messenger):
         self.particle_dim = 0
         self._of_guide: set[str] = set()
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         # A site that has a value is that of the guide again, replayed in the model.
         if msg["value"] is not None or not _is_latent(msg):
             return
-        name = msg["name"]
+        name: Any = msg["name"]
         if is_masked_out(msg):
             raise SiteError(
                 f"{self.owner}: expected latent sites with a density, got site '{name}', which is "
@@ -54,15 +55,16 @@ class UnconstrainedSites(Messenger):
             msg["done"] = True
             self.log_dets[name] = transform.log_abs_det_jacobian(self.given[name], msg["value"])
         elif self.sample is not None and name in self.sample:
-            msg["value"] = self.sample[name].expand(msg["fn"].batch_shape + msg["fn"].event_shape)
+            fn: Any = msg["fn"]
+            msg["value"] = self.sample[name].expand(fn.batch_shape + fn.event_shape)
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        name = msg["name"]
+    def _pyro_post_sample(self, msg: Message) -> None:
+        name: Any = msg["name"]
         if self.given is not None or name in self.positions or name not in self._of_guide:
             return
         self.positions[name] = self._transform(msg).inv(msg["value"])
-        frames = {frame.name: frame.dim for frame in msg["cond_indep_stack"]}
+        frames = {frame.name: frame.dim or 0 for frame in msg["cond_indep_stack"]}
         self.particle_dim = frames[PARTICLE_PLATE]
 
     def _transform(self, msg: Any) -> Any:

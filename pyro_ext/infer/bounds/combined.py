@@ -1,6 +1,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import check_real
@@ -36,10 +37,12 @@ class CombinedELBO(MultiSampleELBO):
         check_real("CombinedELBO", "beta", beta, 0.0, 1.0)
         self.beta = beta
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax(log_w, 0)
         first = self.beta / log_w.shape[0] + (1 - self.beta) * weights

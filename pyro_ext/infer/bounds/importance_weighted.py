@@ -1,6 +1,7 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
@@ -31,15 +32,17 @@ class ImportanceWeightedELBO(MultiSampleELBO):
     3.7965
     """
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return log_mean_exp(log_w)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax(log_w, 0)
         return weights, weights * (1 - weights)
 
-    def learning_signal(self, log_w: Tensor) -> Tensor:
+    def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         """In O(K); see :meth:`MultiSampleELBO.learning_signal`."""
         K = log_w.shape[0]
         if K == 1:

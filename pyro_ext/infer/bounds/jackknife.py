@@ -1,5 +1,6 @@
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import check_integer
@@ -47,9 +48,11 @@ class JackknifeELBO(MultiSampleELBO):
             )
         self.order = order
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return jackknife(log_w, self.order)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         return jackknife_derivatives(log_w, self.order)

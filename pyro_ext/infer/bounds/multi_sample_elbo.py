@@ -3,6 +3,7 @@ from abc import abstractmethod
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Float
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
@@ -144,7 +145,7 @@ class MultiSampleELBO(ELBO):
         )
 
     @abstractmethod
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         """The function f of the log weights.
 
         :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
@@ -152,7 +153,9 @@ class MultiSampleELBO(ELBO):
         """
         raise NotImplementedError
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         r"""First and pure second derivatives of :meth:`bound` in each log weight.
 
         By default they are computed by autograd, in K backward passes.
@@ -172,7 +175,7 @@ class MultiSampleELBO(ELBO):
             ]
         return first.detach(), torch.stack(second)
 
-    def learning_signal(self, log_w: Tensor) -> Tensor:
+    def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         r"""What the non-reparameterised sites of each particle are rewarded by.
 
         .. math::
@@ -200,7 +203,9 @@ class MultiSampleELBO(ELBO):
         """The estimator whose bound the guide is trained on; this one, unless overridden."""
         return self
 
-    def _against_baseline(self, log_w: Tensor, baseline: Tensor) -> Tensor:
+    def _against_baseline(
+        self, log_w: Float[Tensor, "K *common"], baseline: Float[Tensor, "K *common"]
+    ) -> Float[Tensor, "K *common"]:
         return self.bound(log_w) - baseline.where(baseline.isfinite(), 0.0)
 
     @torch.no_grad()

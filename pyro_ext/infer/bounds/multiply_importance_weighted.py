@@ -1,5 +1,6 @@
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import check_integer
@@ -42,16 +43,18 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
             )
         self.num_groups = num_groups
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return log_mean_exp(self._grouped(log_w), dim=1).mean(0)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = self._grouped(log_w).softmax(1)
         first = weights / self.num_groups
         return first.reshape(log_w.shape), (first * (1 - weights)).reshape(log_w.shape)
 
-    def _grouped(self, log_w: Tensor) -> Tensor:
+    def _grouped(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "M L *common"]:
         if log_w.shape[0] % self.num_groups:
             raise ValueError(
                 f"{type(self).__name__}: expected a number of log weights divisible by "

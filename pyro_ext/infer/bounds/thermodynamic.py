@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import check_integer
@@ -61,11 +62,13 @@ class ThermodynamicELBO(MultiSampleELBO):
                 f"ThermodynamicELBO: expected betas that increase from 0 to 1, got {self.betas}."
             )
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         means = [width * (v * log_w).sum(0) for _, width, v in self._partitions(log_w)]
         return torch.stack(means).sum(0)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         first, second = torch.zeros_like(log_w), torch.zeros_like(log_w)
         for beta, width, v in self._partitions(log_w):
@@ -75,7 +78,7 @@ class ThermodynamicELBO(MultiSampleELBO):
             second = second + width * beta * v * ((1 - v) * (1 + beta * deviation) + 1 - slope)
         return first, second
 
-    def learning_signal(self, log_w: Tensor) -> Tensor:
+    def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         """The covariance of the class's description, in place of a baseline."""
         deviations = [
             width * v * (log_w - (v * log_w).sum(0)) for _, width, v in self._partitions(log_w)

@@ -1,6 +1,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import check_real
@@ -41,10 +42,12 @@ class VariationalRenyiELBO(MultiSampleELBO):
             )
         self.alpha = alpha
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax((1 - self.alpha) * log_w, 0)
         return weights, (1 - self.alpha) * weights * (1 - weights)

@@ -14,7 +14,7 @@ from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import PriorProposal, WidenedProposal
+from pyro_ext.infer.evidence.proposals import WidenedScales, prior_proposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.shared_values import RowsOfPlate
@@ -114,7 +114,7 @@ def estimate_evidence(
     True
     """
     programs = read_programs(
-        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
+        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
     )
     if target_std_error is not None:
         check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
@@ -123,7 +123,7 @@ def estimate_evidence(
     orders = checked_orders(NAME, jackknife_orders, num_samples)
     check_positive(NAME, "proposal_scale", proposal_scale)
     if proposal_scale != 1:
-        programs = replace(programs, guide=WidenedProposal(programs.guide, proposal_scale))
+        programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
     is_kept = state is not None
     state = EvidenceState() if state is None else state
     state.check_settings(

@@ -1,6 +1,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,27 +16,31 @@ from pyro_ext.tracing.failures import data_points
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
 
+@dataclass
 class EvidenceSampler:
-    """Draws for one block of data after the other."""
+    """Draws for one block of data after the other.
 
-    def __init__(
-        self,
-        stream: ParticleStream,
-        orders: tuple[int, ...],
-        target_std_error: float | None,
-        state: EvidenceState,
-        is_kept: bool,
-        bar: "tqdm[Any]",
-    ) -> None:
-        self.stream = stream
-        self.orders = orders
-        self.target_std_error = target_std_error
-        self.state = state
-        self.is_kept = is_kept
-        self.bar = bar
-        self.parts: list[Evidence] = []
-        self.position = self.num_rows = self.num_chunks = 0
-        self._resume_from = state.latest
+    :ivar stream: the draws.
+    :ivar orders: the orders of the jackknife.
+    :ivar target_std_error: the standard error at which to stop; None to draw all.
+    :ivar state: what is kept.
+    :ivar is_kept: whether a later call may go on from the state.
+    :ivar bar: a progress bar.
+    """
+
+    stream: ParticleStream
+    orders: tuple[int, ...]
+    target_std_error: float | None
+    state: EvidenceState
+    is_kept: bool
+    bar: "tqdm[Any]"
+    parts: list[Evidence] = field(default_factory=list, init=False)
+    position: int = field(default=0, init=False)
+    num_rows: int = field(default=0, init=False)
+    num_chunks: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._resume_from = self.state.latest
         self._caller_random_states: RandomStates | None = None
 
     def run(self, blocks: Iterator[DataBlock]) -> Evidence:

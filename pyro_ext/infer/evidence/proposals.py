@@ -1,52 +1,34 @@
 """Guides made from a model or from another guide, to propose draws from."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext._private.of_pyro import mask_of
+from pyro_ext.tracing import Program
 from pyro_ext.tracing.sites import SiteError, is_delta
 
 
-class PriorProposal:
+def prior_proposal(model: Program) -> Program:
     """The prior of a model as a guide: its latent sites, without what is observed."""
-
-    def __init__(self, model: Callable) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Draws the latent sites."""
-        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
-            self.model(*args, **kwargs)
+    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
-class WidenedProposal:
-    """A guide whose location-scale sites have their scales multiplied by a factor.
+class WidenedScales(Messenger):
+    """Multiplies the scales of a guide's location-scale sites by a factor.
 
-    :param guide: the guide.
     :param float factor: the factor, positive.
     """
 
-    def __init__(self, guide: Callable, factor: float) -> None:
-        self.guide = guide
-        self.factor = factor
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the guide."""
-        with _Widen(self.factor):
-            return self.guide(*args, **kwargs)
-
-
-class _Widen(Messenger):
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg) or is_delta(msg["fn"]):
             return
         widened = _widen(msg["fn"], self.factor)

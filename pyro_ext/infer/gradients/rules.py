@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._private.of_pyro import mask_of
@@ -41,13 +42,15 @@ from pyro_ext.tracing.particles import Particles
 class Bound(Protocol):
     """What a rule needs of an estimator."""
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         """The function f of the log weights."""
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """Its first and pure second derivatives."""
 
-    def learning_signal(self, log_w: Tensor) -> Tensor:
+    def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         """What each particle's non-reparameterised sites are rewarded by."""
 
     @property
@@ -77,7 +80,7 @@ class GradientRule(NamedTuple):
         """Whether leaves are needed for a bound: also where the guide has a bound of its own."""
         return self.has_leaves or bound.guide_bound is not bound
 
-    def objective(self, bound: Bound, particles: Particles) -> Tensor:
+    def objective(self, bound: Bound, particles: Particles) -> Float[Tensor, ""]:
         """The estimate.
 
         :raises ValueError: if the rule needs reparameterised sites, and there are only others.
@@ -91,7 +94,7 @@ class GradientRule(NamedTuple):
         return self.estimate(bound, particles)
 
 
-def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
+def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
     r"""The bound itself, whose gradient for fixed noise is :math:`\sum_k f_k \nabla \log w_k`.
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
@@ -102,7 +105,7 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Tensor:
     return _once_reparameterized(bound, particles, particles.log_q, particles.outer)
 
 
-def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor:
+def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
     """Drops the guide's explicit term of its reparameterised draws.
 
     The dropped term has mean zero for a linear bound, as at K = 1; else the rule is biased.
@@ -113,7 +116,7 @@ def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Tensor
     return _once_reparameterized(bound, particles, particles.log_q_rest, particles.outer_rest)
 
 
-def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Tensor:
+def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
     """Turns the guide's explicit term into a path derivative: f_k - f_kk in place of f_k.
 
     Source: Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for
@@ -147,7 +150,7 @@ GRADIENT_RULES = {
 }
 
 
-def bound_value(bound: Bound, log_w: Tensor) -> Tensor:
+def bound_value(bound: Bound, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
     """The bound, with its shape checked.
 
     :raises ValueError: if the bound is no tensor of shape ``common``.
@@ -162,26 +165,28 @@ def bound_value(bound: Bound, log_w: Tensor) -> Tensor:
     return value
 
 
-def _total(particles: Particles, per_plate: Tensor) -> Tensor:
+def _total(particles: Particles, per_plate: Float[Tensor, "*common"]) -> Float[Tensor, ""]:
     return (particles.scale * per_plate).sum()
 
 
-def _weighted(particles: Particles, weights: Tensor) -> Tensor:
+def _weighted(particles: Particles, weights: Float[Tensor, "K *common"]) -> Float[Tensor, ""]:
     return _total(particles, (weights * _finite(particles.log_w)).sum(0))
 
 
-def _finite(log_density: Tensor) -> Tensor:
+def _finite(log_density: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
     """Drops the particles of weight zero, whose coefficients are zero: 0 x inf would be NaN."""
     return log_density.masked_fill(log_density.isinf(), 0.0)
 
 
-def _score_weighted(particles: Particles, weights: Tensor) -> Tensor | float:
+def _score_weighted(
+    particles: Particles, weights: Float[Tensor, "K *common"]
+) -> Float[Tensor, ""] | float:
     if particles.score is None:
         return 0.0
     return _total(particles, (weights * particles.score).sum(0))
 
 
-def _reward(bound: Bound, particles: Particles) -> Tensor | float:
+def _reward(bound: Bound, particles: Particles) -> Float[Tensor, ""] | float:
     """The score-function terms; sites outside of the local plate are rewarded by everything."""
     bound, log_w = bound.guide_bound, particles.log_w.detach()
     reward: Tensor | float = 0.0

@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pyro.infer import SVI
 from pyro.infer.elbo import ELBO
 from torch import Tensor
@@ -129,7 +130,7 @@ def _draw(
     return elapsed, found
 
 
-def _summary(gradients: Tensor) -> GradientSummary:
+def _summary(gradients: Float[Tensor, "R D"]) -> GradientSummary:
     num_repeats = len(gradients)
     mean = gradients.mean(0)
     variance = (gradients - mean).square().sum() / (num_repeats - 1)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._random_states import (
@@ -43,7 +44,7 @@ class TwoPass:
         self.states: list[RandomStates] = []
 
     @torch.no_grad()
-    def weigh(self) -> tuple[Tensor, Particles]:
+    def weigh(self) -> tuple[Float[Tensor, "K *common"], Particles]:
         """The first pass: all log weights without a graph, and the last chunk."""
         subsamples = SharedSubsamples()
         log_w = []
@@ -88,9 +89,9 @@ class LinearBound(NamedTuple):
     :ivar own_guide_bound: the linear bound of the guide; None if it is this one.
     """
 
-    first: Tensor
-    second: Tensor
-    signal: Tensor | None
+    first: Float[Tensor, "K *common"]
+    second: Float[Tensor, "K *common"]
+    signal: Float[Tensor, "K *common"] | None
     own_guide_bound: "LinearBound | None"
 
     def part(self, particles: slice) -> "LinearBound":
@@ -103,12 +104,14 @@ class LinearBound(NamedTuple):
             None if own is None else own.part(particles),
         )
 
-    def bound(self, log_w: Tensor) -> Tensor:
+    def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         """The linear function; its value means nothing."""
         # Weights of zero have zero coefficients: 0 x inf would be NaN.
         return (self.first * log_w.masked_fill(log_w.isinf(), 0.0)).sum(0)
 
-    def derivatives(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(
+        self, log_w: Float[Tensor, "K *common"]
+    ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
         """The derivatives, whatever the log weights."""
         return self.first, self.second
 
@@ -122,7 +125,7 @@ class LinearBound(NamedTuple):
         return self if self.own_guide_bound is None else self.own_guide_bound
 
 
-def linearize(bound: Bound, log_w: Tensor, has_score: bool) -> LinearBound:
+def linearize(bound: Bound, log_w: Float[Tensor, "K *common"], has_score: bool) -> LinearBound:
     """The linear function with the derivatives of a bound at the log weights of all particles.
 
     :param bool has_score: whether the guide has non-reparameterised sites.

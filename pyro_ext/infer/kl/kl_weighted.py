@@ -13,6 +13,7 @@ from pyro.infer import (
 )
 from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -150,16 +151,17 @@ class _KLWeight(Messenger):
         self.schedule = schedule
         self.is_guide = is_guide
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
         if self.is_guide:
             self.selection.add(msg)
+        name = str(msg["name"])
         # A site of the model alone is enumerated, and has no KL term.
-        if self.selection.is_weighted.get(msg["name"], False):
+        if self.selection.is_weighted.get(name, False):
             # A tensor, for graphs captured from a step to follow it; in the dtype of the density,
             # which float64 would widen where it has no dims either.
-            dtype = self.selection.dtypes.get(msg["name"], torch.get_default_dtype())
+            dtype = self.selection.dtypes.get(name, torch.get_default_dtype())
             msg["scale"] = msg["scale"] * self.schedule.factor_tensor.to(dtype)
 
 

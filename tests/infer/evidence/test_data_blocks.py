@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_ext.infer import EvidenceState, estimate_evidence
-from pyro_ext.infer.evidence.proposals import WidenedProposal
+from pyro_ext.infer.evidence.proposals import WidenedScales
 from tests.models import GlobalNormal, Interrupted, NormalNormal
 
 X = torch.linspace(-2, 3, 10, dtype=torch.float64)
@@ -356,7 +356,7 @@ def test_bad_blocks():
     ids=lambda fn: type(fn).__name__,
 )
 def test_widened_proposals(fn, widened):
-    proposal = WidenedProposal(lambda: pyro.sample("z", fn), 1.5)
+    proposal = WidenedScales(1.5)(lambda: pyro.sample("z", fn))
     site = pyro.poutine.trace(proposal).get_trace().nodes["z"]
     torch.testing.assert_close(site["fn"].log_prob(site["value"]), widened.log_prob(site["value"]))
 
