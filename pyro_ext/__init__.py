@@ -1,3 +1,3 @@
-"""Multi-sample variational inference for Pyro, and evidence that can be trusted."""
+"""Multi-sample variational inference for Pyro, and evidence estimates with error bars."""
 
 __version__ = "0.1.0"

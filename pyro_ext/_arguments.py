@@ -1,4 +1,4 @@
-"""Checks of arguments, and words for a value that is not what was expected."""
+"""Checks of arguments, and descriptions of wrong values for error messages."""
 
 import math
 from typing import Any
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def describe(value: Any) -> str:
-    """A few words for a value in an error: never the entries of a tensor or a long list."""
+    """Return a short description of a value for an error message.
+
+    It never contains the entries of a tensor or of a long list.
+    """
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
@@ -16,7 +19,7 @@ def describe(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     name = type(value).__name__
-    vowels = "AEFHILMNORSX" if name.isupper() else "AEIOUaeiou"  # an SVI, but a Sequential
+    vowels = "AEFHILMNORSX" if name.isupper() else "AEIOUaeiou"  # "an SVI", but "a Sequential"
     size = f" of length {len(value)}" if isinstance(value, (list, tuple, dict, set)) else ""
     return f"{'an' if name[0] in vowels else 'a'} {name}{size}"
 
@@ -24,18 +27,23 @@ def describe(value: Any) -> str:
 def check_type(
     owner: str, name: str, value: Any, kind: type | tuple[type, ...], expected: str
 ) -> None:
-    """Raises a TypeError unless an argument is an instance.
+    """Raise a TypeError unless an argument has a given type.
 
-    :param str expected: words for what it must be, such as "a tensor".
+    :param owner: the name of the function or class that has the argument, for the message.
+    :param name: the name of the argument.
+    :param value: its value.
+    :param kind: the type, or a tuple of types.
+    :param expected: a description of the type, such as "a tensor".
+    :raises TypeError: if ``value`` is not an instance of ``kind``.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{owner}: {name} must be {expected}, but it is {describe(value)}.")
 
 
 def check_integer(owner: str, name: str, value: Any, minimum: int) -> None:
-    """Raises unless an argument is an integer of at least ``minimum``.
+    """Raise an error unless an argument is an integer of at least ``minimum``.
 
-    :raises TypeError: if it is no integer.
+    :raises TypeError: if it is not an integer.
     :raises ValueError: if it is too small.
     """
     if isinstance(value, bool) or not isinstance(value, int):
@@ -47,10 +55,10 @@ def check_integer(owner: str, name: str, value: Any, minimum: int) -> None:
 
 
 def check_real(owner: str, name: str, value: Any, low: float, high: float) -> None:
-    """Raises unless an argument is a number in ``[low, high]``.
+    """Raise an error unless an argument is a number in ``[low, high]``.
 
-    :raises TypeError: if it is no number.
-    :raises ValueError: if it is outside of the interval.
+    :raises TypeError: if it is not a number.
+    :raises ValueError: if it is outside the interval.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, but it is {describe(value)}.")
@@ -61,7 +69,11 @@ def check_real(owner: str, name: str, value: Any, low: float, high: float) -> No
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
-    """Raises unless an argument is a finite number above zero; for errors, see check_real."""
+    """Raise an error unless an argument is a positive and finite number.
+
+    :raises TypeError: if it is not a number.
+    :raises ValueError: if it is not positive, or not finite.
+    """
     check_real(owner, name, value, 0.0, math.inf)
     if value in (0, math.inf):
         raise ValueError(f"{owner}: {name} must be positive and finite, but it is {value}.")

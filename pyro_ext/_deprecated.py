@@ -1,4 +1,4 @@
-"""Old spellings, which work for one more release and warn."""
+"""Support for old names, which work for one more release and give a warning."""
 
 import inspect
 import warnings
@@ -10,9 +10,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed_arguments(**names: str) -> Callable[[F], F]:
-    """Decorates a function that takes some arguments by new names.
+    """Return a decorator that accepts keyword arguments by their old names.
 
-    :param names: from the old name of a keyword argument to the new one.
+    :param names: the new name of each renamed argument, in the form ``old="new"``.
     """
 
     def decorate(function: F) -> F:
@@ -36,9 +36,12 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
 
 
 def keep_old_methods(cls: type, **names: str) -> None:
-    """Lets the methods that a class defines be overridden and called by their old names.
+    """Support the old names of the methods that a class defines.
 
-    :param names: from the old name of a method to the new one.
+    A subclass may override a method under its old name, and a user may call it under its old name.
+
+    :param cls: the class.
+    :param names: the new name of each renamed method, in the form ``old="new"``.
     """
     for old, new in names.items():
         own = vars(cls)
@@ -51,7 +54,7 @@ def keep_old_methods(cls: type, **names: str) -> None:
 
 def _renamed_method(method: Callable[..., Any], name: str, new: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The method by its old name."""
+        """Call the method under its old name."""
         _warn(f"{name} is deprecated. Call {new} instead.")
         return method(self, *args, **kwargs)
 

@@ -2,7 +2,7 @@ from typing import Any
 
 
 def axes_or_new(ax: Any) -> Any:
-    """The given matplotlib axes, or new ones if None."""
+    """Return the given matplotlib axes, or new axes if ``ax`` is None."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""The states of all random number generators: of torch, Python, NumPy, and a ``DataLoader``."""
+"""The states of the random number generators of torch, Python, NumPy and a ``DataLoader``."""
 
 import random
 from collections.abc import Iterator
@@ -12,9 +12,12 @@ RandomStates = dict[str, Any]
 
 
 def random_states(data: Any = None) -> RandomStates:
-    """The states of the generators of torch, Python and NumPy, and of a ``DataLoader``'s own.
+    """Return the states of all random number generators.
 
-    A CUDA generator is included once CUDA is in use.
+    They belong to torch, Python, NumPy and, if given, a ``DataLoader``. States of CUDA generators
+    are included once CUDA is in use.
+
+    :param data: a ``DataLoader``, or None.
     """
     return {
         "cpu": torch.get_rng_state(),
@@ -26,7 +29,11 @@ def random_states(data: Any = None) -> RandomStates:
 
 
 def set_random_states(states: RandomStates, data: Any = None) -> None:
-    """Restores what :func:`random_states` returned."""
+    """Restore the states that :func:`random_states` returned.
+
+    :param states: the states.
+    :param data: the ``DataLoader`` that was passed to :func:`random_states`, or None.
+    """
     torch.set_rng_state(states["cpu"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -38,9 +45,10 @@ def set_random_states(states: RandomStates, data: Any = None) -> None:
 
 @contextmanager
 def kept_random_states(seed: int | None = None) -> Iterator[None]:
-    """Keeps all states, and restores them at the end, also after an exception.
+    """Restore all random states at the end of a block, also after an exception.
 
-    :param int seed: seeds every generator in between; None goes on from the states of now.
+    :param seed: the seed of every generator inside the block; None to start from the current
+        states.
     """
     states = random_states()
     try:

@@ -1,4 +1,5 @@
-"""The private names of torch and Pyro that this package uses; no other module touches one.
+"""The private names of torch and Pyro that this package uses.
 
-``tests/test_private.py`` fails with the name where a new version lacks one.
+No other module uses a private name. If a new version of torch or Pyro lacks one,
+``tests/test_private.py`` fails and prints its name.
 """

@@ -19,25 +19,25 @@ __all__ = [
 
 
 def mask_of(fn: Any) -> Any:
-    """The mask of a masked distribution; None if it is not masked."""
+    """Return the mask of a masked distribution, or None if it is not masked."""
     return getattr(fn, "_mask", None)
 
 
 def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:
-    """The torch optimiser that Pyro makes for a parameter."""
+    """Return the torch optimiser that Pyro creates for a parameter."""
     return optim._get_optim(param)
 
 
 def make_grad_clip(optim: PyroOptim, param: Any) -> Any:
-    """The function by which Pyro clips the gradient of a parameter; None if it does not."""
+    """Return the function with which Pyro clips the gradient of a parameter, or None."""
     return optim._get_grad_clip(param)
 
 
 def waiting_states(optim: PyroOptim) -> dict[Any, Any]:
-    """Loaded states that wait for their parameters, by the parameter's name."""
+    """Return the loaded optimiser states that wait for their parameters, by parameter name."""
     return optim._state_waiting_to_be_consumed
 
 
 def set_waiting_states(optim: PyroOptim, states: dict[str, Any]) -> None:
-    """Lets loaded states wait for their parameters."""
+    """Set the loaded optimiser states that wait for their parameters."""
     optim._state_waiting_to_be_consumed = states

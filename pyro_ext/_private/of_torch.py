@@ -1,4 +1,4 @@
-"""Private names of torch. Imports torch alone."""
+"""Private names of torch. This module imports only torch."""
 
 from typing import Any, NamedTuple
 
@@ -30,47 +30,47 @@ __all__ = [
 
 
 def is_in_transform(x: Tensor) -> bool:
-    """Whether a tensor belongs to a transform of ``torch.func``, or to batched gradients."""
+    """Return whether a tensor belongs to a ``torch.func`` transform or to batched gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """The parameters that a module holds itself."""
+    """Return the parameters that a module owns directly."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:
-    """The buffers that a module holds itself."""
+    """Return the buffers that a module owns directly."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:
-    """The modules that a module holds itself."""
+    """Return the direct submodules of a module."""
     return module._modules
 
 
 def has_gradient_hooks(x: Tensor) -> bool:
-    """Whether a hook runs when a tensor receives its gradient."""
+    """Return whether a hook runs when a tensor receives its gradient."""
     return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
 
 
 def storage_of(x: Tensor) -> int:
-    """A number for the memory that a tensor shares with its views."""
+    """Return a number that identifies the memory of a tensor; views return the same number."""
     return x.untyped_storage()._cdata
 
 
 def schema_of(operator: Any) -> Any:
-    """The signature of an operator: what it reads and writes."""
+    """Return the signature of an operator, with the arguments that it reads and writes."""
     return operator._schema
 
 
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
-    """Tells schedulers that an optimiser has been stepped."""
+    """Mark an optimiser as stepped, for learning-rate schedulers."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def without_validation() -> Any:
-    """A patch under which no distribution validates its samples."""
+    """Return a patch under which no distribution validates its samples."""
     from unittest.mock import patch
 
     return patch.object(torch.distributions.Distribution, "_validate_sample", _accept)
@@ -90,7 +90,10 @@ class Inductor(NamedTuple):
 
 
 def inductor() -> Inductor:
-    """The compiler, imported late: that takes seconds."""
+    """Return the compiler behind ``torch.compile``.
+
+    The import takes seconds, so this function imports the compiler when it is needed.
+    """
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -1,4 +1,4 @@
-"""Estimators: ELBO classes for Pyro, and the evidence that they bound."""
+"""Estimators: ELBO classes for Pyro, and estimates of the evidence."""
 
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealed_importance_sampling import annealed_importance_sampling

@@ -1,4 +1,4 @@
-"""Runs a model and a guide for K particles, and sums their traces to log weights."""
+"""The particle tracer, which runs a model and a guide for K particles and weights them."""
 
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.programs import Program, Programs

@@ -1,4 +1,4 @@
-"""How public functions take programs: an SVI, or model and guide, then the programs' arguments."""
+"""How public functions accept a model and a guide, or an SVI, with the arguments of both."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ class _NotGiven:
         return "no guide"
 
 
-#: The default of a guide, which is not None: None stands for the prior.
+#: The default of ``guide``. It is not None, because None stands for the prior.
 NOT_GIVEN: Any = _NotGiven()
 
 
@@ -30,17 +30,21 @@ def read_programs(
     model_kwargs: Mapping[str, Any] | None,
     without_guide: Callable[[Program], Program] | None = None,
 ) -> Programs:
-    """The programs that a public function was given, with their arguments.
+    """Return the model and guide that a public function was given, with their arguments.
 
-    :param str owner: the name of the function, for errors.
-    :param model: an SVI, or the model.
-    :param guide: the guide; after an SVI the first argument of its programs.
-    :param args: further arguments of the programs, as are ``kwargs``.
-    :param model_args: in place of ``args``.
-    :param model_kwargs: further keyword arguments, whose names may clash with those of the
-        function.
-    :param without_guide: makes a guide from the model where there is none.
-    :raises TypeError: if something else stands where a model or guide belongs.
+    :param owner: the name of the function, for error messages.
+    :param model: an SVI, or the model: a callable with Pyro primitives.
+    :param guide: the guide. After an SVI it is the first positional argument of model and guide.
+    :param args: positional arguments of model and guide.
+    :param kwargs: keyword arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        the function.
+    :param without_guide: a function that makes a guide from the model if there is none; None if the
+        guide is required.
+    :raises TypeError: if the model or the guide is missing or has the wrong type, or if an argument
+        is given twice.
+    :raises ValueError: if the SVI has not been trained.
     """
     args = tuple(args)
     if isinstance(model, tuple) and len(model) == 2:
@@ -84,10 +88,12 @@ def read_programs(
 
 
 def check_program(owner: str, role: str, value: Any) -> Program:
-    """A model or guide, if it is one.
+    """Return a model or a guide, after a check that it is one.
 
-    :param str role: ``"model"`` or ``"guide"``.
-    :raises TypeError: if it is an SVI, a class, or nothing that can be called.
+    :param owner: the name of the function that was given the value, for error messages.
+    :param role: ``"model"`` or ``"guide"``.
+    :param value: the model or guide.
+    :raises TypeError: if it is an SVI, a class, or not callable.
     """
     if callable(value) and not isinstance(value, type) and not is_svi(value):
         return value
@@ -104,7 +110,7 @@ def check_program(owner: str, role: str, value: Any) -> Program:
 
 
 def is_svi(value: Any) -> bool:
-    """Whether a value is an SVI, or has what one has."""
+    """Return whether a value has the attributes of an SVI."""
     return all(hasattr(value, name) for name in ("model", "guide", "optim"))
 
 

@@ -1,4 +1,4 @@
-"""The sites of a trace that add to the density, and the plates around them."""
+"""The sites of a trace that contribute to the density, and the plates around them."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,10 @@ from pyro_ext.tracing.sites import PARTICLE_PLATE, is_masked_out
 
 
 class Plate(NamedTuple):
-    """A plate that encloses a site; unlike Pyro's own frames, quick to hash."""
+    """A plate that encloses a site.
+
+    Unlike Pyro's own frames, it is fast to hash.
+    """
 
     name: str
     dim: int | None
@@ -19,17 +22,17 @@ class Plate(NamedTuple):
 
     @property
     def is_vectorized(self) -> bool:
-        """Whether the plate has a dim, rather than being iterated over."""
+        """Whether the plate has a dim; a sequential plate has none."""
         return self.dim is not None
 
     @property
     def subsampling_scale(self) -> float:
-        """Full size over the size of the subsample."""
+        """The full size divided by the size of the subsample."""
         return self.full_size / self.size
 
 
 class DensitySite(NamedTuple):
-    """A sample site that adds to the density, and the plates around it but the particle plate."""
+    """A sample site that contributes to the density, and its plates without the particle plate."""
 
     program: str
     name: str
@@ -38,24 +41,27 @@ class DensitySite(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Program and name."""
+        """The program (``"model"`` or ``"guide"``) and the name."""
         return self.program, self.name
 
     @property
     def is_observed(self) -> bool:
-        """Whether its value is data, or it is a factor."""
+        """Whether the site is observed or a factor."""
         return self.node["is_observed"]
 
     @property
     def log_prob(self) -> Tensor:
-        """Its scaled and masked log-probability."""
+        """The log-probability, scaled and masked."""
         return self.node["log_prob"]
 
 
 def density_sites(program: str, trace: Trace) -> list[DensitySite]:
-    """The sample sites of a trace that are neither deterministic nor masked out as a whole.
+    """Return the sample sites of a trace that contribute to its density.
 
-    :param str program: ``"model"`` or ``"guide"``.
+    Deterministic sites and entirely masked sites do not contribute.
+
+    :param program: ``"model"`` or ``"guide"``.
+    :param trace: the trace.
     """
     return [
         DensitySite(program, name, node, plates_of(node))
@@ -65,7 +71,7 @@ def density_sites(program: str, trace: Trace) -> list[DensitySite]:
 
 
 def plates_of(node: Any) -> frozenset[Plate]:
-    """The plates around a site but the particle plate."""
+    """Return the plates around a site, without the particle plate."""
     return frozenset(
         Plate(f.name, f.dim, f.size, f.full_size or f.size, f.counter)
         for f in node["cond_indep_stack"]

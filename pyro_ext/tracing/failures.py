@@ -1,4 +1,4 @@
-"""Words for what went wrong with draws: which site, which data points."""
+"""Errors and warnings about draws that failed, with the sites and data points."""
 
 import warnings
 from collections.abc import Callable
@@ -17,11 +17,12 @@ from pyro_ext.tracing.sites import is_delta
 
 
 def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
-    """Raises a ValueError that names the first site to blame for a NaN or infinite value.
+    """Raise a ValueError that names the first site to cause a NaN or infinite value.
 
-    :param str what: the quantity, with the name of the estimator.
-    :param float value: its value.
-    :param Particles particles: where it came from.
+    :param what: the name of the quantity, with the name of the estimator.
+    :param value: the value of the quantity.
+    :param particles: the particles from which it was computed.
+    :raises ValueError: always.
     """
     if site := _first_site(particles, torch.isnan):
         cause = (
@@ -39,7 +40,7 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
 
 
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:
-    # The guide runs first: what is wrong there is a cause, not an effect.
+    # The guide runs first, so a bad value there is the cause of bad values in the model.
     programs = (("guide", particles.guide_traces), ("model", particles.model_traces))
     for program, traces in programs:
         for trace in traces:
@@ -50,9 +51,13 @@ def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str
 
 
 def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> str:
-    """Names the data points that are chosen, for a message; empty if there is only one in all.
+    """Return the indices of the chosen data points, as a part of a message.
 
-    :param tuple offset: what to add to their indices.
+    It is empty if ``chosen`` has no dims, because there is only one data point.
+
+    :param chosen: a boolean tensor with an entry for each data point.
+    :param offset: the number to add to the indices along each dim.
+    :param most: the largest number of indices to list.
     """
     if chosen.dim() == 0:
         return ""
@@ -65,11 +70,11 @@ def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> 
 
 
 def warn_of_points(guide_trace: Trace, programs: Programs, subsamples: SharedSubsamples) -> None:
-    """Warns of sites that a guide puts at one point.
+    """Warn about each guide site that always has the same value (a Delta).
 
-    :param Trace guide_trace: a trace of the guide.
-    :param Programs programs: the model and guide, which run again if there may be such a site.
-    :param SharedSubsamples subsamples: the minibatch indices to use.
+    :param guide_trace: a trace of the guide.
+    :param programs: the model and guide. They run again if the trace has a Delta site.
+    :param subsamples: the minibatch indices to use.
     """
     sites: list[Any] = list(dict(guide_trace.iter_stochastic_nodes()).values())
     if not any(is_delta(site["fn"]) for site in sites):

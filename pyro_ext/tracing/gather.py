@@ -1,4 +1,4 @@
-"""Sums the traces of K particles to log weights."""
+"""The log weights of K particles, summed from their traces."""
 
 import math
 import numbers
@@ -25,14 +25,14 @@ def gather_particles(
     outside: Set[SiteKey],
     local_plate: str | None,
 ) -> Particles:
-    """Sums the log-probabilities of the traces to one entry for each particle and common plate.
+    """Sum the log-probabilities of the traces to tensors of shape ``(K, *common)``.
 
-    :param ParticleTraces traces: the traces of K particles.
-    :param common: the common plates, left to right.
-    :param outside: the sites whose log ratio is not part of the log weights.
-    :param str local_plate: the plate that holds the particles; None if they are around all.
+    :param traces: the traces of K particles.
+    :param common: the common plates, from left to right.
+    :param outside: the keys of the sites whose log ratio is not part of the log weights.
+    :param local_plate: the name of the plate whose sites have particles; None for all sites.
     """
-    rows = traces.density_sites()
+    rows = traces.density_sites
     by_key = {site.key: site for row in rows for site in row}
     leaves = {("guide", draw.name) for draw in traces.draws}
     dims = [plate.dim for plate in common if plate.dim is not None]
@@ -54,7 +54,7 @@ def gather_particles(
         )
         if isinstance(scale, numbers.Number) and scale == 1:
             return total
-        # Where a weight of the data is zero, so are its scaled log-probabilities.
+        # Where the scale is zero, the scaled log-probabilities are zero already.
         return total / (scale.masked_fill(scale == 0, 1) if isinstance(scale, Tensor) else scale)
 
     log_q = log_density("guide", outside)
@@ -90,7 +90,7 @@ def _outer_term(traces: ParticleTraces, site: DensitySite, is_leaf: bool) -> Out
 
 
 def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
-    """Node and score-function term of each non-reparameterised site of a guide's trace."""
+    """Yield the node and the score-function term of each non-reparameterised guide site."""
     for site in guide_trace.nodes.values():
         if site["type"] == "sample":
             term = site["score_parts"].score_function
@@ -99,10 +99,10 @@ def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _uniform_scale(records: Sequence[SiteRecord], dims: Sequence[int]) -> Any:
-    """The product of the user's scales if it is the same at every site, else 1.
+    """Return the product of the user's scales if it is the same at every site, else 1.
 
-    A tensor counts as the same only if it is the same object, and has to be constant along
-    every dim that is not a common plate.
+    Two scale tensors count as the same only if they are the same object. Such a tensor must have
+    size 1 along every dim that is not a common plate.
     """
     keys = {
         tuple(s if isinstance(s, numbers.Number) else id(s) for s in record.user_scales)

@@ -1,4 +1,4 @@
-"""Log-probabilities of sites, summed to one entry for each particle and common plate."""
+"""Log-probabilities of sites, summed to an entry for each particle and element of common plates."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -11,20 +11,20 @@ from pyro_ext.tracing.density_sites import Plate
 
 
 class OuterTerm(NamedTuple):
-    """A term that no particle changes, with the plates around it."""
+    """A term of the objective that is the same for all particles, and the plates around it."""
 
     value: Tensor
     plates: frozenset[Plate]
     is_leaf: bool = False
 
     def sum_to(self, plates: frozenset[Plate]) -> Tensor:
-        """Sums over the plates other than those given."""
+        """Return the value summed over all of its plates except ``plates``."""
         dims = [p.dim for p in self.plates - plates if p.dim and -p.dim <= self.value.dim()]
         return self.value.sum(dims, keepdim=True) if dims else self.value
 
 
 class Layout(NamedTuple):
-    """Brings log-probabilities of sites to the shape ``(K, *common)``."""
+    """The shape ``(K, *common)``, to which log-probabilities of sites are summed."""
 
     num_particles: int
     particle_dim: int | None
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     like: Tensor
 
     def stack(self, terms: Iterable[Sequence[Tensor]]) -> Float[Tensor, "K *common"]:
-        """Adds up the terms of each trace, and stacks the traces unless they are vectorised."""
+        """Add up the terms of each trace, and stack the traces unless they are vectorised."""
         rows = [self._row(row_terms) for row_terms in terms]
         if self.particle_dim is not None:
             return rows[0].expand(self.num_particles, *self.shape)
@@ -52,5 +52,5 @@ class Layout(NamedTuple):
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """A tensor in float32 if it has half precision."""
+    """Return a tensor in float32 if it has half precision, else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""Reparameterised draws of a guide, and the leaves that take their place."""
+"""Reparameterised draws of a guide, and the leaf tensors that replace them."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from pyro_ext.tracing.sites import SiteError, has_particles, is_delta
 
 
 class Draw(NamedTuple):
-    """A reparameterised draw, and the leaf that took its place in the rest of the program."""
+    """A reparameterised draw of the guide, and the leaf that replaces it in the rest of the run."""
 
     name: str
     value: Tensor
@@ -24,14 +24,14 @@ class Draw(NamedTuple):
 
 
 class LeafDraws(Messenger):
-    """Replaces each reparameterised draw of the guide by a leaf copy, and keeps the pair.
+    """A handler that replaces each reparameterised draw of the guide by a leaf tensor.
 
-    Later sites and the model see the leaf, so that one run yields both the derivatives at the
-    draws and, through the pairs, the paths to the guide's parameters. A Delta is no draw but a
-    function of earlier ones: it stays as it is.
+    The leaf has the value of the draw, without its graph. Later sites and the model use the leaf,
+    so one run yields the derivatives at the draws. The handler also keeps the draws themselves,
+    whose graph leads to the guide's parameters. A Delta site is not replaced, because it is a
+    function of earlier draws.
 
-    :param str local_plate: the name of the plate that holds the particles; None if they are
-        around every site.
+    :param local_plate: the name of the plate whose sites have particles; None for all sites.
     """
 
     def __init__(self, local_plate: str | None) -> None:
@@ -45,7 +45,7 @@ class LeafDraws(Messenger):
         value: Any = msg["value"]
         fn = msg["fn"]
         if name in self._seen:
-            return  # the model, replayed
+            return  # the replayed model repeats the sites of the guide
         self._seen.add(name)
         if (
             not msg["is_observed"]
@@ -60,7 +60,7 @@ class LeafDraws(Messenger):
             self.draws.append(Draw(name, value, leaf, fn, msg["scale"], msg["mask"], is_global))
 
     def raise_without_inverse(self, error: Exception) -> None:
-        """Raises if a leaf has no density because its distribution's transform has no inverse."""
+        """Raise a ValueError if a leaf has no density because a transform lacks an inverse."""
         for draw in self.draws:
             try:
                 with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Records what a trace of particles needs of each site, and checks the guide against the model."""
+"""A recorder of sample sites, which also checks the guide against the model."""
 
 import math
 import numbers
@@ -18,7 +18,7 @@ from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, has_pa
 
 
 class SiteRecord(NamedTuple):
-    """What is known of a sample site only while the program runs."""
+    """The properties of a sample site that are known only while the program runs."""
 
     fn: Any
     value: Any
@@ -31,15 +31,16 @@ class SiteRecord(NamedTuple):
 
 
 class SiteRecorder(Messenger):
-    """Records each sample site before the particle plate broadcasts it, and checks the match.
+    """A handler that records each sample site and checks that guide and model match.
 
-    It is installed innermost, around the model or the guide. A recorder of the model is given
-    the one of the guide, and raises at the first site that does not match, while Pyro would warn.
+    It records a site before the particle plate expands it, so install it innermost. There is one
+    recorder for the guide and one for the model. The recorder of the model raises an error at the
+    first site that does not match, where Pyro would only warn.
 
-    :param int particle_dim: the negative dim of the particle plate; None if there is none.
-    :param SiteRecorder guide: the recorder of the guide that the model is replayed against.
-    :param str local_plate: the name of the plate that holds the particles; None if they are
-        around every site.
+    :param particle_dim: the dim of the particle plate, negative; None if there is no such plate.
+    :param guide: for the model, the recorder of the guide against which it is replayed; for the
+        guide, None.
+    :param local_plate: the name of the plate whose sites have particles; None for all sites.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class SiteRecorder(Messenger):
         return any(has_dim(shape, self.particle_dim) for shape in shapes)
 
     def _raise_for_batch_dim_without_plate(self, msg: Any) -> None:
-        # Nothing was drawn before the first latent site, so that no dim of it is the particles'.
+        # Nothing is drawn before the first latent site, so its dims cannot come from particles.
         if self._has_particle_dim(msg):
             raise SiteError(
                 f"Site '{msg['name']}' has batch shape {tuple(msg['fn'].batch_shape)}, with a size "
@@ -147,7 +148,10 @@ class SiteRecorder(Messenger):
 
 
 def _is_masked(record: SiteRecord) -> bool:
-    """Whether a latent site is masked in part. It looks at the mask, under validation only."""
+    """Return whether a latent site is partly masked.
+
+    The mask is read only if validation is enabled. Otherwise the result is False.
+    """
     masks = (record.mask, mask_of(record.fn))
     tensors = [mask for mask in masks if isinstance(mask, Tensor)]
     if record.is_observed or not is_validation_enabled():
@@ -156,7 +160,10 @@ def _is_masked(record: SiteRecord) -> bool:
 
 
 def _user_scales() -> tuple[Any, ...]:
-    """The scales of the enclosing ``poutine.scale`` handlers: one number, then the tensors."""
+    """Return the scales of the enclosing ``poutine.scale`` handlers.
+
+    The first is the product of all scales that are numbers; the tensors follow.
+    """
     scales = [handler.scale for handler in HANDLER_STACK if isinstance(handler, ScaleMessenger)]
     number = math.prod(scale for scale in scales if isinstance(scale, numbers.Number))
     tensors = [scale for scale in scales if not isinstance(scale, numbers.Number)]
@@ -164,7 +171,7 @@ def _user_scales() -> tuple[Any, ...]:
 
 
 def raise_for_handlers_of_linear_objectives(num_particles: int) -> None:
-    """Raises if a handler is active that gives each data point draws of its own."""
+    """Raise a ValueError if an active handler makes separate draws for each data point."""
     for handler in HANDLER_STACK:
         if getattr(handler, "needs_linear_objective", False):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Supports that move: where the density of a draw ends at a bound that is learnt."""
+"""Guide sites whose support has a bound that depends on a parameter."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ from pyro_ext._private.of_torch import InverseTransform
 
 
 class _End(Enum):
-    """A bound of a support: at zero, at another fixed place, or where a parameter puts it."""
+    """The place of a bound of a support: zero, another fixed place, or a place that moves."""
 
     ZERO = 0
     FIXED = 1
@@ -31,12 +31,12 @@ class _End(Enum):
 
 
 def support_moves(fn: Any) -> bool:
-    """Whether a bound of the support depends on parameters or on earlier draws.
+    """Return whether a bound of the support depends on parameters or on earlier draws.
 
-    Integration by parts, on which doubly reparameterised gradients rest, leaves a boundary term
-    there, unless the density vanishes at the bound.
+    Doubly reparameterised gradients rest on integration by parts. At a moving bound, a boundary
+    term remains unless the density vanishes there.
 
-    :param fn: a distribution, made with gradients on.
+    :param fn: a distribution, created with gradients enabled.
     """
     return _End.MOVES in _ends(fn)
 
@@ -47,7 +47,7 @@ def _ends(fn: Any) -> list[_End]:
     base = getattr(fn, "base_dist", None)
     if base is not None and not hasattr(fn, "transforms"):
         return _ends(base)
-    # Subclasses, such as Gumbel, know their support; a codomain alone would not tell.
+    # The support of this class is only a codomain. Subclasses, such as Gumbel, define their own.
     if type(fn) in (TransformedDistribution, torch.distributions.TransformedDistribution):
         ends = _ends(base)
         for transform in _flattened(fn.transforms):
@@ -80,7 +80,7 @@ def _flattened(transforms: Iterable[Transform]) -> Iterator[Transform]:
 
 
 def _image(end: _End, transform: Transform) -> _End | None:
-    """Where a transform takes a bound; None for infinity."""
+    """Return the place to which a transform moves a bound; None if it is infinite."""
     is_inverse = isinstance(transform, InverseTransform)
     if is_inverse:
         transform = transform.inv
@@ -89,7 +89,7 @@ def _image(end: _End, transform: Transform) -> _End | None:
             return None
         if isinstance(transform, AbsTransform | PowerTransform):
             return end
-        # Forwards 0 goes to the location, whatever the scale; back again only if that is 0.
+        # An affine transform maps 0 to its location. Its inverse maps 0 to 0 if the location is 0.
         if isinstance(transform, AffineTransform):
             image = _end_at(transform.loc)
             if image is _End.ZERO or not is_inverse:

@@ -7,11 +7,11 @@ from pyro_ext.tracing.sites import PARTICLE_PLATE, has_particles
 
 
 class ParticlePlate(pyro.plate):
-    """The plate of the particles, around every site or around those in one plate of the user.
+    """The plate of the particles, around all sites or around the sites of one user plate.
 
-    :param int size: the number of particles.
-    :param int dim: its dim, to the left of all others.
-    :param str local_plate: the name of the user's plate; None for every site.
+    :param size: the number of particles.
+    :param dim: the dim of the plate, negative and to the left of all other plates.
+    :param local_plate: the name of the user's plate; None for all sites.
     """
 
     def __init__(self, size: int, dim: int, local_plate: str | None = None) -> None:
@@ -24,7 +24,10 @@ class ParticlePlate(pyro.plate):
 
 
 def plated(model: Program, num_particles: int, max_plate_nesting: int) -> Program:
-    """A model with its particles in a plate to the left of all others; one needs no plate."""
+    """Return a model with its particles in a plate to the left of all others.
+
+    A single particle needs no plate, so the model is returned unchanged.
+    """
     if num_particles == 1:
         return model
     plate: Any = ParticlePlate(num_particles, -max_plate_nesting - 1)

@@ -12,31 +12,53 @@ from pyro_ext.tracing.leaves import Draw
 
 @dataclass(frozen=True)
 class Particles:
-    r"""What one trace of K particles yields: all that a bound and a gradient rule need.
+    r"""The log weights of K particles, with all that a bound and a gradient rule need.
 
-    With common plates :math:`n`, the estimate of the log evidence is
-    :math:`\mathrm{scale} \cdot \sum_n f(\log w_{1n}, \dots, \log w_{Kn}) + \mathrm{outer}`.
+    .. math::
 
-    :ivar log_p: ``(K, *common)``, log p(x, z) of each particle, summed over every dim that is not
-        a common plate, without the scale of the common plates.
-    :ivar log_q: ``(K, *common)``, log q(z), likewise.
-    :ivar log_q_rest: the part of ``log_q`` that does not come from draws replaced by leaves: of
-        Deltas, factors and non-reparameterised sites; all of it unless leaves were asked for.
-    :ivar scale: size over subsample size of the common plates, times a user's scale that is the
-        same at every site; a number, or a tensor that broadcasts against ``common``. It belongs
-        outside the bound.
-    :ivar outer_terms: the log ratios that neither depend on the particle nor lie in all of the
-        common plates, to be added to the bound. With a local plate, those of all sites outside.
-    :ivar global_scores: log q of the non-reparameterised sites of the guide outside of the local
-        plate, neither scaled nor masked.
-    :ivar score: ``(K, *common)``, log q of the non-reparameterised sites of the guide, neither
-        scaled nor masked; None if there are none.
-    :ivar plates: the common plates, left to right.
-    :ivar draws: pairs of a reparameterised draw and its leaf, in the order of sampling; empty
-        unless leaves were asked for.
-    :ivar global_draws: likewise, of the sites outside of the local plate, drawn once.
-    :ivar model_traces: one trace if the particles are vectorised, else one for each.
-    :ivar guide_traces: likewise.
+        \mathrm{scale} \cdot \sum_n f(\log w_{1n}, \dots, \log w_{Kn}) + \mathrm{outer}
+
+    This is the estimate of the log evidence for a bound f. The sum runs over the elements n of the
+    common plates. A common plate encloses every site that depends on the particle, and ``common``
+    stands for the sizes of these plates.
+
+    :ivar log_p: log p(x, z) of each particle, of shape ``(K, *common)``. It is summed over every
+        dim that is not a common plate, and excludes the scale of the common plates.
+    :ivar log_q: log q(z) of each particle, of shape ``(K, *common)``, summed and scaled like
+        ``log_p``.
+    :ivar log_q_rest: the part of ``log_q`` that does not come from draws replaced by leaves, of
+        shape ``(K, *common)``. It comes from Deltas, factors and non-reparameterised sites. Without
+        leaves it equals ``log_q``.
+    :ivar scale: the size of the common plates divided by their subsample size, times a user's scale
+        that is the same at every site. It is a number, or a tensor that broadcasts against
+        ``common``, and multiplies the bound from outside.
+    :ivar outer_terms: the log ratios to add to the bound. They do not depend on the particle and
+        lie outside at least one common plate. With a local plate, they include the log ratios of
+        all sites outside this plate.
+    :ivar global_scores: log q of the guide's non-reparameterised sites outside the local plate,
+        neither scaled nor masked.
+    :ivar score: log q of the guide's non-reparameterised sites, neither scaled nor masked, of shape
+        ``(K, *common)``; None if there are none.
+    :ivar plates: the common plates, from left to right.
+    :ivar draws: the reparameterised draws with their leaves, in the order of sampling; empty unless
+        leaves were requested.
+    :ivar global_draws: the reparameterised draws, with their leaves, of the sites outside the local
+        plate. These sites are drawn once.
+    :ivar model_traces: one trace of the model if the particles are vectorised, else one for each.
+    :ivar guide_traces: one trace of the guide if the particles are vectorised, else one for each.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> from pyro_ext.infer import ImportanceWeightedELBO
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+    >>> particles = ImportanceWeightedELBO(5).trace_particles(model, guide, (torch.zeros(3),))
+    >>> particles.log_w.shape, [plate.name for plate in particles.plates]
+    (torch.Size([5, 3]), ['data'])
     """
 
     log_p: Float[Tensor, "K *common"]
@@ -54,15 +76,19 @@ class Particles:
 
     @property
     def log_w(self) -> Float[Tensor, "K *common"]:
-        """``(K, *common)``, the log importance weights log p(x, z) - log q(z)."""
+        """The log importance weights log p(x, z) - log q(z), of shape ``(K, *common)``."""
         return self.log_p - self.log_q
 
     def reward_outside(
         self, objective: Float[Tensor, "*common"], plates: frozenset[Plate]
     ) -> Tensor:
-        """The whole objective, summed to some plates: what sites in them are rewarded by.
+        """Return the reward of guide sites outside the local plate.
 
-        :param torch.Tensor objective: its part in the common plates, of shape ``common``.
+        The reward is the whole objective, summed over all plates except ``plates``.
+
+        :param objective: the part of the objective in the common plates, of shape ``common``.
+        :param plates: the plates around the rewarded sites.
+        :returns: a tensor that broadcasts against the log-probabilities of these sites.
         """
         dims = [plate.dim or 0 for plate in self.plates]
         shape = [1] * -min(dims, default=0)
@@ -80,5 +106,5 @@ class Particles:
 
     @property
     def outer_rest(self) -> Any:
-        """The same without log q of the draws replaced by leaves."""
+        """The sum of the outer terms, without log q of the draws replaced by leaves."""
         return sum(term.value.sum() for term in self.outer_terms if not term.is_leaf)

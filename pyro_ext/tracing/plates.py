@@ -1,4 +1,4 @@
-"""Which plates keep weights of their own, and which make a nonlinear bound wrong."""
+"""Plates whose elements have separate weights, and plates that make a nonlinear bound wrong."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,9 +10,12 @@ Depends = Callable[[DensitySite], bool]
 
 
 def find_common_plates(sites: Sequence[DensitySite], depends: Depends) -> tuple[Plate, ...]:
-    """The vectorised plates, left to right, that enclose all that depends on the particle.
+    """Return the vectorised plates around all particle-dependent sites, from left to right.
 
-    Those are the latent sites of model and guide and the observed sites that depend on them.
+    These sites are the latent sites of model and guide, and the observed sites that depend on them.
+
+    :param sites: the sites of model and guide.
+    :param depends: a function that returns whether a site depends on the particle.
     """
     latent = [site.plates for site in sites if not site.is_observed]
     stacks = latent or [site.plates for site in sites] or [frozenset()]
@@ -26,7 +29,7 @@ def find_common_plates(sites: Sequence[DensitySite], depends: Depends) -> tuple[
 def check_subsampling(
     sites: Sequence[DensitySite], common: Sequence[Plate], depends: Depends
 ) -> None:
-    """Raises if a plate is subsampled inside the bound, which is not linear."""
+    """Raise a ValueError if a plate is subsampled inside a nonlinear bound."""
     for site in sites:
         for plate in site.plates.difference(common):
             if plate.subsampling_scale == 1 or (site.is_observed and not depends(site)):
@@ -43,11 +46,12 @@ def check_subsampling(
 
 
 def warn_of_joint_weights(sites: Sequence[DensitySite], warned: set[str]) -> None:
-    """Warns once of each plate that holds all the data but has one weight for all of it.
+    """Warn once about each plate that holds all the data but has a single weight.
 
-    To be called where no plate is common.
+    Call this function only if there is no common plate.
 
-    :param set warned: names of the plates already warned of; added to.
+    :param sites: the sites of model and guide.
+    :param warned: the names of the plates with an earlier warning. New names are added.
     """
     data = [s.plates for s in sites if s.is_observed and s.program == "model"]
     by_name = [{plate.name: plate for plate in plates} for plates in data]
@@ -66,18 +70,20 @@ def warn_of_joint_weights(sites: Sequence[DensitySite], warned: set[str]) -> Non
 def _why_not_common(plate: Plate, sites: Sequence[DensitySite]) -> str:
     if not plate.is_vectorized:
         return "is sequential"
-    # Latent sites first: they are what a user can move.
+    # Name a latent site if possible, because the user can move it.
     outside = [site for site in sites if plate not in site.plates]
     site = min(outside, key=lambda site: site.is_observed)
     return f"does not enclose the site '{site.name}' of the {site.program}"
 
 
 def check_local_plate(local_plate: str, sites: Sequence[DensitySite], depends: Depends) -> None:
-    """Raises if a plate cannot hold the particles.
+    """Raise a ValueError if the local plate cannot hold the particles.
 
-    :param str local_plate: the name of the plate.
-    :param sites: the sites of one pair of traces.
-    :param depends: tells of a site whether it depends on the draws inside.
+    :param local_plate: the name of the plate.
+    :param sites: the sites of a model trace and its guide trace.
+    :param depends: a function that returns whether a site depends on the draws inside the plate.
+    :raises ValueError: if no vectorised plate has this name, if the guide draws nothing inside the
+        plate, or if a site outside depends on the draws inside.
     """
     names = sorted({plate.name for site in sites for plate in site.plates if plate.is_vectorized})
     if local_plate not in names:

@@ -1,4 +1,4 @@
-"""A model and a guide with their arguments, handed on as one value."""
+"""A model and a guide with their arguments, passed on as one value."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ Program = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Programs:
-    """A model, a guide, and the arguments of both."""
+    """A model and a guide, with the arguments of both."""
 
     model: Program
     guide: Program
@@ -25,11 +25,11 @@ class Programs:
 
     @property
     def without_arguments(self) -> "Programs":
-        """The pair alone, to remember it without keeping its data alive."""
+        """The model and guide without arguments, to remember them but not their data."""
         return Programs(self.model, self.guide)
 
     def is_same_pair(self, other: "Programs | None") -> bool:
-        """Whether another value has the same model and the same guide."""
+        """Return whether another value has the same model and the same guide."""
         return (
             other is not None
             and _is_same(self.model, other.model)
@@ -37,24 +37,31 @@ class Programs:
         )
 
     def each_under(self, for_model: Any, for_guide: Any) -> "Programs":
-        """The model and the guide, each run under an effect handler."""
+        """Return a copy with the model and the guide each inside an effect handler.
+
+        :param for_model: the handler of the model.
+        :param for_guide: the handler of the guide.
+        """
         return replace(self, model=for_model(self.model), guide=for_guide(self.guide))
 
     @torch.no_grad()
     def run(self) -> dict[str, Trace]:
-        """Traces of one run of the guide, and of the model against it, hidden from handlers."""
+        """Run the guide, then the model against it, and return both traces.
+
+        The run is hidden from the effect handlers around it.
+        """
         with poutine.block():
             guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
             model = poutine.trace(poutine.replay(self.model, guide))
             return {"model": model.get_trace(*self.args, **self.kwargs), "guide": guide}
 
     def importance_traces(self, max_plate_nesting: float) -> tuple[Trace, Trace]:
-        """Pyro's traces of model and guide, with log-probabilities and Pyro's checks."""
+        """Return Pyro's traces of model and guide, with log-probabilities and Pyro's checks."""
         return get_importance_trace(
             "flat", max_plate_nesting, self.model, self.guide, self.args, self.kwargs
         )
 
 
 def _is_same(program: Program, other: Program) -> bool:
-    # A bound method is a new object at each access; other callables may not compare to a bool.
+    # A bound method is a new object at each access. For other callables, == may not give a bool.
     return program is other or (isinstance(program, MethodType) and bool(program == other))

@@ -1,4 +1,4 @@
-"""Which sites depend on the draws that the particles differ by."""
+"""The sites that depend on the draws in which the particles differ."""
 
 from typing import Any
 
@@ -21,12 +21,13 @@ from pyro_ext.tracing.sites import has_particles, is_delta
 
 
 class Dependence:
-    """The sites that depend on the particle: found out once for a pair of programs.
+    """A record of the sites that depend on the particle, made once for each model and guide.
 
-    Several particles that run at once have a dim, which shows. Otherwise the programs run once on
-    tensors that carry the names of the sites they come from. Provenance is lost in compiled code
-    and in writes into buffers; values are not, so that the values of two runs, and of particles
-    that run one after the other, are compared as well.
+    If several particles run at once, the sites that depend on the particle have the particle dim.
+    Otherwise model and guide run once on tensors that carry the names of the sites they come from
+    (their provenance). Compiled code and writes into buffers lose the provenance but not the
+    values. So the values of two runs are compared too, and the values of particles that run one
+    after the other.
     """
 
     def __init__(self) -> None:
@@ -36,12 +37,13 @@ class Dependence:
     def within(
         self, traces: ParticleTraces, programs: Programs, local_plate: str | None
     ) -> Depends:
-        """A function that tells of a site of some traces whether it depends on the particle.
+        """Return a function that decides whether a site depends on the particle.
 
-        :param Programs programs: those that were traced, with the same minibatch at each run.
-        :param str local_plate: the plate that holds the particles; None if they are around all.
+        :param traces: the traces of the particles.
+        :param programs: the model and guide of these traces, with the same minibatch at each run.
+        :param local_plate: the name of the plate whose sites have particles; None for all sites.
         """
-        by_particle = traces.density_sites()
+        by_particle = traces.density_sites
         shows = traces.particle_dim is not None and traces.num_particles > 1
 
         def depends(site: DensitySite) -> bool:
@@ -65,7 +67,7 @@ class Dependence:
         return depends
 
     def _track(self, programs: Programs, local_plate: str | None) -> None:
-        """Adds the sites of one run with provenance, and of another to compare it with."""
+        """Add the dependent sites, found from a run with provenance and a second run."""
         if local_plate is not None:
             shared = SharedGlobals(local_plate)
             programs = programs.each_under(shared, shared)
@@ -81,7 +83,7 @@ class Dependence:
                 if site["type"] != "sample" or site_is_subsample(site):
                     continue
                 self.seen.add((program, name))
-                # Latent sites that have particles are what the particles differ by.
+                # Latent sites that have particles are the source of the dependence.
                 if (site["is_observed"] or not has_particles(site, local_plate)) and (
                     _provenance(site) & latent or _differs(site, other[program].nodes.get(name))
                 ):
@@ -89,7 +91,7 @@ class Dependence:
 
 
 def is_same_up_to_rounding(x: Tensor, y: Tensor) -> bool:
-    """Whether two log-probabilities are the same but for the order of operations."""
+    """Return whether two log-probabilities are equal up to rounding."""
     tolerance = torch.finfo(y.dtype).eps ** 0.5
     return x.shape == y.shape and torch.allclose(
         x, y, rtol=tolerance, atol=tolerance, equal_nan=True
@@ -97,9 +99,9 @@ def is_same_up_to_rounding(x: Tensor, y: Tensor) -> bool:
 
 
 def points_of(programs: Programs) -> list[str]:
-    """The names of the sites that the guide puts at one point, whatever else it draws.
+    """Return the names of the Delta sites that have the same value at every run of the guide.
 
-    :param Programs programs: programs with the same minibatch at each run.
+    :param programs: the model and guide, with the same minibatch at each run.
     """
     tracked, other = (run["guide"] for run in _two_runs(programs))
     names = []
@@ -114,14 +116,14 @@ def points_of(programs: Programs) -> list[str]:
 
 
 def _two_runs(programs: Programs) -> tuple[dict[str, Trace], dict[str, Trace]]:
-    """The traces of a run on tensors with provenance, and of another one."""
+    """Return the traces of a run on tensors with provenance, and of a second run without."""
     tracker = _TrackDraws()
     with kept_random_states():
         return programs.each_under(tracker, tracker).run(), programs.run()
 
 
 class _TrackDraws(TrackProvenance):
-    """Leaves parameters alone, which a subsampled plate has to recognise."""
+    """A tracker that leaves parameters alone, because subsampled plates must recognise them."""
 
     def _pyro_post_param(self, msg: Message) -> None:
         pass
@@ -130,7 +132,7 @@ class _TrackDraws(TrackProvenance):
 def _log_prob(site: Any) -> Tensor | None:
     try:
         return site["fn"].log_prob(site["value"])
-    except NotImplementedError:  # a draw of a flow without an inverse, no longer cached
+    except NotImplementedError:  # a flow without an inverse, whose draw is no longer cached
         return None
 
 

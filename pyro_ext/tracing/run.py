@@ -1,9 +1,10 @@
-"""Runs a model and guide for K particles: at once in a plate, or one after the other."""
+"""Traces of a model and a guide for K particles, at once in a plate or one after the other."""
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from pyro import poutine
@@ -28,11 +29,13 @@ SiteKey = tuple[str, str]
 
 @dataclass(frozen=True)
 class ParticleTraces:
-    """The traces of K particles: one pair if they ran at once, else one pair for each.
+    """The traces of K particles.
 
-    :ivar particle_dim: the negative dim of the particles; None if they ran one after the other.
-    :ivar records: what was recorded of each site, by program and name.
-    :ivar draws: the draws that leaves took the place of.
+    There is one trace of each program if the particles ran at once, else one for each particle.
+
+    :ivar particle_dim: the dim of the particles, negative; None if they ran one after the other.
+    :ivar records: the record of each site, by program and name.
+    :ivar draws: the draws that leaves replaced.
     """
 
     model_traces: tuple[Trace, ...]
@@ -43,11 +46,15 @@ class ParticleTraces:
     draws: tuple[Draw, ...]
 
     def record(self, site: DensitySite) -> SiteRecord:
-        """What was recorded of a site; a guide that runs the model itself records its sites."""
+        """Return the record of a site.
+
+        A guide that runs the model itself has the records of the model's sites.
+        """
         return self.records.get(site.key) or self.records["guide", site.name]
 
+    @cached_property
     def density_sites(self) -> list[list[DensitySite]]:
-        """The density sites of each pair of traces."""
+        """The density sites of each model trace and its guide trace."""
         return [
             density_sites("model", model_trace) + density_sites("guide", guide_trace)
             for model_trace, guide_trace in zip(self.model_traces, self.guide_traces, strict=True)
@@ -55,10 +62,10 @@ class ParticleTraces:
 
     @torch.no_grad()
     def has_particle_dim(self, site: DensitySite) -> bool:
-        """Whether a site has the particle dim before the particle plate gives it one.
+        """Return whether a site has the particle dim before the particle plate expands it.
 
-        A batch shape may lack the dim though a transform of the distribution has it; the shape of
-        the log-probability does not.
+        A transform of the distribution may have the dim although the batch shape lacks it. So the
+        shape of the log-probability is checked too.
         """
         record = self.record(site)
         if record.has_particle_dim or self.particle_dim is None:
@@ -66,7 +73,12 @@ class ParticleTraces:
         return has_dim(record.fn.log_prob(record.value).shape, self.particle_dim)
 
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
-        """One particle's entry of a log-probability or value out of the first traces."""
+        """Return one particle's entry of a log-probability or value from the first traces.
+
+        :param x: the log-probability or value.
+        :param event_dim: the number of event dims of ``x``.
+        :param index: the index of the particle.
+        """
         if self.particle_dim is None or x.dim() < event_dim - self.particle_dim:
             return x
         return x.select(self.particle_dim - event_dim, index)
@@ -81,17 +93,17 @@ def run_at_once(
     has_leaves: bool,
     remedy: str,
 ) -> ParticleTraces:
-    """Traces both programs with the K particles in a plate to the left of all others.
+    """Trace model and guide with the K particles in a plate to the left of all others.
 
-    :param Programs programs: the model and guide.
-    :param int num_particles: the number of particles K.
-    :param int particle_dim: the negative dim of their plate.
-    :param SharedSubsamples subsamples: minibatch indices to use, or to record.
-    :param str local_plate: the name of the only plate to run K times; None to run all.
-    :param bool has_leaves: whether leaves take the place of reparameterised draws.
-    :param str remedy: the argument that runs the particles one after the other, for errors.
-    :raises ValueError: where the model or guide fails with K particles but runs with one, and
-        where a site does not match between model and guide.
+    :param programs: the model and guide.
+    :param num_particles: the number of particles K.
+    :param particle_dim: the dim of the particle plate, negative.
+    :param subsamples: the minibatch indices to use, or to record.
+    :param local_plate: the name of the plate whose sites have particles; None for all sites.
+    :param has_leaves: whether leaves replace the reparameterised draws.
+    :param remedy: the argument that runs the particles one after the other, for error messages.
+    :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
+        does not match between model and guide.
     """
     raise_for_handlers_of_linear_objectives(num_particles)
     in_guide = SiteRecorder(particle_dim, local_plate=local_plate)
@@ -134,11 +146,11 @@ def run_in_turn(
     local_plate: str | None,
     has_leaves: bool,
 ) -> ParticleTraces:
-    """Traces both programs once for each particle, all with the same minibatch.
+    """Trace model and guide once for each particle, all with the same minibatch.
 
-    :param max_plate_nesting: the number of nested plates, for Pyro's checks; may be infinite.
+    :param max_plate_nesting: the number of nested plates for Pyro's checks; may be infinite.
 
-    The other arguments are those of :func:`run_at_once`.
+    See :func:`run_at_once` for the other arguments.
     """
     if num_particles > 1:
         raise_for_handlers_of_linear_objectives(num_particles)
@@ -164,7 +176,7 @@ def run_in_turn(
 
 @contextmanager
 def _leaf_draws(has_leaves: bool, local_plate: str | None) -> Iterator[Sequence[Draw]]:
-    """The draws that leaves take the place of, while the programs run."""
+    """Collect the draws that leaves replace, while model and guide run."""
     if not has_leaves:
         yield ()
         return
@@ -180,10 +192,10 @@ def _leaf_draws(has_leaves: bool, local_plate: str | None) -> Iterator[Sequence[
 
 
 def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
-    """Raises where a log-probability has a dim that is neither a plate nor the particle dim.
+    """Raise a SiteError if a log-probability has a dim that is no plate or particle dim.
 
-    Pyro's own check lets dims between the plates and the particle dim pass, so that a site which
-    lost its filler dims, of shape (K,) in place of (K, 1), would count K x K terms.
+    Pyro's own check allows dims between the plates and the particle dim. A site that lost its
+    filler dims, with shape (K,) instead of (K, 1), would then count K x K terms.
     """
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or is_masked_out(node):
@@ -211,7 +223,7 @@ def _by_program(in_model: SiteRecorder, in_guide: SiteRecorder) -> dict[SiteKey,
 
 
 def _runs_alone(programs: Programs) -> bool:
-    """Whether one particle runs where several at once have failed."""
+    """Return whether one particle runs where several at once have failed."""
     try:
         with poutine.block(), torch.no_grad(), kept_random_states():
             programs.importance_traces(math.inf)

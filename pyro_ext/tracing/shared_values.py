@@ -1,4 +1,4 @@
-"""Handlers that give several runs the same minibatch, the same globals, or rows block by block."""
+"""Handlers that share minibatches or global draws between runs, or visit rows in blocks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pyro_ext.tracing.sites import lies_in
 
 
 class SharedSubsamples(Messenger):
-    """Gives every run under it the minibatch indices that the first run drew."""
+    """A handler that gives every run the minibatch indices of the first run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class SharedSubsamples(Messenger):
 
 
 class SharedGlobals(Messenger):
-    """Gives every run under it the draws outside of a plate that the first run made.
+    """A handler that gives every run the draws of the first run outside of a plate.
 
-    :param str plate: the name of the plate.
+    :param plate: the name of the plate.
     """
 
     def __init__(self, plate: str) -> None:
@@ -49,11 +49,13 @@ class SharedGlobals(Messenger):
 
 
 class RowsOfPlate(SharedSubsamples):
-    """Chooses the rows of one plate, block by block, and shares the indices of other plates.
+    """A handler that visits the rows of one plate in blocks.
 
-    :param str plate: the name of the plate.
-    :param int batch_size: the number of rows in a block, but for the last.
-    :param int size: the size of the plate, if it is known before the programs run.
+    It also shares the minibatch indices of other plates between runs.
+
+    :param plate: the name of the plate.
+    :param batch_size: the number of rows in a block. The last block may have fewer.
+    :param size: the size of the plate; None if it is not known before model and guide run.
     """
 
     def __init__(self, plate: str, batch_size: int, size: int | None = None) -> None:
@@ -71,14 +73,14 @@ class RowsOfPlate(SharedSubsamples):
         self.size = size = fn.size
         own_size = fn.subsample_size
         stop = min(self.first_row + self.batch_size, size)
-        # A plate with a subsample size insists on it: the last block goes back over known rows.
+        # Blocks of a plate with a subsample size all have this size, so the last one may overlap.
         self.start = self.first_row if own_size is None else max(0, stop - own_size)
         rows = torch.arange(self.start, stop, device=fn.device)
         found = None
         if own_size is not None and own_size != min(self.batch_size, size):
             found = f"subsample_size={own_size}"
         elif msg["value"] is not None and not torch.equal(torch.as_tensor(msg["value"]), rows):
-            found = "rows of its own"  # a model that is replayed has those of the guide
+            found = "rows of its own"  # a replayed model has the rows of the guide
         if found:
             raise ValueError(
                 f"batch_size={self.batch_size}: expected plate '{self.plate}' to have the "

@@ -24,7 +24,7 @@ from pyro_ext.tracing.sites import lies_in
 
 @dataclass
 class TracerMemory:
-    """What is known of the programs that were traced last; other programs start afresh."""
+    """The facts known about the model and guide that were traced last."""
 
     pair: Programs | None = None
     plate_nesting: int | None = None
@@ -32,7 +32,7 @@ class TracerMemory:
     warned_plates: set[str] = field(default_factory=set)
 
     def recall(self, programs: Programs) -> "TracerMemory":
-        """The memory, emptied if it is of other programs."""
+        """Return the memory, emptied first if it is about another model or guide."""
         if not programs.is_same_pair(self.pair):
             self.__dict__ |= vars(TracerMemory(programs.without_arguments))
         return self
@@ -40,21 +40,21 @@ class TracerMemory:
 
 @dataclass
 class ParticleTracer:
-    """Runs a model and a guide for K particles, and sums their traces to log weights.
+    """A tracer that runs a model and a guide for K particles and computes their log weights.
 
-    It knows no bound: estimators, evidence, annealing and diagnostics all trace by it.
+    It is independent of the bound. Estimators, evidence, annealing and diagnostics all use it.
 
     :ivar num_particles: the number of particles K.
-    :ivar vectorize: whether they run at once, in a plate to the left of all others. One particle
-        runs by itself, without the plate, unless ``has_dim_for_one``.
-    :ivar max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
-        for each pair of programs.
-    :ivar local_plate: the name of the only plate to run K times; None to run all.
-    :ivar is_linear: whether the objective is linear in the log weights, so that any plate may be
+    :ivar vectorize: whether the particles run at once, in a plate to the left of all others. A
+        single particle runs without this plate unless ``has_dim_for_one`` is True.
+    :ivar max_plate_nesting: the number of nested plates. If infinite, one run guesses it for each
+        new model and guide.
+    :ivar local_plate: the name of the plate whose sites have particles; None for all sites.
+    :ivar is_linear: whether the objective is linear in the log weights. If so, any plate may be
         subsampled.
-    :ivar has_dim_for_one: whether one particle, too, has the dim of the particles.
-    :ivar remedy: the argument of the caller that runs one particle at a time, for errors.
-    :ivar memory: what was found out about the programs.
+    :ivar has_dim_for_one: whether a single particle also has the particle dim.
+    :ivar remedy: the caller's argument that runs one particle at a time, for error messages.
+    :ivar memory: the facts found about the model and guide.
     """
 
     num_particles: int = 2
@@ -73,14 +73,14 @@ class ParticleTracer:
         subsamples: SharedSubsamples | None = None,
         has_leaves: bool = False,
     ) -> ParticleTraces:
-        """The traces of K particles.
+        """Return the traces of K particles.
 
-        :param Programs programs: the model and guide.
-        :param int num_particles: in place of the tracer's own.
-        :param SharedSubsamples subsamples: minibatch indices to use, or to record.
-        :param bool has_leaves: whether leaves take the place of reparameterised draws.
-        :raises ValueError: where sites do not match between model and guide, where a site is
-            marked for enumeration, and where the programs cannot take the dim of the particles.
+        :param programs: the model and guide.
+        :param num_particles: the number of particles, instead of the tracer's own.
+        :param subsamples: the minibatch indices to use, or to record.
+        :param has_leaves: whether leaves replace the reparameterised draws.
+        :raises ValueError: if sites do not match between model and guide, if a site is marked for
+            enumeration, or if model and guide cannot take the particle dim.
         """
         K = self.num_particles if num_particles is None else num_particles
         if self.vectorize and (K > 1 or self.has_dim_for_one):
@@ -99,16 +99,18 @@ class ParticleTracer:
         subsamples: SharedSubsamples | None = None,
         has_leaves: bool = False,
     ) -> Particles:
-        """The log weights of K particles; for arguments and errors, see :meth:`run`.
+        """Return K particles with their log weights.
 
-        :raises ValueError: also where a subsampled plate would enter the weights.
+        See :meth:`run` for the arguments and for other errors.
+
+        :raises ValueError: if a subsampled plate would be part of the weights.
         """
         memory = self.memory.recall(programs)
         traces = self.run(programs, num_particles, subsamples, has_leaves)
         local_plate = self._local_plate
         rows = subsamples or SharedSubsamples()
         depends = memory.dependence.within(traces, programs.each_under(rows, rows), local_plate)
-        by_particle = traces.density_sites()
+        by_particle = traces.density_sites
         sites = [site for row in by_particle for site in row]
         if local_plate is not None:
             check_local_plate(local_plate, by_particle[0], depends)
@@ -129,16 +131,16 @@ class ParticleTracer:
 
     @property
     def _local_plate(self) -> str | None:
-        # A linear objective is the same wherever its particles are.
+        # The place of the particles makes no difference to a linear objective.
         return None if self.is_linear else self.local_plate
 
     def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
-        """The number of nested plates, guessed by one run where it is not given."""
+        """Return the number of nested plates, guessed in one run if it is not given."""
         if self.max_plate_nesting != math.inf:
             return int(self.max_plate_nesting)
         memory = self.memory.recall(programs)
         if memory.plate_nesting is None:
-            # The programs may hide their sites from handlers around them.
+            # A run is hidden from the handlers around it, so the handler goes inside.
             rows = subsamples or SharedSubsamples()
             memory.plate_nesting = _guess_plate_nesting(programs.each_under(rows, rows))
         return memory.plate_nesting

@@ -1,4 +1,4 @@
-"""Whether a vectorised particle is the same as the particle alone."""
+"""A check that a vectorised particle equals the same particle run alone."""
 
 from typing import Any
 
@@ -16,12 +16,15 @@ from pyro_ext.tracing.tracer import ParticleTracer
 
 @torch.no_grad()
 def check_vectorization(tracer: ParticleTracer, programs: Programs) -> None:
-    """Re-scores the last of K vectorised particles alone and compares site by site.
+    """Raise a ValueError if a vectorised particle differs from the same particle run alone.
 
-    :param ParticleTracer tracer: one that runs several particles at once.
-    :param Programs programs: the model and guide.
-    :raises ValueError: names the first site whose log-probability differs by more than the square
-        root of its dtype's rounding error.
+    The last of K vectorised particles is scored again alone, and compared site by site.
+
+    :param tracer: a tracer that runs several particles at once.
+    :param programs: the model and guide.
+    :raises ValueError: if a log-probability differs by more than the square root of its dtype's
+        rounding error. The message names the first such site.
+    :raises NotImplementedError: if the guide is a GuideMessenger, which runs the model.
     """
     if isinstance(poutine.unwrap(programs.guide), Messenger):
         raise NotImplementedError(

@@ -1,1 +1,1 @@
-"""The evidence by annealed importance sampling."""
+"""Estimates of the evidence by annealed importance sampling."""

@@ -8,13 +8,26 @@ from pyro_ext.infer.evidence.evidence import Evidence
 
 @dataclass(frozen=True, repr=False)
 class AnnealedEvidence(Evidence):
-    """Evidence by annealed importance sampling; ``num_samples`` counts the chains.
+    """The evidence from annealed importance sampling.
+
+    It has the attributes of :class:`Evidence`, where ``num_samples`` is the number of chains, and
+    those below.
 
     :ivar temperatures: the inverse temperatures, from 0 to 1.
-    :ivar acceptance: the mean acceptance probability of the transitions, over all but the first
-        and last inverse temperatures and over chains; NaN if there are none.
-    :ivar upper: an estimate from above, by chains in reverse from an exact sample; None without.
-        It lies more than b below log p(x) with probability at most e^-b.
+    :ivar acceptance: the mean acceptance probability of the transitions, over chains and over all
+        inverse temperatures except the first and the last. It is NaN if there are only these two.
+    :ivar upper: an estimate from above, in nats, from reverse chains that start at an exact sample;
+        None without such a sample. The probability that it lies more than b below log p(x) is at
+        most e^-b.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> from pyro_ext.infer import annealed_importance_sampling
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+    >>> found = annealed_importance_sampling(model, num_temperatures=5, num_chains=8)
+    >>> found.temperatures[0], found.temperatures[-1], found.num_samples, found.upper
+    (0.0, 1.0, 8, None)
     """
 
     temperatures: tuple[float, ...]
@@ -22,7 +35,10 @@ class AnnealedEvidence(Evidence):
     upper: Tensor | None
 
     def to_dataset(self) -> Any:
-        """As :meth:`Evidence.to_dataset`, with ``acceptance`` and ``upper`` where there is one."""
+        """Return the dataset of :meth:`Evidence.to_dataset` with ``acceptance`` and ``upper``.
+
+        ``upper`` is left out if it is None.
+        """
         dataset = super().to_dataset()
         plates = dataset["log_evidence"].dims
         dataset["acceptance"] = (plates, self.acceptance.cpu().numpy())

@@ -39,7 +39,7 @@ def annealed_importance_sampling(
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> AnnealedEvidence:
-    r"""Estimates the log evidence by chains from the guide to the posterior.
+    r"""Estimate the log evidence with annealed chains from the guide to the posterior.
 
     .. math::
 
@@ -47,46 +47,55 @@ def annealed_importance_sampling(
             \bigl( \log p(x, z_t) - \log q(z_t) \bigr), \qquad z_0 \sim q, \quad
         z_t \sim \mathcal{T}_t(\cdot \mid z_{t-1}), \qquad 0 = \beta_0 < \dots < \beta_T = 1
 
-    The transition :math:`\mathcal{T}_t` is Hamiltonian Monte Carlo in unconstrained space, and
-    leaves :math:`p(x, z)^{\beta_t} q(z)^{1 - \beta_t}` invariant, so that :math:`E w = p(x)` for
-    any number of temperatures. With many, the weights vary little even where the guide is far from
-    the posterior; that is why the estimate can judge others. Chains and data points run at once,
-    and each is accepted by itself. A first pass, which counts for nothing else, finds a step size
-    for each temperature and data point; steps are relative to the spread of the guide's draws.
+    The transition :math:`\mathcal{T}_t` is Hamiltonian Monte Carlo in unconstrained space. It
+    leaves :math:`p(x, z)^{\beta_t} q(z)^{1 - \beta_t}` invariant, so :math:`E w = p(x)` for any
+    number of temperatures. With many temperatures, the weights vary little even if the guide is far
+    from the posterior. This makes the estimate a reference for other estimates.
 
-    With an ``exact_sample`` from the posterior, chains in reverse give an estimate from above:
-    :math:`E \, w^{-1} = p(x)^{-1}` for these. One such sample comes for free with data that the
-    model has simulated (bidirectional Monte Carlo); the two estimates then bracket the evidence.
+    Chains and data points run at once, and each transition is accepted separately. A first pass
+    finds a step size for each temperature and data point, and its chains are not used for anything
+    else. Step sizes are relative to the spread of the guide's draws.
+
+    An ``exact_sample`` from the posterior adds an estimate from above, by chains in reverse: for
+    these, :math:`E \, w^{-1} = p(x)^{-1}`. If the model has simulated the data, its latent values
+    are such a sample (bidirectional Monte Carlo). The two estimates then bracket the evidence.
+
+    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the chunks of chains
+    that were complete.
+
+    :param model: a trained SVI, or the model: a callable with Pyro primitives. Its modules must be
+        in evaluation mode.
+    :param guide: the guide, with the support of the posterior. Leave it out after an SVI. Without a
+        guide, or with None, the chains start at the prior.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_chains: the number of chains C >= 1 for each data point.
+    :param num_temperatures: the number of steps T >= 1 from the guide to the posterior.
+    :param num_leapfrog_steps: the number of leapfrog steps >= 1 in a transition. Each step computes
+        one gradient.
+    :param ladder: the places of the inverse temperatures. ``"sigmoid"`` is denser at both ends, and
+        ``"geometric"`` is denser at the guide. A sequence gives the inverse temperatures
+        themselves, from 0 to 1, instead of ``num_temperatures``.
+    :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
+        chosen.
+    :param exact_sample: a sample from the posterior: values by the names of the guide's latent
+        sites.
+    :param chunk_size: the number of chains at once, >= 1; by default all chains, but at most 100.
+    :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
+    :param progress_bar: whether to show a progress bar.
+    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: an :class:`AnnealedEvidence`.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range, if the SVI has not been trained, if a latent
+        site is discrete or has no map to unconstrained space, if weights are NaN, if all weights of
+        a data point are zero, and in the cases of :class:`MultiSampleELBO`.
 
     Sources: Neal (2001), Annealed Importance Sampling; Wu, Burda, Salakhutdinov and Grosse (2017),
     On the Quantitative Analysis of Decoder-Based Generative Models; Grosse, Ghahramani and Adams
     (2015), Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo.
-
-    :param model: an SVI, or the model, a callable with Pyro primitives; its modules in evaluation
-        mode.
-    :param guide: the guide, with the support of the posterior. None, or no guide, stands for the
-        prior. Leave it out after an SVI.
-    :param args: positional arguments of both.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_chains: the number of chains C >= 1 for each data point.
-    :param int num_temperatures: the number of steps T >= 1 from the guide to the posterior.
-    :param int num_leapfrog_steps: leapfrog steps in a transition, each with one gradient.
-    :param ladder: where the inverse temperatures lie: ``"sigmoid"``, denser at both ends,
-        ``"geometric"``, denser at the guide, or the numbers themselves, from 0 to 1, in place of
-        ``num_temperatures``.
-    :param float target_acceptance: the acceptance probability that step sizes are made for.
-    :param dict exact_sample: a sample from the posterior, by the names of the guide's latent sites.
-    :param int chunk_size: how many chains run at once; at most 100 by default.
-    :param jackknife_orders: orders m < C of the jackknife estimates.
-    :param bool progress_bar: whether to show one.
-    :param max_plate_nesting: the number of nested plates; guessed if infinite.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: an :class:`AnnealedEvidence`. An interrupt ends the sampling, with a warning, and the
-        chunks of chains that were complete are the result.
-    :raises ValueError: if an argument is out of range, if a latent site is discrete or has no map
-        to unconstrained space, if weights are NaN, if all weights of a data point are zero, and
-        where :class:`MultiSampleELBO` raises it.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -124,6 +133,6 @@ def annealed_importance_sampling(
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, bar)
         annealer.adapt(size)
         evidence = annealer.evidence(num_chains, size, orders, exact_sample)
-    if num_chains >= 100:  # the Pareto k of fewer says little
+    if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
     return evidence

@@ -14,15 +14,15 @@ from pyro_ext.infer.evidence.evidence_state import BlockState
 from pyro_ext.ops import accumulation_dtype, log_mean_exp
 from pyro_ext.tracing.failures import data_points
 
-#: How fast step sizes follow the acceptance, per transition.
+#: The rate, per transition, at which step sizes follow the acceptance.
 ADAPTATION_RATE = 0.3
-#: Transitions at the first temperature before step sizes count.
+#: The number of transitions at the first temperature before step sizes are stored.
 NUM_WARMUP = 20
 
 
 @dataclass
 class Annealer:
-    """Runs the chains, with step sizes that a first pass has found."""
+    """A runner of the chains, with step sizes from a first pass."""
 
     programs: UnconstrainedPrograms
     betas: tuple[float, ...]
@@ -33,7 +33,10 @@ class Annealer:
     step_sizes: list[Tensor] = field(default_factory=list)
 
     def adapt(self, num_chains: int) -> None:
-        """Finds the step sizes, by chains that follow their acceptance."""
+        """Find the step sizes, from chains that adapt them to their acceptance.
+
+        :param num_chains: the number of these chains.
+        """
         state = self._start(num_chains)
         for name, position in state.positions.items():
             self.scales[name] = torch.ones_like(position[:1])
@@ -55,7 +58,14 @@ class Annealer:
         orders: tuple[int, ...],
         exact_sample: dict[str, Tensor] | None,
     ) -> AnnealedEvidence:
-        """The weights of all chains, or of the chunks that are complete at an interrupt."""
+        """Return the evidence of all chains, or of the complete chunks after an interrupt.
+
+        :param num_chains: the number of chains C.
+        :param chunk_size: the number of chains at once.
+        :param orders: the orders of the jackknife.
+        :param exact_sample: a sample from the posterior by site, for reverse chains; None without
+            them.
+        """
         programs = self.programs
         names = tuple(plate.name for plate in programs.plates)
         block = BlockState(names, 0, programs.outer)
@@ -95,7 +105,10 @@ class Annealer:
     def _anneal(
         self, num_chains: int, exact_sample: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log weights, ``(C, *common)``, and the mean acceptance; in reverse from a sample."""
+        """Return the log weights, of shape ``(C, *common)``, and the mean acceptance.
+
+        With an exact sample, the chains start there and run in reverse.
+        """
         state = self._start(num_chains, exact_sample)
         log_w = torch.zeros_like(
             state.densities.log_p, dtype=accumulation_dtype(state.densities.log_p.device)

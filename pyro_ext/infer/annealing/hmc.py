@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo for many chains and data points at once, each accepted by itself."""
+"""Hamiltonian Monte Carlo for many chains and data points at once, each accepted separately."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedProgr
 
 
 class ChainState(NamedTuple):
-    """Where the chains are, and the densities there."""
+    """The positions of the chains, and the densities there."""
 
     positions: dict[str, Tensor]
     densities: Densities
@@ -24,19 +24,21 @@ def transition(
     scales: dict[str, Tensor],
     num_leapfrog_steps: int,
 ) -> tuple[ChainState, Tensor]:
-    """One transition that leaves p^beta q^(1 - beta) invariant, and its acceptance probabilities.
+    """Return the state after one transition, and the acceptance probabilities.
+
+    The transition leaves p^beta q^(1 - beta) invariant.
+
+    :param programs: the densities.
+    :param state: the state of C chains.
+    :param beta: the inverse temperature.
+    :param step_size: the largest step size, for each element of the common plates.
+    :param scales: the factors of the step sizes, by site.
+    :param num_leapfrog_steps: the number of leapfrog steps.
+    :returns: the state, and probabilities of shape ``(C, *common)``.
 
     Source: Neal (2011), MCMC Using Hamiltonian Dynamics.
-
-    :param UnconstrainedPrograms programs: the densities.
-    :param ChainState state: the state of C chains.
-    :param float beta: the inverse temperature.
-    :param torch.Tensor step_size: the largest, for each element of the common plates.
-    :param dict scales: of each site, by which its step sizes are multiplied.
-    :param int num_leapfrog_steps: the number of leapfrog steps.
-    :returns: the state, and probabilities of shape ``(C, *common)``.
     """
-    # Steps of random sizes: a path of a fixed length may return to where it began.
+    # Step sizes are random, because a path of fixed length may return to its start.
     step_size = step_size * (1 - 0.5 * torch.rand_like(state.densities.log_p))
     steps = {
         name: scales[name] * programs.expand(step_size, position)
@@ -52,7 +54,7 @@ def transition(
         momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
     before = state.densities.annealed(beta) - _kinetic_energy(programs, start)
     after = densities.annealed(beta) - _kinetic_energy(programs, momenta)
-    # NaN, where the path has left what the densities can take, rejects.
+    # NaN means that the path has left the domain of the densities: reject.
     log_acceptance = (after - before).nan_to_num(nan=-math.inf).clamp(max=0)
     accepted = torch.rand_like(log_acceptance).log() < log_acceptance
     positions = {
@@ -67,12 +69,12 @@ def transition(
 def _slopes(
     programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
 ) -> tuple[Densities, dict[str, Tensor]]:
-    """The densities, and the gradient of the annealed one."""
+    """Return the densities, and the gradient of the annealed density."""
     leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
     try:
         with torch.enable_grad():
             densities = programs(leaves)
-            # Chains and data points are independent: the gradient of the sum is that of each.
+            # Chains and data points are independent, so one gradient of the sum holds all of them.
             slopes = torch.autograd.grad(densities.annealed(beta).sum(), list(leaves.values()))
     except Exception as error:
         if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
@@ -84,7 +86,10 @@ def _slopes(
 def _slopes_one_by_one(
     programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
 ) -> tuple[Densities, dict[str, Tensor]]:
-    """The same where a chain has come to a singular matrix: it has no density, and stays put."""
+    """Return the result of :func:`_slopes` if a chain is at a singular matrix.
+
+    That chain has no density and stays where it is.
+    """
     num_chains = len(next(iter(positions.values())))
     if num_chains == 1:
         zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)

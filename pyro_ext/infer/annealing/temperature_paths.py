@@ -8,9 +8,12 @@ from pyro_ext._arguments import describe
 
 
 def inverse_temperatures(ladder: str | Sequence[float], num_temperatures: int) -> tuple[float, ...]:
-    """The inverse temperatures of a path that is named, or those that are given.
+    """Return the inverse temperatures of a named path, or the given ones after a check.
 
-    :raises ValueError: if there is no such path, or if they do not rise from 0 to 1.
+    :param ladder: ``"sigmoid"``, ``"geometric"``, or the inverse temperatures.
+    :param num_temperatures: the number of steps of a named path.
+    :raises ValueError: if there is no path of that name, or if the numbers do not increase from 0
+        to 1.
     """
     fractions = [t / num_temperatures for t in range(num_temperatures + 1)]
     if ladder == "sigmoid":

@@ -1,4 +1,4 @@
-"""The latent sites of a guide as unconstrained tensors, and the densities as functions of them."""
+"""The densities as functions of unconstrained tensors, one for each latent site of a guide."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from pyro_ext.tracing.sites import is_delta
 
 
 class Densities(NamedTuple):
-    """Log-densities of the particles, each of shape ``(C, *common)``.
+    """Log densities of the particles, each of shape ``(C, *common)``.
 
     :ivar log_p: log p(x, z).
     :ivar log_q: log q(z).
@@ -30,23 +30,23 @@ class Densities(NamedTuple):
 
     @property
     def log_w(self) -> Tensor:
-        """log p - log q."""
+        """The log weights log p - log q."""
         return self.log_p - self.log_q
 
     def annealed(self, beta: float) -> Tensor:
-        """The log-density of p^beta q^(1 - beta) in unconstrained space."""
+        """Return the log density of p^beta q^(1 - beta) in unconstrained space."""
         return beta * self.log_p + (1 - beta) * self.log_q + self.log_det
 
 
 class UnconstrainedPrograms:
-    """A model and guide as functions of the unconstrained values of the guide's latent sites.
+    """A model and a guide as functions of unconstrained values of the guide's latent sites.
 
     Every site has its particles in the leftmost dim of its batch. The shapes are known after
     :meth:`draw`.
 
-    :param str owner: the name of the algorithm, for errors.
-    :param Programs programs: the model and guide.
-    :param max_plate_nesting: the number of nested plates; guessed if infinite.
+    :param owner: the name of the algorithm, for error messages.
+    :param programs: the model and guide.
+    :param max_plate_nesting: the number of nested plates; guessed in one run if infinite.
     """
 
     def __init__(self, owner: str, programs: Programs, max_plate_nesting: float) -> None:
@@ -62,9 +62,12 @@ class UnconstrainedPrograms:
     def draw(
         self, num_particles: int, sample: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Unconstrained values of some particles.
+        """Return the unconstrained values of some particles.
 
-        :param dict sample: values of all latent sites, for all particles; None to draw them.
+        :param num_particles: the number of particles.
+        :param sample: values of all latent sites, to use for all particles; None to draw them.
+        :raises ValueError: if the guide has no latent site, if ``sample`` has other sites, if the
+            guide has a scale of its own, or if a log weight is NaN.
         """
         sites = UnconstrainedSites(self.owner, sample=sample)
         particles = self._trace(sites, num_particles)
@@ -92,7 +95,7 @@ class UnconstrainedPrograms:
         return sites.positions
 
     def _raise_for_scales(self, particles: Particles) -> None:
-        """Raises if the guide's density is scaled, beyond what lies outside of the weights."""
+        """Raise a ValueError if the guide has a scale that is part of the weights."""
         sites = density_sites("guide", particles.guide_traces[0])
         terms = [_log_prob(site) for site in sites]
         log_q = self.sum_out(terms, len(particles.log_q))
@@ -104,13 +107,13 @@ class UnconstrainedPrograms:
             )
 
     def __call__(self, positions: dict[str, Tensor]) -> Densities:
-        """The densities at some positions."""
+        """Return the densities at the given positions."""
         sites = UnconstrainedSites(self.owner, positions)
         num_particles = len(next(iter(positions.values())))
-        # A proposal may lie so far out that a value overflows: it is then rejected.
+        # A value may overflow at a distant proposal, which is then rejected.
         with pyro.validation_enabled(False):
             particles = self._trace(sites, num_particles)
-        # Automatic guides transform a draw, and say by how much in a Delta.
+        # Automatic guides transform a draw, and record the log determinant in a Delta.
         deltas = [
             -_log_prob(site)
             for site in density_sites("guide", particles.guide_traces[0])
@@ -120,18 +123,22 @@ class UnconstrainedPrograms:
         return Densities(particles.log_p, particles.log_q, log_det)
 
     def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
-        """The sum of terms with the batch dims of sites, of shape ``(C, *common)``."""
+        """Return the sum of terms with the batch dims of sites, of shape ``(C, *common)``."""
         dims = {self._particle_dim, *(plate.dim for plate in self.plates)}
         shape = torch.Size(plate.size for plate in self.plates)
         layout = Layout(num_particles, self._particle_dim, shape, dims, terms[0])
         return layout.stack([terms])
 
     def num_event_dims(self, position: Tensor) -> int:
-        """The number of dims of a position to the right of its batch."""
+        """Return the number of dims of a position to the right of its batch."""
         return position.dim() + self._particle_dim
 
     def expand(self, x: Tensor, position: Tensor) -> Tensor:
-        """A tensor of shape ``(C, *common)`` or ``common`` with dims for a position's others."""
+        """Return a tensor that broadcasts against a position.
+
+        :param x: a tensor of shape ``(C, *common)`` or ``common``.
+        :param position: the position, whose other dims are added with size 1.
+        """
         shape = [1] * -self._particle_dim
         if x.dim() > len(self.plates):
             shape[0] = len(x)
@@ -145,6 +152,6 @@ class UnconstrainedPrograms:
 
 
 def _log_prob(site: DensitySite) -> Tensor:
-    """The log-probability of a site, masked but not scaled."""
+    """Return the log-probability of a site, masked but not scaled."""
     log_prob = site.node["fn"].log_prob(site.node["value"])
     return scale_and_mask(log_prob, mask=site.node["mask"])

@@ -13,14 +13,14 @@ CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 class UnconstrainedSites(Messenger):
-    """Gives the latent sites of a guide values from unconstrained tensors, or reads these off.
+    """A handler that sets or records the unconstrained values of a guide's latent sites.
 
-    :param str owner: the name of the algorithm, for errors.
-    :param dict given: unconstrained values by site; None to record those of what is drawn.
-    :param dict sample: values by site to take in place of draws, the same for all particles.
+    :param owner: the name of the algorithm, for error messages.
+    :param given: the unconstrained values to set, by site; None to record the values of the draws.
+    :param sample: values to use instead of draws, by site, the same for all particles.
 
-    :ivar dict positions: the unconstrained value of each site, if they are recorded.
-    :ivar dict log_dets: the log determinant of the Jacobian from given values, for each site.
+    :ivar positions: the recorded unconstrained values, by site.
+    :ivar log_dets: the log determinant of the Jacobian at the given values, by site.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class UnconstrainedSites(Messenger):
         self._of_guide: set[str] = set()
 
     def _pyro_sample(self, msg: Message) -> None:
-        # A site that has a value is that of the guide again, replayed in the model.
+        # A site with a value is a guide site that is replayed in the model.
         if msg["value"] is not None or not _is_latent(msg):
             return
         name: Any = msg["name"]
@@ -70,7 +70,7 @@ class UnconstrainedSites(Messenger):
     def _transform(self, msg: Any) -> Any:
         support = msg["fn"].support
         try:
-            # A circle is said to have the real line for support, on which its density is improper.
+            # Circular distributions declare the real line as support, where they are improper.
             if support.is_discrete or isinstance(base_of(msg["fn"]), CIRCULAR):
                 raise NotImplementedError
             return biject_to(support)

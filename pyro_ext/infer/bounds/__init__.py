@@ -1,1 +1,1 @@
-"""Bounds of the evidence: one class a file, each a function of K log weights."""
+"""Bounds of the log evidence: functions of K log weights, with one class per file."""

@@ -10,7 +10,7 @@ from pyro_ext.ops import log_mean_exp
 
 
 class CombinedELBO(MultiSampleELBO):
-    r"""The convex combination of the ELBO and the importance-weighted bound (CIWAE).
+    r"""A convex combination of the ELBO and the importance-weighted bound (CIWAE).
 
     .. math::
 
@@ -18,15 +18,18 @@ class CombinedELBO(MultiSampleELBO):
         \frac{\beta}{K} \sum_{k=1}^{K} \log w_k
         + (1 - \beta) \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
-    It is a lower bound in expectation.
+    Its expectation is a lower bound of the log evidence.
+
+    :param beta: the weight of the ELBO, ``0 <= beta <= 1``.
+    :param num_particles: the number of particles K >= 1.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``beta`` is outside [0, 1], and in the cases of :class:`MultiSampleELBO`.
 
     Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
     are Not Necessarily Better.
-
-    :param float beta: the weight of the ELBO, ``0 <= beta <= 1``.
-    :param int num_particles: the number of particles K.
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``beta`` is outside of [0, 1]; and as :class:`MultiSampleELBO` does.
 
     >>> CombinedELBO(beta=0.5, num_particles=3).bound(torch.tensor([0.0, 1.0, 2.0]))
     tensor(1.1545)
@@ -43,7 +46,7 @@ class CombinedELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax(log_w, 0)
         first = self.beta / log_w.shape[0] + (1 - self.beta) * weights
         return first, (1 - self.beta) * weights * (1 - weights)

@@ -9,15 +9,28 @@ from pyro_ext.ops import leave_one_out_log_mean_exp, leave_one_out_mean, log_mea
 
 
 class ImportanceWeightedELBO(MultiSampleELBO):
-    r"""The importance-weighted bound (IWAE), tighter with every particle.
+    r"""The importance-weighted bound (IWAE), which becomes tighter with every particle.
 
     .. math:: f(\log w_1, \dots, \log w_K) = \log \frac{1}{K} \sum_{k=1}^{K} w_k
 
-    Its expectation lies below the log evidence and does not fall with K; K = 1 is the ELBO.
+    Its expectation is a lower bound of the log evidence, and does not decrease as K grows. With K =
+    1 it is the ELBO.
+
+    :param num_particles: the number of particles K >= 1.
+    :param gradient: the gradient rule: ``"pathwise"``, ``"dreg"`` (doubly reparameterised) or
+        ``"stl"`` (sticking the landing).
+    :param vectorize_particles: whether the K particles run at once, in an extra dim on the left.
+    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param strict_enumeration_warning: accepted for compatibility with Pyro, without an effect.
+    :param retain_graph: whether :meth:`MultiSampleELBO.loss_and_grads` keeps the autograd graph.
+    :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
+        once; None for all.
+    :param local_plate: the name of the plate whose sites are drawn K times, while sites outside are
+        drawn once; None to draw all sites K times.
+
+    See :class:`MultiSampleELBO` for details of these arguments, and for the errors.
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders.
-
-    For the arguments and errors, see :class:`MultiSampleELBO`.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -38,12 +51,12 @@ class ImportanceWeightedELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax(log_w, 0)
         return weights, weights * (1 - weights)
 
     def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        """In O(K); see :meth:`MultiSampleELBO.learning_signal`."""
+        """Return the learning signal in O(K); see :meth:`MultiSampleELBO.learning_signal`."""
         K = log_w.shape[0]
         if K == 1:
             return self.bound(log_w).unsqueeze(0)

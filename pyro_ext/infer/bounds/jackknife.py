@@ -16,22 +16,28 @@ class JackknifeELBO(MultiSampleELBO):
         f(\log w_1, \dots, \log w_K) = \sum_{j=0}^{m} c(K, m, j)\, \bar L_{K-j}, \qquad
         c(K, m, j) = \frac{(-1)^j (K - j)^m}{(m - j)!\, j!}
 
-    where :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of
-    K - j particles. It is not a bound: it may lie above the log evidence, and training can raise it
-    by spoiling the estimate instead of improving the model. With few particles that diverges; with
-    many, training with it does not beat the importance-weighted bound. Evaluating with it does.
+    Here :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of K - j
+    particles.
 
-    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
-    Autoencoders and Jackknife Variational Inference.
+    This estimate is not a bound: it may lie above the log evidence. Training can raise it by making
+    the estimate worse instead of improving the model. With few particles, such training diverges.
+    With many particles, it is no better than training with the importance-weighted bound. For
+    evaluation, the jackknife is better than that bound.
 
-    :param int num_particles: the number of particles K.
-    :param int order: the order m, ``0 <= m < K``; m = 0 is the importance-weighted bound. One
+    :param num_particles: the number of particles K >= 1.
+    :param order: the order m, ``0 <= m < K``. Order 0 is the importance-weighted bound. One
         evaluation costs O(K^m).
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``order`` is outside ``0..K-1``, so that K = 1 needs ``order=0``; and
-        as :class:`MultiSampleELBO` does.
-    :raises TooManySubsetsError: when run, if there are more subsets of one size than
-        :data:`pyro_ext.ops.MAX_SUBSETS`.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``order`` is outside ``0..K-1`` (K = 1 needs ``order=0``), and in the
+        cases of :class:`MultiSampleELBO`.
+    :raises TooManySubsetsError: when the bound is evaluated, if there are more subsets of one size
+        than :data:`pyro_ext.ops.MAX_SUBSETS`.
+
+    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted Autoencoders
+    and Jackknife Variational Inference.
 
     >>> import torch
     >>> JackknifeELBO(num_particles=3, order=2).bound(torch.tensor([0.0, 1.0, 2.0]))
@@ -54,5 +60,5 @@ class JackknifeELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         return jackknife_derivatives(log_w, self.order)

@@ -24,51 +24,58 @@ _OLD_METHODS = {"first_and_second": "derivatives", "signal": "learning_signal"}
 
 
 class MultiSampleELBO(ELBO):
-    r"""Base class of objectives that are a function of K log importance weights.
+    r"""The base class of objectives that are a function of K log importance weights.
 
     .. math::
 
         \mathrm{loss} = -\frac{N}{B} \sum_{n=1}^{B} f(\log w_{1n}, \dots, \log w_{Kn}), \qquad
         \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
 
-    A subclass gives the function f, as :meth:`bound`, and may give its derivatives, as
-    :meth:`derivatives`. Everything else is here and is not meant to be overridden.
+    A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
+    :meth:`learning_signal` and :attr:`guide_bound`. It must not override any other method, such as
+    :meth:`loss` or :meth:`trace_particles`. The gradient rules, particle chunks and compiled steps
+    each combine these four members in their own way, so another override would change some of the
+    results and not others.
 
-    Each plate that encloses all that depends on the particle (a common plate) keeps weights of
-    its own, and its subsampling scale N / B stays outside of f. Particles that do not run
-    vectorised share the minibatch. Scales and masks of the user stay inside the weights, but for
-    a scale that is the same at every site, which stays outside.
+    A common plate encloses every site that depends on the particle. Each element of the common
+    plates has its own log weights and its own bound. The subsampling scale N / B of these plates
+    multiplies f from outside. Particles that do not run vectorised share the minibatch. The user's
+    scales and masks are part of the weights, with one exception: a scale that is the same at every
+    site multiplies f from outside.
 
-    :param int num_particles: the number of particles K >= 1.
-    :param str gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for
-        fixed noise. ``"dreg"``, doubly reparameterised, has the same mean; near the posterior it
-        is much quieter and far from it it can be noisier. ``"stl"``, sticking the landing, is as
-        quiet, and biased for nonlinear bounds. Both need supports that do not move with parameters.
-        Non-reparameterised sites of the guide add a score-function term with a baseline under each
-        rule; Pyro's ``infer={"baseline": ...}`` is not used.
-    :param bool vectorize_particles: whether the K particles run at once, in a plate to the left
-        of all others; model and guide then see an extra dim on the left of every sample.
-    :param max_plate_nesting: the number of nested plates; guessed by one run if infinite, afresh
-        for each (model, guide).
-    :param bool strict_enumeration_warning: accepted as by every ELBO of Pyro; sites that are
-        marked for enumeration are refused either way.
-    :param bool retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
-    :param int particle_chunk_size: at most how many particles have their graph in memory at once;
-        None for all. The programs then run twice, and the gradients are those of all K particles.
-        For :meth:`loss` and :meth:`loss_and_grads`, hence ``SVI``.
-    :param str local_plate: the name of a plate, for models with global latent variables and local
-        ones in that plate: one draw of all sites outside of it, K of those inside, and a bound
-        for each point of the plate. The plate may then be subsampled. See
-        Geffner and Domke (2022), Variational Inference with Locally Enhanced Bounds for
-        Hierarchical Models. Non-reparameterised sites outside have no baseline.
-    :raises ValueError: where an argument is out of range. When run: where sites or plates do not
-        match between model and guide, where a site is marked for enumeration, where a plate is
-        subsampled inside a nonlinear bound, where the model cannot take the extra dim, and where
-        the loss is NaN (or, for gradients, infinite). Parameters and gradients are then as they
-        were. A gradient that is NaN where the loss is finite is not looked for.
+    :param num_particles: the number of particles K >= 1.
+    :param gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for fixed
+        noise. ``"dreg"``, doubly reparameterised, has the same mean. Its variance is much lower
+        near the posterior, and can be higher far from it. ``"stl"``, sticking the landing, has a
+        variance as low as ``"dreg"``, but is biased for nonlinear bounds. ``"dreg"`` and ``"stl"``
+        need guide sites whose support does not depend on parameters. With each rule,
+        non-reparameterised guide sites add a score-function term with a baseline. Pyro's
+        ``infer={"baseline": ...}`` is not used.
+    :param vectorize_particles: whether the K particles run at once, in a plate to the left of all
+        others. Model and guide then have an extra dim on the left of every sample.
+    :param max_plate_nesting: the number of nested plates, >= 0. If infinite, it is guessed in one
+        run for each new model and guide.
+    :param strict_enumeration_warning: accepted for compatibility with the ELBOs of Pyro. Sites that
+        are marked for enumeration always raise an error.
+    :param retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
+    :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
+        once; None for all. With chunks, model and guide run twice. The gradients are those of the
+        bound with all K particles. This applies to :meth:`loss` and :meth:`loss_and_grads`, and
+        therefore to ``SVI``.
+    :param local_plate: the name of a plate, for models with global latent variables and with local
+        ones in that plate. Sites outside the plate are drawn once, and sites inside K times. Each
+        element of the plate has its own bound, and the plate may be subsampled. Non-reparameterised
+        sites outside have no baseline. None draws all sites K times. See Geffner and Domke (2022),
+        Variational Inference with Locally Enhanced Bounds for Hierarchical Models.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range. A run raises it if sites or plates do not
+        match between model and guide, if a site is marked for enumeration, if a plate is subsampled
+        inside a nonlinear bound, if the model cannot take the extra dim, or if the loss is NaN
+        (with gradients, also if it is infinite). Parameters and gradients then keep their values. A
+        NaN gradient of a finite loss is not detected.
     :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
-    A bound of one's own, the mean of the log weights:
+    A bound of your own, here the mean of the log weights:
 
     >>> import pyro, pyro.distributions as dist
     >>> class MeanELBO(MultiSampleELBO):
@@ -118,7 +125,7 @@ class MultiSampleELBO(ELBO):
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
-        # Pyro's constructor would add the particle plate to it.
+        # Set here, because Pyro's constructor would add one for the particle plate.
         self.max_plate_nesting = max_plate_nesting
         self.gradient = gradient
         self.particle_chunk_size = particle_chunk_size
@@ -134,7 +141,7 @@ class MultiSampleELBO(ELBO):
 
     @property
     def tracer(self) -> ParticleTracer:
-        """What runs model and guide for K particles, by the settings of now."""
+        """The tracer that runs model and guide with the current settings."""
         return ParticleTracer(
             num_particles=self.num_particles,
             vectorize=self.vectorize_particles,
@@ -146,9 +153,9 @@ class MultiSampleELBO(ELBO):
 
     @abstractmethod
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
-        """The function f of the log weights.
+        """Return the function f of the log weights.
 
-        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :param log_w: log weights of shape ``(K, ...)``.
         :returns: a tensor of shape ``(...)``.
         """
         raise NotImplementedError
@@ -156,11 +163,11 @@ class MultiSampleELBO(ELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        r"""First and pure second derivatives of :meth:`bound` in each log weight.
+        r"""Return the first and pure second derivatives of :meth:`bound` in each log weight.
 
-        By default they are computed by autograd, in K backward passes.
+        By default, autograd computes them in K backward passes.
 
-        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
+        :param log_w: log weights of shape ``(K, ...)``.
         :returns: :math:`f_k = \partial f / \partial \log w_k` and
             :math:`f_{kk} = \partial^2 f / \partial (\log w_k)^2`, each of shape ``(K, ...)``.
         """
@@ -176,19 +183,20 @@ class MultiSampleELBO(ELBO):
         return first.detach(), torch.stack(second)
 
     def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        r"""What the non-reparameterised sites of each particle are rewarded by.
+        r"""Return the learning signal: the reward of each particle's non-reparameterised sites.
 
         .. math::
 
             f(\log w) - f(\log w \text{ with entry } k \text{ replaced by the mean of the others})
 
-        The second term, a baseline, does not depend on particle k. It is 0 for K = 1 and where it
-        would not be finite. By default K bounds are evaluated on a tensor of K times the size.
+        The second term is a baseline, which does not depend on particle k. It is 0 for K = 1, and
+        wherever it would not be finite. By default, K bounds are evaluated on a tensor of K times
+        the size.
+
+        :param log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
 
         Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
-
-        :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
-        :returns: a tensor of the same shape.
         """
         K = log_w.shape[0]
         if K == 1:
@@ -200,7 +208,7 @@ class MultiSampleELBO(ELBO):
 
     @property
     def guide_bound(self) -> "MultiSampleELBO":
-        """The estimator whose bound the guide is trained on; this one, unless overridden."""
+        """The estimator whose bound trains the guide; this estimator, unless overridden."""
         return self
 
     def _against_baseline(
@@ -210,11 +218,14 @@ class MultiSampleELBO(ELBO):
 
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss, minus the bound, from one trace of K particles.
+        """Return an estimate of the loss (the negative bound) from one trace of K particles.
 
-        :param model: the model, a callable with Pyro primitives.
-        :param guide: the guide, likewise.
-        :param args: passed to both, as are ``kwargs``.
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss, in nats.
+        :raises ValueError: if the loss is NaN. The class lists further cases.
         """
         programs = self._programs(model, guide, args, kwargs)
         if self._is_chunked:
@@ -228,7 +239,15 @@ class MultiSampleELBO(ELBO):
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        """Return an estimate of the loss, and add its gradients to the parameters' ``.grad``.
+
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss, in nats.
+        :raises ValueError: if the loss is NaN or infinite. The class lists further cases.
+        """
         programs = self._programs(model, guide, args, kwargs)
         if self._is_chunked:
             return self._loss_and_grads_in_chunks(programs)
@@ -244,10 +263,19 @@ class MultiSampleELBO(ELBO):
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """A scalar tensor with the value of the loss and the gradient of the estimator.
+        """Return the loss as a scalar tensor, whose gradient is the gradient estimate.
 
-        Under ``pyro.enable_validation(False)`` it looks at no value, so that it can be captured
-        as a graph.
+        Under ``pyro.enable_validation(False)`` no tensor value is read, so the computation can be
+        captured as a graph.
+
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss, in nats.
+        :raises NotImplementedError: if ``particle_chunk_size`` is below ``num_particles``.
+        :raises ValueError: if the loss is NaN or infinite, under validation. The class lists
+            further cases.
         """
         if self._is_chunked:
             raise NotImplementedError(
@@ -262,14 +290,17 @@ class MultiSampleELBO(ELBO):
         return loss
 
     def check(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
-        """Compares a vectorised particle, site by site, with the same particle run alone.
+        """Compare a vectorised particle, site by site, with the same particle run alone.
 
-        It catches programs that silently mix particles, such as BatchNorm in training mode or a
-        reshape that runs over the particle dim. Dropout is random and differs between the runs:
-        put modules in evaluation mode. Where particles do not run vectorised there is nothing
-        to compare.
+        The check finds programs that mix particles without an error, such as BatchNorm in training
+        mode or a reshape over the particle dim. Dropout is random and differs between the two runs,
+        so put modules in evaluation mode. If particles do not run vectorised, nothing is compared.
 
-        :raises ValueError: if the log-probability of a site differs; names the site.
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :raises ValueError: if the log-probability of a site differs. The message names the site.
         """
         if self.vectorize_particles and self.num_particles > 1:
             check_vectorization(self.tracer, self._programs(model, guide, args, kwargs))
@@ -281,10 +312,13 @@ class MultiSampleELBO(ELBO):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Particles:
-        """Runs the guide, and the model against it, for K particles.
+        """Run the guide, and the model against it, for K particles.
 
-        :param tuple args: positional arguments of both programs.
-        :param dict kwargs: keyword arguments of both programs.
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide, as a tuple.
+        :param kwargs: keyword arguments of model and guide, as a dict.
+        :returns: the log weights and traces, as :class:`Particles`.
         """
         return self._trace(self._programs(model, guide, args, kwargs or {}))
 
@@ -307,7 +341,7 @@ class MultiSampleELBO(ELBO):
 
     def _two_pass(self, programs: Programs) -> TwoPass:
         tracer = self.tracer
-        tracer.plate_nesting(programs)  # a first run may draw initial values: not in a pass
+        tracer.plate_nesting(programs)  # before the passes: a first run may draw initial values
 
         def trace(size: int, subsamples: SharedSubsamples, has_leaves: bool) -> Particles:
             return tracer.trace(programs, size, subsamples, has_leaves)

@@ -16,16 +16,20 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
         f(\log w_1, \dots, \log w_K) =
         \frac{1}{M} \sum_{m=1}^{M} \log \frac{M}{K} \sum_{k=1}^{K/M} w_{mk}
 
-    It is a lower bound in expectation; M = 1 is the importance-weighted bound and M = K the ELBO.
+    Its expectation is a lower bound of the log evidence. M = 1 gives the importance-weighted bound,
+    and M = K gives the ELBO.
+
+    :param num_particles: the total number of particles K >= 1.
+    :param num_groups: the number of groups M >= 1, a divisor of K.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``num_groups`` does not divide ``num_particles``, and in the cases of
+        :class:`MultiSampleELBO`.
 
     Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
     are Not Necessarily Better.
-
-    :param int num_particles: the number of all particles K.
-    :param int num_groups: the number of groups M, a divisor of K.
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``num_groups`` does not divide ``num_particles``; and as
-        :class:`MultiSampleELBO` does.
 
     >>> import torch
     >>> elbo = MultiplyImportanceWeightedELBO(num_particles=4, num_groups=2)
@@ -49,7 +53,7 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = self._grouped(log_w).softmax(1)
         first = weights / self.num_groups
         return first.reshape(log_w.shape), (first * (1 - weights)).reshape(log_w.shape)

@@ -6,20 +6,23 @@ from pyro_ext.infer.bounds.multiply_importance_weighted import MultiplyImportanc
 
 
 class PartiallyImportanceWeightedELBO(ImportanceWeightedELBO):
-    r"""Trains the model by IWAE and the guide by MIWAE, on the same particles (PIWAE).
+    """The IWAE bound for the model and the MIWAE bound for the guide, together (PIWAE).
 
-    The loss and the model's gradient are those of :class:`ImportanceWeightedELBO` with K particles;
-    the guide's gradient is that of :class:`MultiplyImportanceWeightedELBO` with M groups of K / M,
-    whose signal-to-noise ratio falls more slowly.
+    The loss and the model's gradient are those of :class:`ImportanceWeightedELBO` with K particles.
+    The guide's gradient is the gradient of :class:`MultiplyImportanceWeightedELBO` with M groups of
+    K / M particles, from the same particles. Its signal-to-noise ratio falls more slowly with K.
+
+    :param num_particles: the total number of particles K >= 1.
+    :param num_groups: the number of groups M >= 1 of the guide's bound, a divisor of K.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``num_groups`` does not divide ``num_particles``, and in the cases of
+        :class:`MultiSampleELBO`.
 
     Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
     are Not Necessarily Better.
-
-    :param int num_particles: the number of all particles K.
-    :param int num_groups: the number of groups M of the guide's bound, a divisor of K.
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``num_groups`` does not divide ``num_particles``; and as
-        :class:`MultiSampleELBO` does.
 
     >>> import torch
     >>> elbo = PartiallyImportanceWeightedELBO(num_particles=4, num_groups=2)
@@ -34,5 +37,5 @@ class PartiallyImportanceWeightedELBO(ImportanceWeightedELBO):
 
     @property
     def guide_bound(self) -> MultiSampleELBO:
-        """The bound with ``num_groups`` groups."""
+        """The bound with ``num_groups`` groups, which trains the guide."""
         return self._guide_bound

@@ -10,7 +10,7 @@ from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 
 
 class ThermodynamicELBO(MultiSampleELBO):
-    r"""The thermodynamic variational objective (TVO), a left Riemann sum over a path from q to p.
+    r"""The thermodynamic variational objective (TVO), a left Riemann sum along a path from q to p.
 
     .. math::
 
@@ -18,23 +18,27 @@ class ThermodynamicELBO(MultiSampleELBO):
         \sum_{i=0}^{I-1} (\beta_{i+1} - \beta_i) \sum_{k=1}^{K} v_k^{(i)} \log w_k, \qquad
         v^{(i)} = \mathrm{softmax}(\beta_i \log w)
 
-    with :math:`0 = \beta_0 < \dots < \beta_I = 1`. With exact expectations it is a lower bound,
-    for the integrand increases; self-normalised over K particles it is one as K grows. One
-    partition is the ELBO.
+    Here :math:`0 = \beta_0 < \dots < \beta_I = 1`. The integrand increases along the path, so the
+    sum is a lower bound if the expectations are exact. With weights that are self-normalised over K
+    particles, it becomes a lower bound as K grows. One partition gives the ELBO.
 
-    Non-reparameterised sites are rewarded by the covariance
-    :math:`\sum_i (\beta_{i+1} - \beta_i) v_k^{(i)} (\log w_k - \sum_j v_j^{(i)} \log w_j)`,
+    The reward of non-reparameterised sites is the covariance
+    :math:`\sum_i (\beta_{i+1} - \beta_i) v_k^{(i)} (\log w_k - \sum_j v_j^{(i)} \log w_j)`. This is
     the paper's estimator, which has no baseline to choose.
 
-    Source: Masrani, Le and Wood (2019), The Thermodynamic Variational Objective.
+    :param num_particles: the number of particles K >= 1.
+    :param num_partitions: the number of partitions I >= 1; 2 by default. The inner betas are evenly
+        spaced in their logarithm, and the first of them is 0.01.
+    :param betas: the increasing sequence of betas from 0 to 1, instead of ``num_partitions``.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``betas`` do not increase from 0 to 1, if both ``betas`` and
+        ``num_partitions`` are given, and in the cases of :class:`MultiSampleELBO`. A run also
+        raises it if any weight is zero.
 
-    :param int num_particles: the number of particles K.
-    :param int num_partitions: the number of partitions I >= 1; the inner betas are spaced evenly
-        in their logarithm, from 0.01 on.
-    :param betas: the increasing sequence of betas from 0 to 1, in place of ``num_partitions``.
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``betas`` do not increase from 0 to 1, or are given together with
-        ``num_partitions``; and as :class:`MultiSampleELBO` does, also where any weight is zero.
+    Source: Masrani, Le and Wood (2019), The Thermodynamic Variational Objective.
 
     >>> ThermodynamicELBO(3, betas=[0.0, 0.5, 1.0]).bound(torch.tensor([0.0, 1.0, 2.0]))
     tensor(1.1601)
@@ -69,7 +73,7 @@ class ThermodynamicELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         first, second = torch.zeros_like(log_w), torch.zeros_like(log_w)
         for beta, width, v in self._partitions(log_w):
             deviation = log_w - (v * log_w).sum(0)
@@ -79,14 +83,18 @@ class ThermodynamicELBO(MultiSampleELBO):
         return first, second
 
     def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        """The covariance of the class's description, in place of a baseline."""
+        """Return the covariance in the description of the class; it needs no baseline.
+
+        :param log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
+        """
         deviations = [
             width * v * (log_w - (v * log_w).sum(0)) for _, width, v in self._partitions(log_w)
         ]
         return torch.stack(deviations).sum(0)
 
     def _partitions(self, log_w: Tensor) -> list[tuple[float, float, Tensor]]:
-        """Left end, width and normalised weights of each partition."""
+        """Return the left end, the width and the normalised weights of each partition."""
         return [
             (beta, after - beta, torch.softmax(beta * log_w, 0))
             for beta, after in zip(self.betas, self.betas[1:], strict=False)

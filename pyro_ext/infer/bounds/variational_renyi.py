@@ -10,23 +10,27 @@ from pyro_ext.ops import log_mean_exp
 
 
 class VariationalRenyiELBO(MultiSampleELBO):
-    r"""The VR-IWAE bound: between the ELBO and the importance-weighted bound.
+    r"""The VR-IWAE bound, between the ELBO and the importance-weighted bound.
 
     .. math::
 
         f(\log w_1, \dots, \log w_K) =
         \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_{k=1}^{K} w_k^{1 - \alpha}
 
-    It is a lower bound in expectation. alpha = 0 is the importance-weighted bound, and as alpha
-    goes to 1 it goes to the ELBO.
+    Its expectation is a lower bound of the log evidence. alpha = 0 gives the importance-weighted
+    bound. As alpha approaches 1, the bound approaches the ELBO.
+
+    :param alpha: the order, ``0 <= alpha < 1``.
+    :param num_particles: the number of particles K >= 1.
+    :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
+        ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
+        ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``alpha`` is outside [0, 1), and in the cases of
+        :class:`MultiSampleELBO`.
 
     Sources: Li and Turner (2016), Renyi Divergence Variational Inference; Daudel, Benton, Shi and
     Doucet (2023), Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders.
-
-    :param float alpha: the order, ``0 <= alpha < 1``.
-    :param int num_particles: the number of particles K.
-    :param kwargs: as for :class:`MultiSampleELBO`.
-    :raises ValueError: if ``alpha`` is outside of [0, 1); and as :class:`MultiSampleELBO` does.
 
     >>> VariationalRenyiELBO(alpha=0.5, num_particles=3).bound(torch.tensor([0.0, 1.0, 2.0]))
     tensor(1.1633)
@@ -48,6 +52,6 @@ class VariationalRenyiELBO(MultiSampleELBO):
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """In closed form; see :meth:`MultiSampleELBO.derivatives`."""
+        """Return the derivatives in closed form; see :meth:`MultiSampleELBO.derivatives`."""
         weights = torch.softmax((1 - self.alpha) * log_w, 0)
         return weights, (1 - self.alpha) * weights * (1 - weights)

@@ -1,1 +1,1 @@
-"""The evidence and expectations, by importance sampling."""
+"""Estimates of the evidence, and of expectations, by importance sampling."""

@@ -10,8 +10,13 @@ from pyro_ext.tracing.failures import data_points
 
 
 def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
-    """Warns, in the name of an estimate, of data points with a Pareto k above 0.7."""
-    # Weights that differ by rounding have a tail of nothing else.
+    """Warn about data points with a Pareto k above 0.7.
+
+    :param owner: the name of the estimate, for the message.
+    :param evidence: the estimate.
+    :param advice: the last sentence of the message.
+    """
+    # If the weights differ only by rounding, their tail has no meaning.
     is_heavy = (evidence.pareto_k > 0.7) & (evidence.ess < 0.99 * evidence.num_samples)
     if evidence.num_samples >= MIN_DRAWS and is_heavy.any():
         warnings.warn(
@@ -24,7 +29,14 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
 def checked_orders(
     owner: str, jackknife_orders: Iterable[int], num_samples: int
 ) -> tuple[int, ...]:
-    """The orders of a jackknife as a tuple; raises a ValueError unless each is below the draws."""
+    """Return the orders of a jackknife as a tuple, after a check.
+
+    :param owner: the name of the estimate, for error messages.
+    :param jackknife_orders: the orders.
+    :param num_samples: the number of draws.
+    :raises TypeError: if an order is not an integer.
+    :raises ValueError: if an order is negative, or not below the number of draws.
+    """
     check_type(owner, "jackknife_orders", jackknife_orders, Iterable, "a sequence of integers")
     orders = tuple(jackknife_orders)
     for order in orders:

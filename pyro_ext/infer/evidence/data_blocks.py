@@ -1,4 +1,4 @@
-"""A data set in blocks of rows, which a pair of programs sees one after the other."""
+"""Blocks of rows of a data set, on which model and guide run one after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +14,15 @@ from pyro_ext.tracing.shared_values import RowsOfPlate, SharedSubsamples
 
 @dataclass
 class DataBlock:
-    """What the programs run on.
+    """A block of data, with the model and guide that run on it.
 
     :ivar programs: the model and guide, with their arguments for this block.
     :ivar subsamples: the handler that chooses the rows of plates.
-    :ivar of_loader: the loader that the block is a batch of, or None.
-    :ivar plate: the name of the plate of the rows; None if the block is all there is, or if it is
-        the only common plate.
+    :ivar plate: the name of the plate of the rows; None if there is only one block, or only one
+        common plate.
     :ivar first_row: the number of rows in earlier blocks.
-    :ivar is_whole: whether the programs decide on the rows, and there are no other blocks.
+    :ivar is_whole: whether there is only one block, whose rows model and guide choose themselves.
+    :ivar of_loader: the loader whose batch the block is; None without a loader.
     """
 
     programs: Programs
@@ -34,18 +34,22 @@ class DataBlock:
 
     @property
     def size(self) -> int | None:
-        """The number of rows in all blocks, if that is known."""
+        """The number of rows in all blocks; None if it is not known."""
         return self.subsamples.size if isinstance(self.subsamples, RowsOfPlate) else None
 
     @property
     def num_blocks(self) -> int | None:
-        """The number of blocks, if that is known."""
+        """The number of blocks; None if it is not known."""
         if isinstance(self.subsamples, RowsOfPlate):
             return self.size and -(-self.size // self.subsamples.batch_size)
         return 1 if self.of_loader is None else length_hint(self.of_loader, 0) or None
 
     def position(self, plates: Sequence[Plate]) -> int:
-        """Which of the common plates holds the rows."""
+        """Return the position of the plate of the rows among the common plates.
+
+        :param plates: the common plates.
+        :raises ValueError: if the plate of the rows is not a common plate.
+        """
         names = [plate.name for plate in plates]
         if self.plate is None and len(names) == 1:
             return 0
@@ -58,7 +62,10 @@ class DataBlock:
         return names.index(self.plate)
 
     def offset(self, plates: Sequence[Plate]) -> tuple[int, ...]:
-        """What to add to the indices of a data point in this block."""
+        """Return the numbers to add to the indices of a data point in this block.
+
+        :param plates: the common plates, each of which gets a number.
+        """
         if self.is_whole:
             return ()
         position = self.position(plates)
@@ -67,7 +74,10 @@ class DataBlock:
         return tuple(start * (i == position) for i in range(len(plates)))
 
     def num_new_rows(self, particles: Particles) -> int:
-        """How many rows of the block, the last ones, no earlier block had."""
+        """Return the number of rows of the block that no earlier block had.
+
+        They are the last rows of the block.
+        """
         plate = particles.plates[self.position(particles.plates)]
         if not isinstance(self.subsamples, RowsOfPlate):
             return plate.size
@@ -76,7 +86,7 @@ class DataBlock:
         return min(plate.size, self.size - self.first_row)
 
     def outer(self, particles: Particles) -> float:
-        """The outer terms that no earlier block had."""
+        """Return the sum of the outer terms that no earlier block had."""
         if self.is_whole:
             return float(particles.outer)
         rows = particles.plates[self.position(particles.plates)]
@@ -92,7 +102,10 @@ class DataBlock:
 
 
 def blocks_of_plate(programs: Programs, rows: RowsOfPlate) -> Iterator[DataBlock]:
-    """The rows of a plate, in order. Between the blocks, the programs have to run once."""
+    """Yield the rows of a plate in blocks, in order.
+
+    Model and guide have to run once between two blocks.
+    """
     while rows.size is None or rows.first_row < rows.size:
         yield DataBlock(programs, rows, rows.plate, rows.first_row, is_whole=False)
         rows.first_row += rows.batch_size
@@ -101,7 +114,10 @@ def blocks_of_plate(programs: Programs, rows: RowsOfPlate) -> Iterator[DataBlock
 def blocks_of_loader(
     programs: Programs, loader: Iterable[Any], plate: str | None
 ) -> Iterator[DataBlock]:
-    """The batches of a loader, each as arguments before the others."""
+    """Yield the batches of a loader as blocks.
+
+    A batch becomes the first positional arguments, or keyword arguments if it is a mapping.
+    """
     for batch in loader:
         if isinstance(batch, Mapping):
             args, kwargs = programs.args, {**programs.kwargs, **batch}

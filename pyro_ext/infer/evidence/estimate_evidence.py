@@ -42,7 +42,7 @@ def estimate_evidence(
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> Evidence:
-    r"""Estimates the log evidence by importance sampling with the guide as proposal.
+    r"""Estimate the log evidence by importance sampling, with the guide as proposal.
 
     .. math::
 
@@ -50,54 +50,59 @@ def estimate_evidence(
         \mathrm{SE} = \sqrt{\frac{1}{S} \Bigl( \frac{\overline{w^2}}{\bar w^2} - 1 \Bigr)}, \qquad
         \mathrm{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}
 
-    Nothing is differentiated. The programs run on ``chunk_size`` particles at a time, and the
-    weights go into running statistics in float64, so that memory hardly grows with S; with
-    ``batch_size`` or ``data_loader`` it does not grow with the data either, but for the results.
-    The draws depend on these sizes: torch fills a chunk's tensors one after the other, so that
-    other chunks get other numbers from the same seed. The subsampling scale, and a scale of the
-    user that is the same at every site, are left out: the evidence is that of the data seen.
+    No gradients are computed. Model and guide run for ``chunk_size`` draws at once. The weights are
+    added to running statistics in float64, so memory hardly grows with S. With ``batch_size`` or
+    ``data_loader``, it does not grow with the data either, except for the results. Other sizes give
+    other draws, even with the same seed, because torch fills the tensors of one chunk after
+    another. The subsampling scale is left out, and so is a user's scale that is the same at every
+    site: the result is the evidence of the data on which model and guide run.
 
-    An interrupt (Ctrl-C) ends the sampling, with a warning, and the draws so far are the result.
+    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the draws so far.
+    There is also a warning if a Pareto k is above 0.7.
 
-    Sources: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders; Owen
-    (2013), Monte Carlo Theory, Methods and Examples, chapter 9; Nowozin (2018), Debiasing
-    Evidence Approximations.
+    :param model: a trained SVI, or the model: a callable with Pyro primitives.
+    :param guide: the guide. Leave it out after an SVI. Without a guide, or with None, the draws
+        come from the prior, which is plain Monte Carlo.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_samples: the number of draws S >= 1.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
+        1 for programs that cannot take the extra dim of vectorised particles.
+    :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < S``.
+    :param target_std_error: the standard error >= 0, in nats, at which to stop. After at least 100
+        draws, sampling stops once the standard error of each data point (of a block) is no larger.
+        None makes all draws.
+    :param proposal_scale: the factor > 0 that multiplies the guide's scales. A factor above 1
+        widens a guide whose tails are too light. Every guide site must belong to a location-scale
+        family, like the sites of AutoNormal, AutoMultivariateNormal and other AutoContinuous
+        guides.
+    :param data_plate: the name of the plate whose rows are visited in blocks.
+    :param batch_size: the number of rows at once, >= 1. Model and guide must use the indices that
+        the plate yields, or ``pyro.subsample``. If the plate has a subsample size, it must equal
+        ``batch_size``. Every row counts once. Automatic guides need ``create_plates``, with a plate
+        without a subsample size.
+    :param data_loader: an iterable of batches on which to run model and guide. A tensor, or a tuple
+        or list of several, is passed as positional arguments before ``args``. A dict is passed as
+        keyword arguments. If there are several common plates, ``data_plate`` names the plate of the
+        rows.
+    :param state: the state from which to continue. It also stores the data that a later call needs
+        to continue. None starts anew and stores nothing.
+    :param progress_bar: whether to show a progress bar.
+    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: an :class:`Evidence`. If a plate is subsampled and there is no ``batch_size``, it is
+        the evidence of one minibatch.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range or does not fit the others, if the SVI has
+        not been trained, if log weights are NaN or positive infinity, if all weights of a data
+        point are zero, if a site has no scale to multiply, and in the cases of
+        :class:`MultiSampleELBO`.
 
-    :param model: an SVI, or the model, a callable with Pyro primitives.
-    :param guide: the guide, likewise. None, or no guide, stands for the prior as proposal, which
-        is plain Monte Carlo. Leave it out after an SVI.
-    :param args: positional arguments of both.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_samples: the number of draws S >= 1.
-    :param int chunk_size: how many particles run at once; at most 100 by default. 1 suits
-        programs that cannot take the extra dim of vectorised particles.
-    :param jackknife_orders: orders m < S of the jackknife estimates.
-    :param float target_std_error: stop, after 100 draws or more, as soon as the standard error of
-        each data point (of a block) is no larger; None to draw all.
-    :param float proposal_scale: what to multiply the guide's scales by, positive. More than 1
-        widens a guide whose tails are too light. Every site has to be of a location-scale family,
-        as those of AutoNormal, AutoMultivariateNormal and other AutoContinuous guides are.
-    :param str data_plate: the name of the plate whose rows are taken in blocks.
-    :param int batch_size: how many of its rows the programs see at once. They have to use the
-        indices that the plate yields (or ``pyro.subsample``), and a subsample size of the plate,
-        if it has one, has to be the same. Every row counts once. Automatic guides need
-        ``create_plates``, with a plate without subsample size.
-    :param data_loader: batches to run the programs on, each of them positional arguments before
-        ``args`` (a tensor, or a tuple or list of several), or keyword arguments (a dict). With
-        several common plates, ``data_plate`` names that of the rows.
-    :param EvidenceState state: where to go on from, and where to keep what a later call needs to
-        go on; None to begin anew and keep nothing.
-    :param bool progress_bar: whether to show one.
-    :param max_plate_nesting: the number of nested plates; guessed if infinite.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: an :class:`Evidence`; under a subsampled plate without ``batch_size``, for one
-        minibatch.
-    :raises ValueError: if an argument is out of range or does not fit the others, if log weights
-        are NaN, if all weights of a data point are zero, if a site has no scale to be multiplied,
-        and where :class:`MultiSampleELBO` raises it.
-
-    It warns where a Pareto k is above 0.7.
+    Sources: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders; Owen (2013),
+    Monte Carlo Theory, Methods and Examples, chapter 9; Nowozin (2018), Debiasing Evidence
+    Approximations.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):

@@ -35,43 +35,49 @@ def estimate_expectation(
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> Expectation:
-    r"""Estimates the mean of what a model returns, by importance sampling from the guide.
+    r"""Estimate the mean of the value that a model returns, by importance sampling.
 
     .. math::
 
         \hat\mu = \frac{1}{S} \sum_s w_s f(z_s) \quad \text{or} \quad
         \hat\mu = \frac{\sum_s w_s f(z_s)}{\sum_s w_s}, \qquad w_s = \frac{p(x, z_s)}{q(z_s)}
 
-    The first where the model observes nothing, which is unbiased; the second, the mean under the
-    posterior, where it has observed or factor sites. A guide that draws rare events often makes
-    their probability, the mean of an indicator, cheap to estimate. Draws have one weight, that of
-    all sites together, also under plates. The first dim of what the model returns is that of the
-    particles, unless they run one by one: reduce over dims counted from the right.
+    The draws come from the guide. The first formula is used if the model observes nothing, and is
+    unbiased. The second is used if the model has observed or factor sites, and estimates the mean
+    under the posterior.
+
+    The mean of an indicator is a probability. If the guide often draws a rare event, the
+    probability of this event becomes cheap to estimate. Each draw has one weight for all sites
+    together, also under plates. Unless the draws run one by one, the first dim of the returned
+    value must be the particle dim: reduce over dims counted from the right.
+
+    There is a warning if all values were zero, because the error is then unknown, and if a Pareto k
+    is above 0.7.
+
+    :param model: a trained SVI, or the model: a callable with Pyro primitives. It returns a real
+        tensor.
+    :param guide: the guide. Leave it out after an SVI. Without a guide, or with None, the draws
+        come from the prior, which is plain Monte Carlo.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_samples: the number of draws S >= 1.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 1,000.
+        Use 1 for programs that cannot take the extra dim of vectorised particles.
+    :param progress_bar: whether to show a progress bar.
+    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: an :class:`Expectation`.
+    :raises TypeError: if an argument has the wrong type, or if the model does not return a real
+        tensor.
+    :raises ValueError: if an argument is out of range, if the SVI has not been trained, if the
+        returned tensor lacks the particle dim, if values or weights are NaN or infinite, if all
+        weights are zero, and in the cases of :class:`MultiSampleELBO`.
 
     Source: Owen (2013), Monte Carlo Theory, Methods and Examples, chapter 9.
 
-    :param model: an SVI, or the model, a callable with Pyro primitives, which returns a real
-        tensor.
-    :param guide: the guide. None, or no guide, stands for the prior as proposal, which is plain
-        Monte Carlo. Leave it out after an SVI.
-    :param args: positional arguments of both.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_samples: the number of draws S >= 1.
-    :param int chunk_size: how many particles run at once; at most 1,000 by default. 1 suits
-        programs that cannot take the extra dim of vectorised particles.
-    :param bool progress_bar: whether to show one.
-    :param max_plate_nesting: the number of nested plates; guessed if infinite.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: an :class:`Expectation`.
-    :raises ValueError: if an argument is out of range, if the model returns no real tensor or one
-        without the dim of the particles, if values or weights are NaN, if all weights are zero,
-        and where :class:`MultiSampleELBO` raises it.
-
-    It warns where all values were zero, for then nothing was seen of what is rare, and where a
-    Pareto k is above 0.7.
-
-    P(z > 5) of a standard normal, by draws around 5:
+    P(z > 5) of a standard normal, from draws around 5:
 
     >>> import pyro, pyro.distributions as dist
     >>> def model():
@@ -104,7 +110,7 @@ def estimate_expectation(
 
 
 def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
-    """Raises unless the first dim of what the model returns is that of the particles."""
+    """Raise a ValueError unless the first dim of the returned value is the particle dim."""
     with kept_random_states():
         shapes = [_returned(stream.run(block, size))[0].shape for size in (2, 3)]
     if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
@@ -117,7 +123,7 @@ def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
 
 
 def _returned(particles: Particles) -> list[Tensor]:
-    """What the model returned, once if vectorised, else once for each particle."""
+    """Return the values that the model returned: one if vectorised, else one per particle."""
     returned: list[Any] = [trace.nodes["_RETURN"]["value"] for trace in particles.model_traces]
     for value in returned:
         check_type(NAME, "the value that the model returns", value, Tensor, "a real tensor")
@@ -129,11 +135,14 @@ def _returned(particles: Particles) -> list[Tensor]:
 
 
 def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
-    """One log weight for each particle, and the values that the model returned, in float64."""
+    """Return one log weight for each particle, and the values that the model returned.
+
+    Both are in float64.
+    """
     wide = accumulation_dtype(particles.log_w.device)
     log_w = particles.log_w.to(wide).reshape(len(particles.log_w), -1).sum(1)
     returned = _returned(particles)
-    if len(returned) == len(log_w):  # one after the other
+    if len(returned) == len(log_w):  # the particles ran one after the other
         value = torch.stack(torch.broadcast_tensors(*returned))
     else:
         (value,) = returned
@@ -150,7 +159,10 @@ def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
 
 
 def _filler_positions(particles: Particles, num_dims: int) -> list[int]:
-    """The dims between that of the particles and the batch's end that no plate has, descending."""
+    """Return the positions of the batch dims that belong to no plate, in descending order.
+
+    Only dims to the right of the particle dim count.
+    """
     site: Any
     dims: dict[str, int] = {}
     for trace in (*particles.guide_traces, *particles.model_traces):

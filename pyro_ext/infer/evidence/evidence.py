@@ -14,12 +14,23 @@ from pyro_ext.ops import MIN_DRAWS
 
 @dataclass(frozen=True)
 class EvidenceHistory:
-    """The estimates from the first 1, 2, 4, ... and from all draws.
+    """The estimates of the log evidence from the first 1, 2, 4, ... draws and from all draws.
 
-    :ivar num_samples: these numbers of draws, ascending.
-    :ivar log_evidence: the estimates, in one more dim on the left.
-    :ivar std_error: their standard errors, likewise.
-    :ivar jackknife: from order to the jackknife estimates, likewise.
+    The first dim of each tensor belongs to ``num_samples``. The other dims are as in
+    :class:`Evidence`.
+
+    :ivar num_samples: the numbers of draws, in ascending order.
+    :ivar log_evidence: the estimates, in nats.
+    :ivar std_error: their standard errors, in nats.
+    :ivar jackknife: the jackknife estimates in nats, by order.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> from pyro_ext.infer import estimate_evidence
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+    >>> estimate_evidence(model, num_samples=10).history.num_samples
+    (1, 2, 4, 8, 10)
     """
 
     num_samples: tuple[int, ...]
@@ -30,25 +41,38 @@ class EvidenceHistory:
 
 @dataclass(frozen=True)
 class Evidence:
-    """An importance-sampling estimate of the log evidence, with what tells whether to trust it.
+    """An importance-sampling estimate of the log evidence, with diagnostics of its reliability.
 
-    Every tensor has one entry for each element of the plates that are common to all sites (for
-    each data point of a VAE), and no dims where there is no such plate; they are in float64. It
-    prints as a table.
+    A common plate encloses every site that depends on a draw. Every tensor is in float64 and has
+    one entry for each element of the common plates. For a variational autoencoder, that is each
+    data point. Without a common plate, tensors have no dims. An evidence prints as a table.
 
-    :ivar log_evidence: the estimate of log p(x), in nats; biased down by about half the square of
-        the standard error.
-    :ivar std_error: its standard error by the delta method; NaN for one draw.
+    :ivar log_evidence: the estimate of log p(x), in nats. Its bias is negative and about half the
+        square of the standard error.
+    :ivar std_error: the standard error of ``log_evidence``, by the delta method; NaN for one draw.
     :ivar ess: the effective sample size, between 1 and ``num_samples``.
-    :ivar pareto_k: the Pareto shape of the largest weights; above 0.7 do not trust the estimate.
-    :ivar jackknife: from order to the jackknife estimate, over single draws for up to 1,024 of
-        them and over the means of 512 to 1,024 blocks for more; NaN where these are too few.
-    :ivar outer: the log-probability of observed and factor sites outside of the common plates,
-        which depends on no latent site: the total is ``log_evidence.sum() + outer``. Zero where
-        there are no common plates, for it is then part of ``log_evidence``.
-    :ivar num_samples: the number of draws; the smallest, where data points differ in it.
-    :ivar plates: the names of the plates that the dims belong to.
-    :ivar history: the estimates at fewer draws.
+    :ivar pareto_k: the Pareto shape of the largest weights. If it is above 0.7, do not trust the
+        estimate.
+    :ivar jackknife: the jackknife estimates in nats, by order. Up to 1,024 draws, the jackknife
+        leaves out single draws. With more draws, it groups them into 512 to 1,024 blocks and leaves
+        out single block means. It is NaN if there are too few draws or blocks.
+    :ivar outer: the log-probability of observed and factor sites outside the common plates, in
+        nats. It depends on no latent site. The total is ``log_evidence.sum() + outer``. Without
+        common plates it is zero, because it is part of ``log_evidence``.
+    :ivar num_samples: the number of draws. If data points differ in it, this is the smallest
+        number.
+    :ivar plates: the names of the plates to which the dims belong.
+    :ivar history: the estimates at fewer draws, as an :class:`EvidenceHistory`.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> from pyro_ext.infer import estimate_evidence
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> evidence = estimate_evidence(model, None, torch.zeros(3))
+    >>> evidence.plates, evidence.log_evidence.shape, evidence.num_samples
+    (('data',), torch.Size([3]), 1000)
     """
 
     log_evidence: Tensor
@@ -63,33 +87,42 @@ class Evidence:
 
     @property
     def total(self) -> float:
-        """The log evidence of all data points together, ``outer`` included."""
+        """The log evidence of all data points together, including ``outer``, in nats."""
         return self.log_evidence.sum().item() + self.outer
 
     @property
     def total_std_error(self) -> float:
-        """The standard error of :attr:`total`: draws of different data points are independent."""
+        """The standard error of :attr:`total`, in nats.
+
+        The draws of different data points are independent.
+        """
         return self.std_error.square().sum().sqrt().item()
 
     def bits_per_dim(self, num_dims: int) -> Tensor:
-        """Minus the log evidence in bits for each dimension of a data point.
+        """Return the negative log evidence in bits per dimension of a data point.
 
-        :param int num_dims: the number of dimensions, such as height x width x channels.
+        :param num_dims: the number of dimensions >= 1, such as height x width x channels.
+        :returns: a tensor of the shape of ``log_evidence``.
         :raises ValueError: if ``num_dims`` is not positive.
         """
         return -self.log_evidence * _bits_per_nat(num_dims)
 
     def bits_per_dim_std_error(self, num_dims: int) -> Tensor:
-        """The standard error of :meth:`bits_per_dim`, with the same argument and error."""
+        """Return the standard error of :meth:`bits_per_dim`.
+
+        :param num_dims: the number of dimensions >= 1, such as height x width x channels.
+        :returns: a tensor of the shape of ``std_error``.
+        :raises ValueError: if ``num_dims`` is not positive.
+        """
         return self.std_error * _bits_per_nat(num_dims)
 
     def to_dataset(self) -> Any:
-        """An :class:`xarray.Dataset` with the plates as dimensions.
+        """Return an :class:`xarray.Dataset` with the plates as dimensions.
 
         It holds ``log_evidence``, ``std_error``, ``ess``, ``pareto_k`` and ``jackknife`` (by
-        ``order``), and ``history_log_evidence``, ``history_std_error`` and ``history_jackknife``
-        (by ``num_samples``); ``total``, ``total_std_error``, ``outer`` and ``num_samples`` are
-        attributes.
+        ``order``). It also holds ``history_log_evidence``, ``history_std_error`` and
+        ``history_jackknife`` (by ``num_samples``). Its attributes are ``total``,
+        ``total_std_error``, ``outer`` and ``num_samples``.
         """
         import xarray as xr
 
@@ -121,11 +154,11 @@ class Evidence:
 
     @renamed_arguments(axes="ax")
     def plot(self, ax: Any = None) -> Any:
-        """Draws the mean log evidence against the number of draws, with jackknife estimates.
+        """Plot the mean log evidence and the jackknife estimates against the number of draws.
 
-        The band is two standard errors to each side. Needs matplotlib.
+        The band has a width of two standard errors on each side. This needs matplotlib.
 
-        :param ax: the matplotlib axes; None for new ones.
+        :param ax: the matplotlib axes; None for new axes.
         :returns: the axes.
         """
         ax = axes_or_new(ax)
@@ -148,11 +181,11 @@ class Evidence:
 
     @renamed_arguments(axes="ax")
     def plot_pareto_k(self, ax: Any = None) -> Any:
-        """Draws the Pareto k of each data point, with the line above which not to trust it.
+        """Plot the Pareto k of each data point, with a line at 0.7.
 
-        Needs matplotlib.
+        Do not trust the estimates above the line. This needs matplotlib.
 
-        :param ax: the matplotlib axes; None for new ones.
+        :param ax: the matplotlib axes; None for new axes.
         :returns: the axes.
         """
         ax = axes_or_new(ax)
@@ -196,7 +229,11 @@ class Evidence:
 
 
 def concatenate(parts: Sequence[Evidence], dim: int) -> Evidence:
-    """The evidence of several blocks of data points in one."""
+    """Return the evidence of several blocks of data points as one.
+
+    :param parts: the evidence of each block.
+    :param dim: the dim along which the blocks lie.
+    """
     if len(parts) == 1:
         return parts[0]
     sizes = sorted({size for part in parts for size in part.history.num_samples})
@@ -233,7 +270,10 @@ def _bits_per_nat(num_dims: int) -> float:
 
 
 def _at_sizes(history: EvidenceHistory, sizes: Sequence[int]) -> EvidenceHistory:
-    """The history at other numbers of draws: that of the last entry with no more."""
+    """Return a history at other numbers of draws.
+
+    Each entry is the last one of the history with no more draws.
+    """
     own = torch.tensor(history.num_samples)
     index = torch.searchsorted(own, torch.tensor(sizes), right=True) - 1
     index = index.to(history.log_evidence.device)

@@ -18,13 +18,13 @@ from pyro_ext.tracing.shared_values import RowsOfPlate
 
 @dataclass
 class EvidenceSampler:
-    """Draws for one block of data after the other.
+    """A sampler that makes the draws for one block of data after another.
 
-    :ivar stream: the draws.
+    :ivar stream: the stream of draws.
     :ivar orders: the orders of the jackknife.
-    :ivar target_std_error: the standard error at which to stop; None to draw all.
-    :ivar state: what is kept.
-    :ivar is_kept: whether a later call may go on from the state.
+    :ivar target_std_error: the standard error at which to stop; None to make all draws.
+    :ivar state: the state, with the statistics of each block.
+    :ivar is_kept: whether a later call may continue from the state.
     :ivar bar: a progress bar.
     """
 
@@ -44,7 +44,7 @@ class EvidenceSampler:
         self._caller_random_states: RandomStates | None = None
 
     def run(self, blocks: Iterator[DataBlock]) -> Evidence:
-        """The evidence of all blocks, or of what there is at an interrupt."""
+        """Return the evidence of all blocks, or of the draws before an interrupt."""
         block = None
         try:
             for index, block in enumerate(blocks):
@@ -111,14 +111,14 @@ class EvidenceSampler:
     def _resume(self, block: DataBlock, draws: BlockDraws) -> None:
         self.num_chunks = draws.serial
         if self.state.is_complete:
-            # Neither the numbers that follow on the saved state nor those of a seed: both may have
-            # been used.
+            # The random numbers after the saved state, or after a seed, may have been used
+            # already, so a new seed is made from the saved state.
             saved = [draws.random_states["cpu"], *draws.random_states["cuda"]]
             digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in saved)).digest()
             self._caller_random_states = random_states()
             torch.manual_seed(int.from_bytes(digest[:8]))
         else:
-            # A first run may draw numbers of its own, as to set up an automatic guide.
+            # A first run may draw extra numbers, for example to set up an automatic guide.
             self.stream.run(block, min(2, self.stream.chunk_size))
             set_random_states(draws.random_states)
         self.state.is_complete = False

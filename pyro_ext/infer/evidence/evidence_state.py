@@ -1,4 +1,4 @@
-"""What estimate_evidence keeps while it draws, and goes on from after an interrupt."""
+"""The state that estimate_evidence stores, to continue from it after an interrupt."""
 
 import copy
 from typing import Any, NamedTuple
@@ -12,14 +12,16 @@ from pyro_ext.ops import WeightStatistics
 
 
 class EvidenceState:
-    """Where a run of :func:`estimate_evidence` stands, for a later call to go on from.
+    """The state of a run of :func:`estimate_evidence`, from which a later call continues.
 
-    Pass the same one to each call. It is empty at first, pickles, and holds the statistics of
-    each block of data points with the random state after the last chunk. A run that was
-    interrupted and goes on, with the same chunks, takes up that random state, and ends as if it
-    had not been interrupted. A run that was complete goes on to a larger ``num_samples`` with
-    random numbers of its own, whatever the seed. Programs, data (in the same order) and
-    ``jackknife_orders``, ``proposal_scale``, ``data_plate`` and ``batch_size`` have to be the same.
+    Pass the same state to each call. It is empty at first, and can be pickled. It holds the
+    statistics of each block of data points, and the random state after the last chunk.
+
+    If a run was interrupted and continues with the same chunks, it restores this random state. The
+    result is then the same as without the interrupt. If a run was complete, it continues to a
+    larger ``num_samples`` with new random numbers, whatever the seed. Model, guide and data (in the
+    same order) must stay the same, and so must ``jackknife_orders``, ``proposal_scale``,
+    ``data_plate`` and ``batch_size``.
 
     >>> import pickle, torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import estimate_evidence
@@ -43,12 +45,16 @@ class EvidenceState:
 
     @property
     def latest(self) -> "BlockDraws | None":
-        """The draws of the block that was drawn for last; None before the first."""
+        """The draws of the block with the latest chunk; None before the first chunk."""
         draws = [block.draws for block in self.blocks.values() if block.draws is not None]
         return max(draws, key=lambda d: d.serial, default=None)
 
     def check_settings(self, **settings: Any) -> None:
-        """Raises a ValueError unless they are those of the first call that drew."""
+        """Raise a ValueError if the settings differ from the first call with draws.
+
+        :param settings: the settings by name.
+        :raises ValueError: if a setting differs.
+        """
         if not self.blocks:
             self._settings = settings
         for name, value in settings.items():
@@ -60,7 +66,7 @@ class EvidenceState:
 
 
 class HistoryEntry(NamedTuple):
-    """The estimates from some number of draws."""
+    """The estimates from a number of draws."""
 
     num_samples: int
     log_mean: Tensor
@@ -69,12 +75,14 @@ class HistoryEntry(NamedTuple):
 
 
 class BlockDraws(NamedTuple):
-    """The draws of a block of data points. It is replaced as a whole, lest an interrupt split it.
+    """The draws of a block of data points.
 
-    :ivar statistics: those of the weights.
+    They are replaced as a whole, so that an interrupt cannot leave them half updated.
+
+    :ivar statistics: the statistics of the weights.
     :ivar history: the estimates at 1, 2, 4, ... draws.
     :ivar random_states: the random states after the draws.
-    :ivar serial: how many chunks were drawn so far, in all blocks together.
+    :ivar serial: the number of chunks drawn so far, in all blocks together.
     """
 
     statistics: WeightStatistics
@@ -84,11 +92,11 @@ class BlockDraws(NamedTuple):
 
 
 class BlockState:
-    """A block of data points: where it lies in the tensors, and its draws.
+    """A block of data points, with its position in the tensors and its draws.
 
-    :param tuple plates: the names of the common plates.
-    :param int position: which of them holds the rows.
-    :param float outer: the outer terms.
+    :param plates: the names of the common plates.
+    :param position: the index of the common plate that holds the rows.
+    :param outer: the sum of the outer terms.
     """
 
     def __init__(self, plates: tuple[str, ...], position: int, outer: float) -> None:
@@ -103,12 +111,12 @@ class BlockState:
         return 0 if self.draws is None else self.draws.statistics.num_samples
 
     def add(self, log_w: Tensor, orders: tuple[int, ...], num_samples: int, serial: int) -> None:
-        """Adds draws.
+        """Add draws.
 
-        :param torch.Tensor log_w: their log weights, ``(n, *common)``.
-        :param tuple orders: the orders of the jackknife.
-        :param int num_samples: the number of draws that is planned.
-        :param int serial: how many chunks were drawn so far, in all blocks together.
+        :param log_w: their log weights, of shape ``(n, *common)``.
+        :param orders: the orders of the jackknife.
+        :param num_samples: the planned number of draws.
+        :param serial: the number of chunks drawn so far, in all blocks together.
         """
         statistics = WeightStatistics(num_samples)
         history: tuple[HistoryEntry, ...] = ()
@@ -122,7 +130,7 @@ class BlockState:
                     f"the state is, got {tuple(log_w.shape[1:])}."
                 )
         while len(log_w):
-            # Up to the next power of two.
+            # Stop at each power of two, where the history gets an entry.
             room = (1 << statistics.num_samples.bit_length()) - statistics.num_samples
             piece, log_w = log_w.tensor_split([room])
             statistics.update(piece)
@@ -131,13 +139,13 @@ class BlockState:
         self.draws = BlockDraws(statistics, history, random_states(), serial)
 
     def to_evidence(self, orders: tuple[int, ...]) -> Evidence:
-        """The estimates from the draws so far."""
-        assert self.draws is not None  # a block is only asked for what it has
+        """Return the estimates from the draws so far."""
+        assert self.draws is not None  # called only after the first draws
         statistics, history, *_ = self.draws
         latest = _entry(statistics, orders)
         if history[-1].num_samples < latest.num_samples:
             history = (*history, latest)
-        # Without common plates there is one total, which includes what depends on no draw.
+        # Without common plates there is one total, and it includes the outer terms.
         constant, outer = (0.0, self.outer) if self.plates else (self.outer, 0.0)
         return Evidence(
             log_evidence=latest.log_mean + constant,

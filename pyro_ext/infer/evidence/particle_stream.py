@@ -1,4 +1,4 @@
-"""Particles of a pair of programs in chunks, none of which is kept."""
+"""A stream of particles in chunks, none of which is kept."""
 
 import math
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_poi
 
 
 class ParticleStream:
-    """The draws that an estimate by importance sampling is made of.
+    """A stream of the draws for an estimate by importance sampling.
 
-    :param str owner: the name of the estimate, for errors.
-    :param int num_samples: the number of draws.
-    :param int chunk_size: how many run at once; None for the default.
-    :param int default_chunk_size: that one, unless the draws are fewer.
-    :param max_plate_nesting: the number of nested plates; guessed if infinite.
+    :param owner: the name of the estimate, for error messages.
+    :param num_samples: the number of draws.
+    :param chunk_size: the number of draws at once; None for the default.
+    :param default_chunk_size: the default, unless there are fewer draws.
+    :param max_plate_nesting: the number of nested plates; guessed in one run if infinite.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class ParticleStream:
     def draw(
         self, block: DataBlock, start: int = 0, bar: "tqdm[Any] | None" = None
     ) -> Iterator[Particles]:
-        """Particles, chunk by chunk.
+        """Yield the particles, chunk by chunk.
 
-        :param DataBlock block: what the programs run on.
-        :param int start: how many draws there are already.
-        :param bar: a progress bar to count them on.
+        :param block: the block of data, with model and guide.
+        :param start: the number of draws made already.
+        :param bar: the progress bar that counts the draws; None without one.
         """
         for first in range(start, self.num_samples, self.chunk_size):
             num_particles = min(self.chunk_size, self.num_samples - first)
@@ -57,12 +57,12 @@ class ParticleStream:
                 warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
                 self._was_looked_at = True
             yield particles
-            del particles  # nothing of one chunk is to live while another runs
+            del particles  # keep no reference to a chunk while the next one runs
             if bar is not None:
                 bar.update(num_particles)
 
     def run(self, block: DataBlock, num_particles: int) -> Particles:
-        """Some particles."""
+        """Return a number of particles for a block of data."""
         return self._tracer.trace(block.programs, num_particles, block.subsamples)
 
     def _check(self, particles: Particles, block: DataBlock) -> None:

@@ -1,4 +1,4 @@
-"""Guides made from a model or from another guide, to propose draws from."""
+"""Proposals made from a model or from a guide."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from pyro_ext.tracing.sites import SiteError, is_delta
 
 
 def prior_proposal(model: Program) -> Program:
-    """The prior of a model as a guide: its latent sites, without what is observed."""
+    """Return the prior of a model as a guide: its latent sites, without observed sites."""
     return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
 class WidenedScales(Messenger):
-    """Multiplies the scales of a guide's location-scale sites by a factor.
+    """A handler that multiplies the scales of a guide's location-scale sites by a factor.
 
-    :param float factor: the factor, positive.
+    :param factor: the factor > 0.
     """
 
     def __init__(self, factor: float) -> None:
@@ -42,7 +42,7 @@ class WidenedScales(Messenger):
 
 
 def _widen(fn: Any, factor: float) -> Any:
-    """The distribution with its scale multiplied, or None if it has none."""
+    """Return a distribution with its scale multiplied by a factor, or None if it has no scale."""
     if isinstance(fn, dist.MaskedDistribution):
         widened = _widen(fn.base_dist, factor)
         return widened and widened.mask(mask_of(fn))

@@ -1,1 +1,1 @@
-"""How the gradient of a bound is estimated, and how well."""
+"""Estimators of the gradient of a bound, and their signal-to-noise ratio."""

@@ -1,28 +1,32 @@
-"""Gradient rules: how the gradient of a bound is estimated from one trace of particles.
+"""Gradient rules: estimators of the gradient of a bound, from one trace of particles.
 
-With f the bound, f_k and f_kk its derivatives in log w_k, and z_k a reparameterised draw of the
-guide, the gradient in the guide's parameters is the expectation of
+Let f be the bound, with derivatives f_k and f_kk in log w_k. Let z_k be a reparameterised draw of
+the guide. The gradient in the guide's parameters phi is the expectation of
 
     sum_k f_k (d log w_k / d z_k) (d z_k / d phi)  -  sum_k f_k (d log q(z_k) / d phi at fixed z_k).
 
-The second sum is again reparameterised: as z_k enters f_k through log w_k alone,
+The first sum is called the path term, and the second the explicit term. The explicit term can be
+reparameterised again. Because z_k enters f_k only through log w_k,
 
     E f_k (d log q(z_k) / d phi)  =  E f_kk (d log w_k / d z_k) (d z_k / d phi),
 
-so that f_k - f_kk on the path does for both. For the importance-weighted bound that is the squared
-normalised weight of Tucker et al. (2019); the identity holds for every smooth f of independent
-particles, the jackknife included, where the support of q does not depend on phi.
+so the coefficient f_k - f_kk on the path covers both sums. For the importance-weighted bound, this
+coefficient is the squared normalised weight of Tucker et al. (2019). The identity holds for every
+smooth f of independent particles, including the jackknife, if the support of q does not depend on
+phi.
 
-Where a draw's log q enters log w with a factor c (a mask or a scale), so does the second sum. A
-non-reparameterised site d with log-probability s adds signal_k s, differentiated also through the
-draws before it; its expectation given z_k moves with z_k, which adds f_k ds/dz_k to the right
+If a mask or a scale multiplies a draw's log q in log w by a factor c, it also multiplies the
+explicit term by c. A non-reparameterised site with log-probability s adds the term signal_k s,
+where signal_k is the learning signal of particle k. This term is also differentiated through the
+draws before the site. Its expectation given z_k depends on z_k, which adds f_k ds/dz_k to the right
 side of the identity.
 
 With a local plate, the draws outside of it are made once, and the objective is linear in their log
-ratio. For the bound inside, they are parameters; the identity holds for any parameter, but it
-makes the estimate noisy at the posterior, where the pathwise derivative in such a draw is zero.
-So a draw outside gets the total pathwise derivative, f_k through log w_k, and f_k - f_kk acts
-from the draws inside into the guide's parameters only.
+ratio. For the bound inside the plate, these draws are parameters. The identity holds for any
+parameter, but for these draws it makes the estimate noisy at the posterior, where their pathwise
+derivative is zero. Therefore a draw outside the plate gets the total pathwise derivative, with the
+coefficient f_k of log w_k. The coefficient f_k - f_kk is used only on paths from the draws inside
+the plate to the guide's parameters.
 """
 
 import math
@@ -40,36 +44,39 @@ from pyro_ext.tracing.particles import Particles
 
 
 class Bound(Protocol):
-    """What a rule needs of an estimator."""
+    """The members of an estimator that a gradient rule uses."""
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
-        """The function f of the log weights."""
+        """Return the function f of the log weights."""
 
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """Its first and pure second derivatives."""
+        """Return the first and pure second derivatives of f."""
 
     def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        """What each particle's non-reparameterised sites are rewarded by."""
+        """Return the learning signal: the reward of each particle's non-reparameterised sites."""
 
     @property
     def guide_bound(self) -> "Bound":
-        """The bound that the guide is trained on: itself for most."""
+        """The bound that trains the guide; usually this bound itself."""
 
 
 class GradientRule(NamedTuple):
-    """A gradient estimator, for any bound: the contract for a rule of your own.
+    """A gradient estimator for any bound, and the contract for a rule of your own.
 
-    An estimate maps a bound and the particles to a scalar tensor. Its value is the bound, scaled,
-    summed over the common plates, with the outer terms added. Its gradient is that of the rule. It
-    reads the log weights and densities of :class:`Particles` and the derivatives of the bound,
-    looks at no value, and is additive over particles if the bound is linear.
+    An estimate maps a bound and the particles to a scalar tensor. The value of this tensor is the
+    scaled bound, summed over the common plates, plus the outer terms. Its gradient is the gradient
+    estimate of the rule.
 
-    :ivar name: the name of the rule, for errors.
-    :ivar estimate: the function.
-    :ivar has_leaves: whether leaves take the place of reparameterised draws; they are then in
-        ``particles.draws``.
+    The estimate uses the log weights and densities of :class:`Particles` and the derivatives of the
+    bound. It does not read tensor values into Python, so that it can be captured as a graph. If the
+    bound is linear, the estimate is a sum of terms for each particle.
+
+    :ivar name: the name of the rule, for error messages.
+    :ivar estimate: the function that computes the estimate.
+    :ivar has_leaves: whether leaves replace the reparameterised draws. If so, ``particles.draws``
+        and ``particles.global_draws`` hold the draws with their leaves.
     """
 
     name: str
@@ -77,13 +84,19 @@ class GradientRule(NamedTuple):
     has_leaves: bool
 
     def needs_leaves(self, bound: Bound) -> bool:
-        """Whether leaves are needed for a bound: also where the guide has a bound of its own."""
+        """Return whether the rule needs leaves for a bound.
+
+        Every rule needs them if the guide has a bound of its own.
+        """
         return self.has_leaves or bound.guide_bound is not bound
 
     def objective(self, bound: Bound, particles: Particles) -> Float[Tensor, ""]:
-        """The estimate.
+        """Return the estimate of the rule for a bound.
 
-        :raises ValueError: if the rule needs reparameterised sites, and there are only others.
+        :param bound: the bound.
+        :param particles: the particles, with leaves if :meth:`needs_leaves` returns True.
+        :raises ValueError: if the rule needs reparameterised sites and the guide has only other
+            sites.
         """
         names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
         if self.has_leaves and names and not particles.global_draws + particles.draws:
@@ -95,7 +108,9 @@ class GradientRule(NamedTuple):
 
 
 def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
-    r"""The bound itself, whose gradient for fixed noise is :math:`\sum_k f_k \nabla \log w_k`.
+    r"""Return the bound itself.
+
+    Its gradient for fixed noise is :math:`\sum_k f_k \nabla \log w_k`.
 
     Source: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 14.
     """
@@ -106,9 +121,10 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
 
 
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
-    """Drops the guide's explicit term of its reparameterised draws.
+    """Return the objective without the explicit term of the reparameterised draws.
 
-    The dropped term has mean zero for a linear bound, as at K = 1; else the rule is biased.
+    The dropped term has mean zero for a linear bound, as with K = 1. For other bounds the rule is
+    biased.
 
     Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
     Estimators for Variational Inference.
@@ -117,7 +133,9 @@ def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[
 
 
 def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
-    """Turns the guide's explicit term into a path derivative: f_k - f_kk in place of f_k.
+    """Return the objective with the explicit term turned into a path term.
+
+    The coefficient of the path is then f_k - f_kk instead of f_k.
 
     Source: Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for
     Monte Carlo Objectives.
@@ -151,9 +169,9 @@ GRADIENT_RULES = {
 
 
 def bound_value(bound: Bound, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
-    """The bound, with its shape checked.
+    """Return the value of a bound, after a check of its shape.
 
-    :raises ValueError: if the bound is no tensor of shape ``common``.
+    :raises ValueError: if it is not a tensor of shape ``common``.
     """
     value = bound.bound(log_w)
     if not isinstance(value, Tensor) or value.shape != log_w.shape[1:]:
@@ -174,7 +192,10 @@ def _weighted(particles: Particles, weights: Float[Tensor, "K *common"]) -> Floa
 
 
 def _finite(log_density: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-    """Drops the particles of weight zero, whose coefficients are zero: 0 x inf would be NaN."""
+    """Replace infinite log densities by 0.
+
+    They belong to particles of weight zero, whose coefficient is zero, and 0 x inf would be NaN.
+    """
     return log_density.masked_fill(log_density.isinf(), 0.0)
 
 
@@ -187,7 +208,10 @@ def _score_weighted(
 
 
 def _reward(bound: Bound, particles: Particles) -> Float[Tensor, ""] | float:
-    """The score-function terms; sites outside of the local plate are rewarded by everything."""
+    """Return the score-function terms.
+
+    The reward of a site outside the local plate is the whole objective.
+    """
     bound, log_w = bound.guide_bound, particles.log_w.detach()
     reward: Tensor | float = 0.0
     if particles.score is not None:
@@ -209,7 +233,7 @@ def _without_value(surrogate: Tensor | float) -> Tensor | float:
 
 
 def _once_reparameterized(bound: Bound, particles: Particles, log_q: Tensor, outer: Any) -> Tensor:
-    """The objective with f_k on every path."""
+    """Return the objective with the coefficient f_k on every path."""
     first, _ = bound.guide_bound.derivatives(particles.log_w.detach())
     along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
     gradients = _leaf_gradients(particles.global_draws + particles.draws, along_paths)
@@ -224,10 +248,10 @@ def _along_paths(
     outer: Any,
     gradients: Sequence[Tensor],
 ) -> Tensor:
-    """The objective's value with the gradients of the leaves pushed into the draws.
+    """Return the objective, with the gradients of the leaves passed on to their draws.
 
-    The leaves end every path of the explicit terms, which are those of the model and of as much
-    of the guide as ``log_q`` and ``outer`` hold.
+    The paths of the explicit terms end at the leaves. The explicit terms belong to the model, and
+    to the part of the guide in ``log_q`` and ``outer``.
     """
     first = guide_first
     if bound.guide_bound is not bound:
@@ -242,7 +266,7 @@ def _along_paths(
 
 
 def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:
-    """Total derivatives at the leaves, later draws included."""
+    """Return the total derivatives at the leaves, including those through later draws."""
     leaves = [draw.leaf for draw in draws]
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
     if not leaves or not isinstance(objective, Tensor):
@@ -263,9 +287,9 @@ def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Te
 
 
 def _density_factor(draw: Draw, scale: Any) -> Tensor | None:
-    """The factor with which a draw's log q enters log w; None if it is one."""
+    """Return the factor of a draw's log q in log w; None if it is 1."""
     factor: Any = draw.mask
-    if not isinstance(scale, Tensor):  # else the user's scale is the same everywhere, and outside
+    if not isinstance(scale, Tensor):  # a tensor scale is the same at every site and stays outside
         relative = draw.scale / scale
         if isinstance(relative, Tensor) or not math.isclose(relative, 1):
             factor = relative if factor is None else relative * factor

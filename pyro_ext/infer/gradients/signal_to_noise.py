@@ -26,29 +26,31 @@ def gradient_diagnostics(
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> GradientDiagnostics:
-    r"""Compares the gradients of estimators, for a model and guide at their present parameters.
+    r"""Compare the gradients of several estimators at the current parameters of model and guide.
 
-    The signal-to-noise ratio of a gradient g,
+    .. math:: \lVert \mathrm E g \rVert / \sqrt{\mathrm{tr}\,\mathrm{Cov}\,g}
 
-    .. math:: \lVert \mathrm E g \rVert / \sqrt{\mathrm{tr}\,\mathrm{Cov}\,g},
+    This is the signal-to-noise ratio of a gradient g. It is computed separately for model and
+    guide, because a tighter bound can help one and harm the other. The parameters, and the
+    gradients that they hold, do not change.
 
-    is apart for model and guide, because a tighter bound can help the one and harm the other.
-    Gradients that parameters hold are left as they are, and no parameter changes.
+    :param model: a trained SVI, or the model: a callable with Pyro primitives.
+    :param guide: the guide. Leave it out after an SVI.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param elbos: the estimators by name, from this package or from Pyro.
+    :param num_repeats: the number of draws R >= 2 of each gradient.
+    :param progress_bar: whether to show a progress bar.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: a :class:`GradientDiagnostics`.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if there are no estimators, fewer than two repeats or no parameters, or if
+        the SVI has not been trained.
 
     Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood and Teh (2018), Tighter Variational Bounds
     are Not Necessarily Better.
-
-    :param model: an SVI, or the model, a callable with Pyro primitives.
-    :param guide: the guide. Leave it out after an SVI.
-    :param args: positional arguments of both.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param elbos: from a name to an estimator, of this package or of Pyro.
-    :param int num_repeats: the number of draws R >= 2 of each gradient.
-    :param bool progress_bar: whether to show one.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: a :class:`GradientDiagnostics`.
-    :raises ValueError: if there are no estimators, fewer than two repeats, or no parameters.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import ImportanceWeightedELBO
@@ -96,7 +98,7 @@ def _parameters(programs: Programs) -> dict[str, list[Tensor]]:
     groups: dict[str, list[Tensor]] = {}
     for program, trace in programs.run().items():
         values: list[Any] = [trace.nodes[name]["value"] for name in trace.param_nodes]
-        # Parameters of modules may come as they are.
+        # Parameters of modules may have no unconstrained value.
         groups[program] = [getattr(value, "unconstrained", lambda v=value: v)() for value in values]
     if not any(groups.values()):
         raise ValueError("gradient_diagnostics: expected pyro.param or pyro.module, got none.")
@@ -106,7 +108,7 @@ def _parameters(programs: Programs) -> dict[str, list[Tensor]]:
 def _draw(
     elbo: Any, programs: Programs, groups: dict[str, list[Tensor]]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The seconds of a step and the gradient of each group, as one vector."""
+    """Return the seconds of one step, and the gradient of each group as one vector."""
     parameters = {id(p): p for group in groups.values() for p in group}
     kept = {key: p.grad for key, p in parameters.items()}
     try:

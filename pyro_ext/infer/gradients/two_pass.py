@@ -1,8 +1,8 @@
-"""Many particles at the memory of a few: the graph of one chunk of particles at a time.
+"""Gradients of many particles with the memory of a few: one chunk of particles at a time.
 
-A first pass without a graph yields all the log weights, hence the coefficients of every particle.
-A second one runs each chunk again from the same random state and differentiates a surrogate that is
-linear in its particles.
+The first pass, without a graph, yields all log weights and so the coefficients of every particle.
+The second pass runs each chunk again from the same random state. It differentiates a surrogate that
+is linear in the particles of the chunk.
 """
 
 import math
@@ -29,12 +29,12 @@ TraceChunk = Callable[[int, SharedSubsamples, bool], Particles]
 
 
 class TwoPass:
-    """Runs particles chunk by chunk, twice.
+    """A loop over chunks of particles, which runs them twice.
 
-    :param trace: traces a number of particles under given minibatch indices, with leaves or
-        without.
-    :param int num_particles: the number of all particles.
-    :param int chunk_size: how many run at once, but for the last chunk.
+    :param trace: a function that traces a number of particles with given minibatch indices, with
+        leaves or without.
+    :param num_particles: the number of all particles K.
+    :param chunk_size: the number of particles at once. The last chunk may have fewer.
     """
 
     def __init__(self, trace: TraceChunk, num_particles: int, chunk_size: int) -> None:
@@ -45,7 +45,7 @@ class TwoPass:
 
     @torch.no_grad()
     def weigh(self) -> tuple[Float[Tensor, "K *common"], Particles]:
-        """The first pass: all log weights without a graph, and the last chunk."""
+        """Run the first pass, and return all log weights and the particles of the last chunk."""
         subsamples = SharedSubsamples()
         log_w = []
         for chunk in self.chunks:
@@ -59,9 +59,9 @@ class TwoPass:
     def differentiate(
         self, rule: GradientRule, linear: "LinearBound", retain_graph: bool | None
     ) -> None:
-        """The second pass: adds the gradients of a rule's objective, negated, to ``.grad``."""
+        """Run the second pass: add the gradients of a rule's negative objective to ``.grad``."""
         for chunk, particles in self._again(rule.needs_leaves(linear)):
-            if chunk.start > 0:  # terms that no particle changes count once
+            if chunk.start > 0:  # terms equal for all particles count once
                 particles = replace(particles, outer_terms=())
             surrogate = -rule.objective(linear.part(chunk), particles)
             if surrogate.requires_grad:
@@ -69,24 +69,24 @@ class TwoPass:
             del particles, surrogate
 
     def _again(self, has_leaves: bool) -> Iterator[tuple[slice, Particles]]:
-        # Of its own: the minibatch is drawn again, as in the first pass.
+        # A new handler, because the minibatch is drawn again as in the first pass.
         subsamples = SharedSubsamples()
         with kept_random_states():
             for chunk, state in zip(self.chunks, self.states, strict=True):
                 set_random_states(state)
-                # Nothing of one chunk is to live while another runs.
+                # Keep no reference to a chunk while the next one runs.
                 yield chunk, self.trace(chunk.stop - chunk.start, subsamples, has_leaves)
 
 
 class LinearBound(NamedTuple):
-    """A bound of K particles for given log weights: the linear function with its derivatives.
+    """The linear function of K log weights with the derivatives of a bound at given weights.
 
-    Being linear, it can be taken in parts, one chunk of particles at a time.
+    Because it is linear, it can be evaluated in parts, one chunk of particles at a time.
 
-    :ivar first: the bound's derivatives at the log weights, ``(K, *common)``.
-    :ivar second: its pure second derivatives, likewise.
-    :ivar signal: its learning signal, likewise; None if no site needs one.
-    :ivar own_guide_bound: the linear bound of the guide; None if it is this one.
+    :ivar first: the bound's first derivatives, of shape ``(K, *common)``.
+    :ivar second: its pure second derivatives, of shape ``(K, *common)``.
+    :ivar signal: its learning signal, of shape ``(K, *common)``; None if no site needs it.
+    :ivar own_guide_bound: the linear bound that trains the guide; None if it is this one.
     """
 
     first: Float[Tensor, "K *common"]
@@ -95,7 +95,7 @@ class LinearBound(NamedTuple):
     own_guide_bound: "LinearBound | None"
 
     def part(self, particles: slice) -> "LinearBound":
-        """The same for some of the particles."""
+        """Return the linear function of some of the particles."""
         own = self.own_guide_bound
         return LinearBound(
             self.first[particles],
@@ -105,30 +105,32 @@ class LinearBound(NamedTuple):
         )
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
-        """The linear function; its value means nothing."""
+        """Return the linear function. Only its derivatives have a meaning."""
         # Weights of zero have zero coefficients: 0 x inf would be NaN.
         return (self.first * log_w.masked_fill(log_w.isinf(), 0.0)).sum(0)
 
     def derivatives(
         self, log_w: Float[Tensor, "K *common"]
     ) -> tuple[Float[Tensor, "K *common"], Float[Tensor, "K *common"]]:
-        """The derivatives, whatever the log weights."""
+        """Return the stored derivatives, for any log weights."""
         return self.first, self.second
 
     def learning_signal(self, log_w: Tensor) -> Any:
-        """The learning signal, whatever the log weights."""
+        """Return the stored learning signal, for any log weights."""
         return self.signal
 
     @property
     def guide_bound(self) -> "LinearBound":
-        """The bound that the guide is trained on."""
+        """The bound that trains the guide."""
         return self if self.own_guide_bound is None else self.own_guide_bound
 
 
 def linearize(bound: Bound, log_w: Float[Tensor, "K *common"], has_score: bool) -> LinearBound:
-    """The linear function with the derivatives of a bound at the log weights of all particles.
+    """Return the linear function with the derivatives of a bound at the given log weights.
 
-    :param bool has_score: whether the guide has non-reparameterised sites.
+    :param bound: the bound.
+    :param log_w: the log weights of all particles.
+    :param has_score: whether the guide has non-reparameterised sites.
     """
     guide_bound = bound.guide_bound
     return LinearBound(

@@ -1,1 +1,1 @@
-"""Weights of the KL term, by a schedule."""
+"""Schedules for the weight of the KL term."""

@@ -23,7 +23,7 @@ from pyro_ext.infer.kl.schedules import KLSchedule
 from pyro_ext.infer.kl.site_selection import Sites, SiteSelection, select_sites
 from pyro_ext.tracing import Program, Programs
 
-#: The last pair of programs, and the same with weighted sites: none yet.
+#: The memory before the first run: no model and guide, and none with weighted sites.
 _NO_PAIR = (None, None)
 
 
@@ -33,25 +33,27 @@ class KLWeightedELBO(ELBO):
     .. math:: \mathrm{loss} = -\mathbb{E}_q \bigl[ \log p(x \mid z)
         + \mathrm{factor} \cdot (\log p(z) - \log q(z)) \bigr]
 
-    The factor multiplies the terms of the chosen latent sites, in model and guide. It is that of
-    the schedule's current step, and evaluating a loss does not advance the schedule. The plain
-    loss, at factor 1, is that of :attr:`elbo`.
+    The factor multiplies the terms of the chosen latent sites, in model and guide. It is the factor
+    of the schedule's current step. Evaluating a loss does not advance the schedule. For the plain
+    loss, with factor 1, use :attr:`elbo`.
+
+    :param elbo: an objective that is linear in log p - log q: Pyro's ``Trace_ELBO``,
+        ``TraceMeanField_ELBO``, ``TraceGraph_ELBO`` or ``TraceEnum_ELBO`` with any number of
+        particles, or a :class:`MultiSampleELBO` with one particle.
+    :param schedule: the factor at each step. A schedule belongs to one objective only.
+    :param sites: the latent sites whose terms are multiplied. ``"global"`` selects the sites that
+        several data points share. Such a site lies outside at least one plate of each observed
+        site. If no observed site has a plate, ``"global"`` selects all latent sites. ``"all"`` is
+        meant for the warm-up of models with local latent variables. A collection of names, or a
+        function from a name to a bool, selects sites one by one. Auxiliary sites of the guide
+        follow the sites to which they belong.
+    :raises TypeError: if ``elbo`` or ``schedule`` has the wrong type.
+    :raises ValueError: if ``elbo`` is not linear, if ``sites`` is another string, or if the
+        schedule belongs to another objective. A run raises it if ``sites`` matches no latent site,
+        or if the guide draws weighted and unweighted sites together.
 
     Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, section 3.4; Bowman et al. (2016), Generating Sentences from a Continuous Space.
-
-    :param ELBO elbo: an objective that is linear in log p - log q: Pyro's ``Trace_ELBO``,
-        ``TraceMeanField_ELBO``, ``TraceGraph_ELBO`` or ``TraceEnum_ELBO`` with any number of
-        particles, or a :class:`MultiSampleELBO` with one.
-    :param KLSchedule schedule: the factor at each step; of this objective alone.
-    :param sites: which latent sites. ``"global"`` for those that several data points share: those
-        outside of some plate of each observed site, or all where no observed site has a plate.
-        ``"all"``, for warm-ups of models with local latent variables. Or a collection of names,
-        or a function from a name to a bool. Auxiliary sites of the guide follow the sites that
-        they are for.
-    :raises ValueError: if ``elbo`` is not linear, if the schedule belongs to another objective;
-        when run, if ``sites`` matches no latent site, or if the guide draws sites that are
-        weighted together with others that are not.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, TraceMeanField_ELBO
@@ -85,7 +87,7 @@ class KLWeightedELBO(ELBO):
             )
         super().__init__()
         self.num_particles = elbo.num_particles
-        #: The plain objective; its loss is the one at factor 1.
+        #: The plain objective, whose loss has the factor 1.
         self.elbo: Any = elbo
         self.schedule = schedule
         self.sites = sites
@@ -100,24 +102,40 @@ class KLWeightedELBO(ELBO):
         self.schedule.is_in_use = True
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss at the current factor.
+        """Return an estimate of the loss with the current factor.
 
-        :param model: the model, a callable with Pyro primitives.
-        :param guide: the guide, likewise.
-        :param args: passed to both, as are ``kwargs``.
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss, in nats.
         """
         weighted = self._weighted(Programs(model, guide, args, kwargs))
         return self.elbo.loss(weighted.model, weighted.guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss, as :meth:`loss`, that also adds its gradients to ``.grad``."""
+        """Return an estimate of the loss, and add its gradients to the parameters' ``.grad``.
+
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss, in nats.
+        """
         weighted = self._weighted(Programs(model, guide, args, kwargs))
         return self.elbo.loss_and_grads(weighted.model, weighted.guide, *args, **kwargs)
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The loss as a tensor, for objectives that have it."""
+        """Return the loss as a tensor, if ``elbo`` supports it.
+
+        :param model: the model: a callable with Pyro primitives.
+        :param guide: the guide: a callable with Pyro primitives.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: a scalar tensor, in nats.
+        """
         weighted = self._weighted(Programs(model, guide, args, kwargs))
         return self.elbo.differentiable_loss(weighted.model, weighted.guide, *args, **kwargs)
 
@@ -129,7 +147,7 @@ class KLWeightedELBO(ELBO):
             in_model, in_guide = (
                 _KLWeight(selection, self.schedule, is_guide) for is_guide in (False, True)
             )
-            # Estimators remember their programs by identity.
+            # Estimators recognise model and guide by identity, so the weighted ones are kept.
             pair = programs.without_arguments
             weighted = pair.each_under(in_model, in_guide)
             self._memory = pair, weighted
@@ -140,9 +158,9 @@ class KLWeightedELBO(ELBO):
 
 
 class _KLWeight(Messenger):
-    """Multiplies the scale of some latent sites by a schedule's factor.
+    """A handler that multiplies the scale of some latent sites by a schedule's factor.
 
-    ``poutine.scale`` refuses a factor of zero and would scale observed sites as well.
+    ``poutine.scale`` does not accept a factor of zero, and would also scale observed sites.
     """
 
     def __init__(self, selection: SiteSelection, schedule: KLSchedule, is_guide: bool) -> None:
@@ -157,16 +175,16 @@ class _KLWeight(Messenger):
         if self.is_guide:
             self.selection.add(msg)
         name = str(msg["name"])
-        # A site of the model alone is enumerated, and has no KL term.
+        # A latent site that only the model has is enumerated, and has no KL term.
         if self.selection.is_weighted.get(name, False):
-            # A tensor, for graphs captured from a step to follow it; in the dtype of the density,
-            # which float64 would widen where it has no dims either.
+            # The factor is a tensor, so that a captured graph follows the schedule. It has the
+            # dtype of the density, because float64 would widen a density without dims.
             dtype = self.selection.dtypes.get(name, torch.get_default_dtype())
             msg["scale"] = msg["scale"] * self.schedule.factor_tensor.to(dtype)
 
 
 def _check_linear(elbo: Any) -> None:
-    """Raises unless an objective is an ELBO that is linear in log p - log q."""
+    """Raise an error unless an objective is an ELBO that is linear in log p - log q."""
     check_type("KLWeightedELBO", "elbo", elbo, ELBO, "an ELBO")
     name = type(elbo).__name__
     if isinstance(elbo, MultiSampleELBO):
@@ -178,7 +196,7 @@ def _check_linear(elbo: Any) -> None:
             )
         return
     linear = Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-    # Jit objectives would freeze the factor; the tail-adaptive one is not linear.
+    # Jit objectives would freeze the factor. The tail-adaptive objective is not linear.
     others = (
         JitTrace_ELBO,
         JitTraceEnum_ELBO,

@@ -1,4 +1,4 @@
-"""Weights of the KL term that change from step to step."""
+"""Schedules for the weight of the KL term."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,18 +11,18 @@ from pyro_ext._arguments import check_integer, check_real
 
 
 class KLSchedule(ABC):
-    """Base class of schedules: a factor for the KL term at each optimiser step.
+    """The base class of schedules, which give a factor for the KL term at each optimiser step.
 
-    A subclass gives :meth:`factor_at` and :attr:`finished`. As with the schedulers of torch, call
-    :meth:`step` after each optimiser step; only :meth:`EagerSVI.run` does it by itself.
+    A subclass defines :meth:`factor_at` and :attr:`finished`. Call :meth:`step` after each
+    optimiser step, as with the schedulers of torch. Only :meth:`EagerSVI.run` calls it for you.
 
     .. attribute:: num_steps_taken
 
-        How often :meth:`step` was called.
+        The number of calls of :meth:`step`.
 
     .. attribute:: is_in_use
 
-        Whether an objective has it: a schedule belongs to one.
+        Whether an objective uses the schedule. A schedule belongs to one objective only.
 
     >>> schedule = LinearKL(num_steps=4)
     >>> factors = []
@@ -43,16 +43,16 @@ class KLSchedule(ABC):
 
     @abstractmethod
     def factor_at(self, step: int) -> float:
-        """The factor at an optimiser step.
+        """Return the factor at an optimiser step.
 
-        :param int step: 0 for the first one.
+        :param step: the index of the step; 0 for the first step.
         """
         raise NotImplementedError
 
     @property
     @abstractmethod
     def finished(self) -> bool:
-        """Whether the factor is 1 from here on."""
+        """Whether the factor stays 1 from the current step on."""
         raise NotImplementedError
 
     @property
@@ -62,25 +62,26 @@ class KLSchedule(ABC):
 
     @property
     def factor_tensor(self) -> Tensor:
-        """The factor as a float64 tensor without dims; :meth:`step` updates it in place."""
+        """The factor as a float64 tensor without dims, which :meth:`step` updates in place."""
         if self._factor_tensor is None:
             self._factor_tensor = torch.tensor(self.factor, dtype=torch.float64)
         return self._factor_tensor
 
     def step(self) -> None:
-        """Goes on to the next optimiser step."""
+        """Move on to the next optimiser step."""
         self._go_to(self.num_steps_taken + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs: the number of steps taken."""
+        """Return the state that :meth:`load_state_dict` needs: the number of steps taken."""
         return {"num_steps_taken": self.num_steps_taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to the step at which a state was saved.
+        """Move to the step at which a state was saved.
 
-        :param dict state_dict: what :meth:`state_dict` returned, of a schedule with the same
-            arguments.
-        :raises ValueError: if it is something else.
+        :param state_dict: a result of :meth:`state_dict`, from a schedule with the same arguments.
+        :raises TypeError: if the number of steps is not an integer.
+        :raises ValueError: if the keys are not those of :meth:`state_dict`, or if the number of
+            steps is negative.
         """
         if set(state_dict) != {"num_steps_taken"}:
             raise ValueError(
@@ -97,37 +98,42 @@ class KLSchedule(ABC):
 
 
 class UniformKL(KLSchedule):
-    """The plain ELBO: the factor is always 1.
+    """The plain ELBO, with a factor that is always 1.
 
     >>> UniformKL().factor
     1.0
     """
 
     def factor_at(self, step: int) -> float:
-        """The factor at an optimiser step: 1."""
+        """Return 1, the factor at every optimiser step.
+
+        :param step: the index of the step; 0 for the first step.
+        """
         return 1.0
 
     @property
     def finished(self) -> bool:
-        """Whether the factor is 1 from here on: always."""
+        """Whether the factor stays 1 from the current step on; always True."""
         return True
 
 
 class GeometricKL(KLSchedule):
-    r"""The minibatch weights of Bayes by Backprop: half of what is left of the KL at each batch.
+    r"""The minibatch weights of Bayes by Backprop, which halve from each minibatch to the next.
 
     .. math:: \mathrm{factor}_i = M \pi_i, \qquad \pi_i = \frac{2^{M - i}}{2^M - 1},
         \qquad i = 1, \dots, M
 
-    Pyro scales the likelihood of a minibatch to that of all data, hence the M: the mean of the
-    losses of an epoch is the plain ELBO's. The next epoch begins again with i = 1. The first
-    minibatches carry nearly all of the KL, and from the 1075th on the factor is 0.
+    Pyro scales the likelihood of a minibatch to the full data. The factor M makes the mean loss of
+    an epoch equal to the loss of the plain ELBO. The next epoch starts again with i = 1. The first
+    minibatches carry nearly all of the KL term. From the 1075th minibatch on, the factor rounds to
+    0.
+
+    :param num_batches: the number M >= 1 of minibatches in an epoch.
+    :raises TypeError: if ``num_batches`` is not an integer.
+    :raises ValueError: if ``num_batches`` is less than 1.
 
     Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, section 3.4.
-
-    :param int num_batches: the number M >= 1 of minibatches in an epoch.
-    :raises ValueError: if it is not an integer >= 1.
 
     >>> schedule = GeometricKL(num_batches=2)
     >>> schedule.factor_at(0), schedule.factor_at(1), schedule.factor_at(2)
@@ -140,28 +146,32 @@ class GeometricKL(KLSchedule):
         super().__init__()
 
     def factor_at(self, step: int) -> float:
-        """The factor at an optimiser step, in its epoch."""
-        # In units of 2^M nothing overflows.
+        """Return the factor at an optimiser step, by its position in the epoch.
+
+        :param step: the index of the step; 0 for the first step.
+        """
+        # Both powers are divided by 2^M, so that nothing overflows.
         powers = math.ldexp(1.0, -(step % self.num_batches) - 1)
         return self.num_batches * (powers / (1.0 - math.ldexp(1.0, -self.num_batches)))
 
     @property
     def finished(self) -> bool:
-        """Whether the factor is 1 from here on: for one batch only."""
+        """Whether the factor stays 1 from the current step on; True for a single minibatch."""
         return self.num_batches == 1
 
 
 class LinearKL(KLSchedule):
-    r"""A warm-up: the factor rises linearly to 1, and stays there.
+    r"""A linear warm-up: the factor rises to 1 and stays there.
 
     .. math:: \mathrm{factor}_t = s + (1 - s) \min(t / T, 1), \qquad t = 0, 1, \dots
 
+    :param num_steps: the number T >= 1 of steps after which the factor is 1.
+    :param start: the first factor s, in [0, 1].
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range.
+
     Source: Bowman, Vilnis, Vinyals, Dai, Jozefowicz and Bengio (2016), Generating Sentences from a
     Continuous Space.
-
-    :param int num_steps: the number T >= 1 of steps at which it reaches 1.
-    :param float start: the first factor s, in [0, 1].
-    :raises ValueError: where an argument is out of range.
 
     >>> [LinearKL(num_steps=2, start=0.5).factor_at(step) for step in range(4)]
     [0.5, 0.75, 1.0, 1.0]
@@ -175,30 +185,35 @@ class LinearKL(KLSchedule):
         super().__init__()
 
     def factor_at(self, step: int) -> float:
-        """The factor at an optimiser step."""
+        """Return the factor at an optimiser step.
+
+        :param step: the index of the step; 0 for the first step.
+        """
         if step >= self.num_steps:
             return 1.0
         return self.start + (1.0 - self.start) * step / self.num_steps
 
     @property
     def finished(self) -> bool:
-        """Whether the factor is 1 from here on."""
+        """Whether the factor stays 1 from the current step on."""
         return self.num_steps_taken >= self.num_steps
 
 
 class CyclicalKL(KLSchedule):
-    r"""Repeated warm-ups: in each cycle the factor rises linearly to 1, and waits there.
+    r"""Repeated linear warm-ups: in each cycle the factor rises to 1 and stays there for a while.
 
     .. math:: \mathrm{factor}_t = s + (1 - s) \min\Bigl(\frac{t \bmod P}{R P}, 1\Bigr)
 
+    :param period: the number P >= 1 of steps in a cycle.
+    :param proportion: the part R of a cycle in which the factor rises, in (0, 1].
+    :param start: the first factor s of each cycle, in [0, 1].
+    :param num_cycles: the number of cycles >= 1, after which the factor stays 1; None for cycles
+        without end.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range.
+
     Source: Fu, Li, Liu, Gao, Celikyilmaz and Carin (2019), Cyclical Annealing Schedule: A Simple
     Approach to Mitigating KL Vanishing.
-
-    :param int period: the number P >= 1 of steps in a cycle.
-    :param float proportion: the share R of the cycle in which the factor rises, in (0, 1].
-    :param float start: the first factor s of each cycle, in [0, 1].
-    :param int num_cycles: after so many cycles the factor stays 1; None for cycles without end.
-    :raises ValueError: where an argument is out of range.
 
     >>> schedule = CyclicalKL(period=4, num_cycles=2)
     >>> [schedule.factor_at(step) for step in range(10)]
@@ -226,7 +241,10 @@ class CyclicalKL(KLSchedule):
         super().__init__()
 
     def factor_at(self, step: int) -> float:
-        """The factor at an optimiser step."""
+        """Return the factor at an optimiser step.
+
+        :param step: the index of the step; 0 for the first step.
+        """
         if self._is_over(step):
             return 1.0
         risen = (step % self.period) / (self.proportion * self.period)
@@ -234,7 +252,7 @@ class CyclicalKL(KLSchedule):
 
     @property
     def finished(self) -> bool:
-        """Whether the factor is 1 from here on."""
+        """Whether the factor stays 1 from the current step on."""
         return self._is_over(self.num_steps_taken)
 
     def _is_over(self, step: int) -> bool:

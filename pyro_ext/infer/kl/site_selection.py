@@ -1,4 +1,4 @@
-"""Which latent sites have their KL terms weighted."""
+"""The choice of the latent sites whose KL terms are weighted."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ Sites = str | Collection[str] | Callable[[str], bool]
 
 @dataclass
 class SiteSelection:
-    """Which latent sites are weighted."""
+    """The latent sites whose KL terms are weighted."""
 
     choose: Callable[[str, Any], bool]
     is_weighted: dict[str, bool] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def add(self, site: Any) -> None:
-        """Decides about a site of the guide, if it is not one of the first run's."""
+        """Decide about a guide site, if the first run has not done it already."""
         name = site["name"]
         if name not in self.is_weighted:
             stem = _stem(name)
@@ -33,7 +33,16 @@ class SiteSelection:
 
 
 def select_sites(sites: Sites, programs: Programs) -> SiteSelection:
-    """The sites that are weighted, among those of a run and among others to come."""
+    """Return the choice of weighted sites, from one run of model and guide.
+
+    It also covers sites that appear only in later runs.
+
+    :param sites: ``"global"``, ``"all"``, names, or a function of a name; see
+        :class:`KLWeightedELBO`.
+    :param programs: the model and guide.
+    :raises ValueError: if ``sites`` matches no latent site, or if the guide draws weighted and
+        unweighted sites together.
+    """
     with kept_random_states(), torch.no_grad():
         model_trace, guide_trace = programs.run().values()
         guide_trace.compute_log_prob()
@@ -67,7 +76,7 @@ def _select_joint(
     drawn: dict[str, Any],
     selection: SiteSelection,
 ) -> None:
-    """Adds the auxiliary sites that may be drawn for several latent sites."""
+    """Add the auxiliary sites that may be drawn for several latent sites."""
     apart = {_stem(name) for name in auxiliary}
     together = [name for name in latent if is_delta(drawn[name]["fn"]) and name not in apart]
     weights = {selection.is_weighted[name] for name in together or latent}
@@ -86,12 +95,12 @@ def _select_joint(
 
 
 def _stem(name: str) -> str:
-    """The latent site that an autoguide's auxiliary site is for."""
+    """Return the latent site to which an autoguide's auxiliary site belongs."""
     return name.removesuffix("_unconstrained").removesuffix("_aux")
 
 
 def _chooser(sites: Sites, model_trace: Trace, latent: list[str]) -> Callable[[str, Any], bool]:
-    """The function from a name and a site to whether the site is weighted."""
+    """Return a function that decides from a name and a site whether the site is weighted."""
     if callable(sites):
         return lambda name, site: bool(sites(name))
     if sites == "all":
@@ -110,7 +119,7 @@ def _chooser(sites: Sites, model_trace: Trace, latent: list[str]) -> Callable[[s
         for node in model_trace.nodes.values()
         if node["type"] == "sample" and node["is_observed"] and not is_masked_out(node)
     ]
-    # A factor may be a term of the prior.
+    # A factor may be a term of the prior, so it counts as data only if there is nothing else.
     data = [node for node in observed if not isinstance(node["fn"], Unit)] or observed
     data_plates = [_plates(node) for node in data]
     return lambda name, site: not any(plates and plates <= _plates(site) for plates in data_plates)
