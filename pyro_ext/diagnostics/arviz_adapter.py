@@ -52,14 +52,7 @@ def to_container(
     import xarray as xr
 
     datasets = {
-        name: _dataset(
-            variables,
-            dims,
-            coords,
-            attributes,
-            has_draws=name not in DATA_GROUPS,
-            is_new=name.startswith("predictions"),
-        )
+        name: _dataset(name, variables, dims, coords, attributes)
         for name, variables in groups.items()
         if variables
     }
@@ -69,30 +62,28 @@ def to_container(
 
 
 def _dataset(
+    group: str,
     variables: Mapping[str, Any],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Any],
     attributes: Mapping[str, Any],
-    *,
-    has_draws: bool,
-    is_new: bool,
 ) -> Any:
     import xarray as xr
 
     arrays = {}
     sizes: dict[str, int] = {}
     for name, variable in variables.items():
-        sample_dims: tuple[str, ...] = ("chain", "draw") if has_draws else ()
+        sample_dims: tuple[str, ...] = () if group in DATA_GROUPS else ("chain", "draw")
         own, values = tuple(dims.get(name, ())), variable
         if isinstance(variable, tuple):
             sample_dims, (own, values) = (), variable
-        num_unnamed = values.ndim - len(sample_dims) - len(own)
-        if num_unnamed < 0:
+        shape = values.shape[len(sample_dims) :]
+        if len(own) > len(shape):
             raise ValueError(
-                f"dims of '{name}': expected at most {values.ndim - len(sample_dims)} names for "
-                f"the shape {values.shape[len(sample_dims) :]}, got {list(own)}."
+                f"dims of '{name}': expected at most {len(shape)} names for the shape {shape}, got "
+                f"{list(own)}."
             )
-        unnamed = tuple(f"{name}_dim_{i}" for i in range(len(own), len(own) + num_unnamed))
+        unnamed = (f"{name}_dim_{i}" for i in range(len(own), len(shape)))
         names = (*sample_dims, *own, *unnamed)
         for dim, size in zip(names, values.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
@@ -103,11 +94,12 @@ def _dataset(
         arrays[name] = (names, values)
     labels = {}
     for dim, size in sizes.items():
-        labels[dim] = np.arange(size) if dim not in coords else np.asarray(coords[dim])
-        if is_new and len(labels[dim]) != size:
-            labels[dim] = np.arange(size)
+        labels[dim] = np.asarray(coords.get(dim, np.arange(size)))
         if len(labels[dim]) != size:
-            raise ValueError(f"coords of '{dim}': expected {size} labels, got {len(labels[dim])}.")
+            if not group.startswith("predictions"):
+                found = len(labels[dim])
+                raise ValueError(f"coords of '{dim}': expected {size} labels, got {found}.")
+            labels[dim] = np.arange(size)
     return xr.Dataset(arrays, labels, dict(attributes))
 
 
@@ -160,12 +152,7 @@ def _psis_of_row(array_stats: Any, log_weights: np.ndarray) -> tuple[np.ndarray,
     return smoothed, float(pareto_k)
 
 
-def elpd_data(
-    elpd_i: Any,
-    p_loo: float,
-    pareto_k: Any,
-    num_samples: int,
-) -> Any:
+def elpd_data(elpd_i: Any, p_loo: float, pareto_k: Any, num_samples: int) -> Any:
     """What ``arviz.loo(..., pointwise=True)`` returns, of the installed generation.
 
     :param elpd_i: a DataArray of expected log pointwise predictive densities.
@@ -173,39 +160,26 @@ def elpd_data(
     :param pareto_k: a DataArray of the same shape.
     :param int num_samples: the number of draws.
     """
-    n = elpd_i.size
-    elpd = float(elpd_i.sum())
-    error = float((n * elpd_i.var()) ** 0.5)
     good_k = min(1 - 1 / np.log10(num_samples), 0.7)
-    is_bad = bool((pareto_k > good_k).any())
+    values = {
+        "elpd": float(elpd_i.sum()),
+        "se": float((elpd_i.size * elpd_i.var()) ** 0.5),
+        "p": p_loo,
+        "n_samples": num_samples,
+        "n_data_points": elpd_i.size,
+        "warning": bool((pareto_k > good_k).any()),
+        "elpd_i": elpd_i,
+        "pareto_k": pareto_k,
+        "scale": "log",
+        "good_k": good_k,
+    }
     if has_data_tree():
         from arviz_stats import utils
 
         # Early 1.x has one class for every kind.
         kind = {} if hasattr(utils, "ELPDDataLOO") else {"kind": "loo"}
-        return getattr(utils, "ELPDDataLOO", utils.ELPDData)(
-            **kind,
-            elpd=elpd,
-            se=error,
-            p=p_loo,
-            n_samples=num_samples,
-            n_data_points=n,
-            scale="log",
-            warning=is_bad,
-            good_k=good_k,
-            elpd_i=elpd_i,
-            pareto_k=pareto_k,
-        )
-    values = {
-        "elpd_loo": elpd,
-        "se": error,
-        "p_loo": p_loo,
-        "n_samples": num_samples,
-        "n_data_points": n,
-        "warning": is_bad,
-        "loo_i": elpd_i.rename("loo_i"),
-        "pareto_k": pareto_k,
-        "scale": "log",
-        "good_k": good_k,
-    }
-    return arviz().stats.ELPDData(data=list(values.values()), index=list(values))
+        return getattr(utils, "ELPDDataLOO", utils.ELPDData)(**kind, **values)
+    values["elpd_i"] = elpd_i.rename("loo_i")
+    names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+    index = [names.get(name, name) for name in values]
+    return arviz().stats.ELPDData(data=list(values.values()), index=index)

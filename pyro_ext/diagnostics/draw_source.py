@@ -1,6 +1,7 @@
 """Draws of a guide with all that the model makes of them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,21 @@ from torch import Tensor
 from pyro_ext._arguments import check_integer
 from pyro_ext.diagnostics.site_arrays import (
     Groups,
+    Predicate,
+    Reading,
     SiteArray,
     has_density,
     is_deterministic,
     is_latent,
     is_observation,
     is_unmasked,
+    joined,
     log_density,
     log_prob,
     site_arrays,
-    value_of_site,
 )
-from pyro_ext.tracing import ParticleTracer, Programs
-from pyro_ext.tracing.density_sites import Plate, density_sites
+from pyro_ext.tracing import ParticleTracer, Program, Programs
+from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import warn_of_points
 from pyro_ext.tracing.particle_plate import plated
 from pyro_ext.tracing.run import ParticleTraces
@@ -39,19 +42,40 @@ class DrawSource:
 
     :ivar common: names of the plates around all that is random.
     :ivar local_plates: names of other plates that hold both latent sites and data.
+    :ivar row_plate: the plate that is subsampled; None if there is none.
     """
 
+    @torch.no_grad()
     def __init__(self, programs: Programs, chunk_size: int) -> None:
         self.programs = programs
         self.chunk_size = chunk_size
         self._tracer = ParticleTracer(is_linear=True, remedy="chunk_size=1")
         self.nesting = self._tracer.plate_nesting(programs)
-        self._row_plate: Plate | None = None
-        self.common: tuple[str, ...] = ()
-        self.local_plates: tuple[str, ...] = ()
         self._constants: set[str] = set()
         self._data: dict[str, Tensor] = {}
-        self._find_plates()
+        rows = SharedSubsamples()
+        particles = self._tracer.trace(programs, min(2, chunk_size), rows)
+        if chunk_size > 1:
+            three = self._tracer.run(programs, 3, rows)
+            self._find_constants(particles.model_traces[0], three.model_traces[0])
+        warn_of_points(particles.guide_traces[0], programs, rows)
+        self.common = tuple(plate.name for plate in particles.plates)
+        sites = [
+            *density_sites("model", particles.model_traces[0]),
+            *density_sites("guide", particles.guide_traces[0]),
+        ]
+        subsampled = {p.name: p for s in sites for p in s.plates if p.subsampling_scale != 1}
+        if len(subsampled) > 1:
+            raise ValueError(f"expected at most one subsampled plate, got {sorted(subsampled)}.")
+        self.row_plate = next(iter(subsampled.values()), None)
+        if self.row_plate is not None and self.row_plate.dim is None:
+            raise ValueError(
+                f"plate '{self.row_plate.name}': expected a vectorised plate, or no subsampling, "
+                "got a sequential one that is subsampled."
+            )
+        of_data = {p.name for s in sites if s.is_observed for p in s.plates}
+        of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
+        self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
 
     def draw(self, num_draws: int, *, predictive: bool) -> Groups:
         """Draws from the guide.
@@ -61,71 +85,35 @@ class DrawSource:
         :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``log_p`` and
             ``log_q``, and ``posterior_predictive`` if asked for.
         """
-
-        def chunk(n: int) -> Groups:
-            return self._merge(self._blocks(lambda rows: self._groups(n, rows, predictive)))
-
-        return self._in_chunks(num_draws, chunk)
+        return self._collect(num_draws, lambda n, rows: self._groups(n, rows, predictive))
 
     def draw_prior(self, num_draws: int) -> Groups:
         """Draws from the model alone: the groups ``prior`` and ``prior_predictive``."""
 
-        def of_rows(n: int, rows: SharedSubsamples) -> Groups:
+        def make(n: int, rows: SharedSubsamples) -> Groups:
             trace = self._run_model(n, rows)
             return {
-                "prior": self._arrays(trace, n, is_latent, value_of_site),
-                "prior_predictive": self._arrays(trace, n, is_observation, value_of_site),
+                "prior": self._arrays(trace, n, is_latent),
+                "prior_predictive": self._arrays(trace, n, is_observation),
             }
 
-        def chunk(n: int) -> Groups:
-            return self._merge(self._blocks(lambda rows: of_rows(n, rows)))
-
-        return self._in_chunks(num_draws, chunk)
+        return self._collect(num_draws, make)
 
     @torch.no_grad()
-    def _in_chunks(self, num_draws: int, chunk: Callable[[int], Groups]) -> Groups:
-        parts = [
-            chunk(min(self.chunk_size, num_draws - start))
-            for start in range(0, num_draws, self.chunk_size)
-        ]
-        for group, sites in parts[0].items():
-            for name, array in sites.items():
-                if group != "observed_data":
-                    joined = np.concatenate([part[group][name].values for part in parts])
-                    sites[name] = SiteArray(array.plates, joined)
-        return parts[0]
-
-    @property
-    def is_subsampled(self) -> bool:
-        """Whether a plate is subsampled."""
-        return self._row_plate is not None
-
-    @torch.no_grad()
-    def _find_plates(self) -> None:
-        """Finds out the plate that is subsampled, and those around all and around some latents."""
-        rows = SharedSubsamples()
-        particles = self._tracer.trace(self.programs, min(2, self.chunk_size), rows)
-        if self.chunk_size > 1:
-            three = self._tracer.run(self.programs, 3, rows)
-            self._find_constants(particles.model_traces[0], three.model_traces[0])
-        warn_of_points(particles.guide_traces[0], self.programs, rows)
-        self.common = tuple(plate.name for plate in particles.plates)
-        sites = [
-            *density_sites("model", particles.model_traces[0]),
-            *density_sites("guide", particles.guide_traces[0]),
-        ]
-        subsampled = {p.name: p for s in sites for p in s.plates if p.subsampling_scale != 1}
-        if len(subsampled) > 1:
-            raise ValueError(f"expected at most one subsampled plate, got {sorted(subsampled)}.")
-        self._row_plate = next(iter(subsampled.values()), None)
-        if self._row_plate is not None and self._row_plate.dim is None:
-            raise ValueError(
-                f"plate '{self._row_plate.name}': expected a vectorised plate, or no subsampling, "
-                "got a sequential one that is subsampled."
+    def _collect(self, num_draws: int, make: Callable[[int, SharedSubsamples], Groups]) -> Groups:
+        """The groups of all draws, a chunk at a time, and of all rows, a block at a time."""
+        plate = self.row_plate.name if self.row_plate else ""
+        chunks = []
+        for start in range(0, num_draws, self.chunk_size):
+            num = min(self.chunk_size, num_draws - start)
+            blocks = list(self._blocks(partial(make, num)))
+            chunks.append(
+                {group: joined([block[group] for block in blocks], plate) for group in blocks[0]}
             )
-        of_data = {p.name for s in sites if s.is_observed for p in s.plates}
-        of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
-        self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
+        return {
+            group: sites if group == "observed_data" else joined([c[group] for c in chunks])
+            for group, sites in chunks[0].items()
+        }
 
     def _find_constants(self, two: Any, three: Any) -> None:
         """Finds the deterministic sites without the dim of the draws, in runs of 2 and of 3."""
@@ -146,11 +134,11 @@ class DrawSource:
     def _blocks(self, make: Callable[[SharedSubsamples], Groups]) -> Iterator[Groups]:
         """The groups of one batch of draws, for the rows of a subsampled plate block by block."""
         self._data = {}
-        if self._row_plate is None:
+        if self.row_plate is None:
             yield make(SharedSubsamples())
             return
-        name, size = self._row_plate.name, self._row_plate.full_size
-        rows = RowsOfPlate(name, self._row_plate.size, size)
+        name, size = self.row_plate.name, self.row_plate.full_size
+        rows = RowsOfPlate(name, self.row_plate.size, size)
         with SharedGlobals(name):
             while rows.first_row < size:
                 groups = make(rows)
@@ -159,39 +147,26 @@ class DrawSource:
                     for site, array in sites.items():
                         if name in array.plates:
                             axis = 1 + array.plates.index(name)
-                            length = array.values.shape[axis]
-                            new = np.arange(length - num_new, length)
-                            sites[site] = SiteArray(array.plates, array.values.take(new, axis))
+                            new = array.values.take(range(-num_new, 0), axis)
+                            sites[site] = SiteArray(array.plates, new)
                 yield groups
                 rows.first_row += rows.batch_size
-
-    def _merge(self, blocks: Iterable[Groups]) -> Groups:
-        first, *others = blocks
-        name = self._row_plate.name if self._row_plate else ""
-        for group, sites in first.items():
-            for site, array in sites.items():
-                if name in array.plates:
-                    parts = [array.values, *(other[group][site].values for other in others)]
-                    joined = np.concatenate(parts, 1 + array.plates.index(name))
-                    sites[site] = SiteArray(array.plates, joined)
-        return first
 
     def _groups(self, num_draws: int, rows: SharedSubsamples, predictive: bool) -> Groups:
         traces: ParticleTraces = self._tracer.run(self.programs, num_draws, rows)
         (model,), (guide,) = traces.model_traces, traces.guide_traces
         self._check_rows(model)
         groups = {
-            "posterior": self._arrays(model, num_draws, is_latent, value_of_site),
+            "posterior": self._arrays(model, num_draws, is_latent),
             "log_likelihood": self._arrays(model, num_draws, is_observation, log_prob),
-            "observed_data": self._arrays(model, 1, is_observation, value_of_site),
+            "observed_data": self._arrays(model, 1, is_observation),
             "is_unmasked": self._arrays(model, num_draws, is_observation, is_unmasked),
             "log_p": self._arrays(model, num_draws, has_density, log_density),
             "log_q": self._arrays(guide, num_draws, has_density, log_density),
         }
         if predictive:
             drawn = self._run_model(num_draws, rows, guide)
-            arrays = self._arrays(drawn, num_draws, is_observation, value_of_site)
-            groups["posterior_predictive"] = arrays
+            groups["posterior_predictive"] = self._arrays(drawn, num_draws, is_observation)
         for name, array in groups["posterior"].items():
             if np.isnan(array.values).any():
                 raise ValueError(
@@ -201,9 +176,9 @@ class DrawSource:
 
     def _check_rows(self, trace: Any) -> None:
         """Raises if a second block of rows comes with the very data of the first."""
-        if self._row_plate is None:
+        if self.row_plate is None:
             return
-        name = self._row_plate.name
+        name = self.row_plate.name
         data = {
             site: node["value"]
             for site, node in trace.nodes.items()
@@ -219,7 +194,7 @@ class DrawSource:
 
     def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
         """The trace of the model with nothing observed."""
-        model: Any = poutine.uncondition(self.programs.model)
+        model: Program = poutine.uncondition(self.programs.model)
         if guide_trace is not None:
             model = poutine.replay(model, trace=guide_trace)
         with rows:
@@ -228,13 +203,9 @@ class DrawSource:
             )
 
     def _arrays(
-        self,
-        trace: Any,
-        num_draws: int,
-        is_wanted: Callable[[Any], bool],
-        value_of: Callable[[Any], tuple[Tensor, int]],
+        self, trace: Any, num_draws: int, is_wanted: Predicate, read: Reading | None = None
     ) -> dict[str, SiteArray]:
-        return site_arrays(trace, num_draws, 1 + self.nesting, is_wanted, value_of, self._constants)
+        return site_arrays(trace, num_draws, 1 + self.nesting, is_wanted, read, self._constants)
 
 
 def draw_source(

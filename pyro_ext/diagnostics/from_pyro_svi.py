@@ -112,12 +112,8 @@ def from_pyro_svi(
         source = draw_source(NAME, programs, num_samples, chunk_size)
         chain = _posterior(source, num_samples, posterior_predictive is True, resample)
         if predictions is not None and not isinstance(predictions, Mapping):
-            chain["predictions"] = draw_predictions(
-                _with_arguments(programs, predictions),
-                chain["posterior"],
-                list(chain["observed_data"]),
-                source.chunk_size,
-            )
+            new = _with_arguments(programs, predictions)
+            chain["predictions"] = draw_predictions(new, chain, source.chunk_size)
         if prior is True:
             chain |= source.draw_prior(num_samples)
         chains.append(chain)

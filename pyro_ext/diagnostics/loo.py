@@ -86,6 +86,8 @@ def loo(
     3
     """
     arviz()
+    import xarray as xr
+
     check_integer(NAME, "num_local_samples", num_local_samples, 2)
     programs = read_programs(NAME, model, guide, args, kwargs, model_args, model_kwargs)
     source = draw_source(NAME, programs, num_samples, chunk_size)
@@ -101,7 +103,12 @@ def loo(
         )
     else:
         log_weight, log_likelihood = _of_observations(source, num_samples, var_name)
-    return _corrected(log_weight, log_likelihood)
+    by_point = np.moveaxis(log_likelihood.values.astype(np.float64), 0, -1)
+    smoothed, pareto_k = psis(log_weight - by_point)
+    elpd = np.logaddexp.reduce(smoothed + by_point, -1)
+    lppd = np.logaddexp.reduce(psis(log_weight)[0] + by_point, -1)
+    elpd_i, pareto_k_i = (xr.DataArray(x, dims=log_likelihood.plates) for x in (elpd, pareto_k))
+    return elpd_data(elpd_i, float((lppd - elpd).sum()), pareto_k_i, num_samples)
 
 
 def _of_observations(
@@ -128,10 +135,10 @@ def _integrated(
     source: DrawSource, num_samples: int, num_local_samples: int, progress_bar: bool
 ) -> tuple[np.ndarray, SiteArray]:
     """The same with the local latent sites integrated out, for each draw of the global ones."""
-    if len(source.local_plates) > 1 or source.is_subsampled:
+    if len(source.local_plates) > 1 or source.row_plate:
         raise ValueError(
             f"{NAME}: expected local latent sites in one plate, with all of its rows, got the "
-            f"plates {list(source.local_plates)}{', subsampled' if source.is_subsampled else ''}."
+            f"plates {list(source.local_plates)}{', subsampled' if source.row_plate else ''}."
         )
     (plate,) = source.local_plates
     tracer = ParticleTracer(
@@ -150,20 +157,3 @@ def _integrated(
         log_likelihoods.append(log_likelihood.cpu().numpy())
     names = tuple(p.name for p in particles.plates)
     return np.array(log_weights), SiteArray(names, np.stack(log_likelihoods))
-
-
-def _corrected(log_weight: np.ndarray, log_likelihood: SiteArray) -> Any:
-    import xarray as xr
-
-    num_samples = len(log_weight)
-    by_point = np.moveaxis(log_likelihood.values.astype(np.float64), 0, -1)
-    smoothed, pareto_k = psis(log_weight - by_point)
-    elpd = np.logaddexp.reduce(smoothed + by_point, -1)
-    lppd = np.logaddexp.reduce(psis(log_weight)[0] + by_point, -1)
-    dims = log_likelihood.plates
-    return elpd_data(
-        xr.DataArray(elpd, dims=dims),
-        float((lppd - elpd).sum()),
-        xr.DataArray(np.asarray(pareto_k), dims=dims),
-        num_samples,
-    )

@@ -1,17 +1,16 @@
 """Observations for new data, drawn by the model for each draw of the posterior."""
 
-from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 
 from pyro_ext.diagnostics.site_arrays import (
+    Groups,
     SiteArray,
     is_deterministic,
+    joined,
     site_arrays,
-    value_of_site,
 )
 from pyro_ext.tracing import Programs
 from pyro_ext.tracing.density_sites import plates_of
@@ -19,19 +18,17 @@ from pyro_ext.tracing.particle_plate import plated
 
 
 @torch.no_grad()
-def draw_predictions(
-    programs: Programs, posterior: dict[str, SiteArray], names: Collection[str], chunk_size: int
-) -> dict[str, SiteArray]:
+def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dict[str, SiteArray]:
     """Observations for other arguments, one for each draw of the posterior.
 
     Latent sites in the plates of the data are drawn from the model, given the others: the
     posterior knows nothing of new rows.
 
     :param Programs programs: the model, with the other arguments.
-    :param dict posterior: the draws.
-    :param names: the sites that were observed.
+    :param dict groups: the draws, and the sites that were observed.
     :param int chunk_size: how many draws run at once.
     """
+    posterior, names = groups["posterior"], groups["observed_data"]
     free = poutine.uncondition(programs.model)
     with poutine.block():
         probe = poutine.trace(free).get_trace(*programs.args, **programs.kwargs)
@@ -60,12 +57,8 @@ def draw_predictions(
             shape = [sizes.get(dim, 1) for dim in range(-nesting, 0)]
             draws = (n,) if n > 1 else ()
             data[name] = values.reshape(*draws, *shape, *event).to(nodes[name]["value"].device)
-        model: Any = plated(poutine.condition(free, data=data), n, nesting)
+        model = plated(poutine.condition(free, data=data), n, nesting)
         trace = poutine.trace(model).get_trace(*programs.args, **programs.kwargs)
-        return site_arrays(trace, n, 1 + nesting, lambda node: node["name"] in names, value_of_site)
+        return site_arrays(trace, n, 1 + nesting, lambda node: node["name"] in names)
 
-    parts = [chunk(start) for start in range(0, num_draws, chunk_size)]
-    return {
-        name: SiteArray(array.plates, np.concatenate([part[name].values for part in parts]))
-        for name, array in parts[0].items()
-    }
+    return joined([chunk(start) for start in range(0, num_draws, chunk_size)])

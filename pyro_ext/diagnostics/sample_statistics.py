@@ -14,12 +14,8 @@ def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, Site
     """Log-densities, log weights and their Pareto k, which has no dim of draws."""
 
     def total(group: str, plates: Sequence[str]) -> Any:
-        terms = [
-            array.sum_to(plates)
-            for array in groups[group].values()
-            if set(plates) <= set(array.plates)
-        ]
-        return sum(terms)
+        arrays = groups[group].values()
+        return sum(array.sum_to(plates) for array in arrays if set(plates) <= set(array.plates))
 
     log_p, log_q = total("log_p", ()), total("log_q", ())
     statistics = {
@@ -58,21 +54,20 @@ def resample_draws(
     for group in ("posterior", "posterior_predictive", "log_likelihood"):
         for site, array in list(groups.get(group, {}).items()):
             if set(common) <= set(array.plates):
-                groups[group][site] = SiteArray(array.plates, _take(array, index, common))
+                groups[group][site] = _take(array, index, common)
             elif group == "posterior":
                 del groups[group][site]
     for name in [name for name in statistics if name.startswith("log_")]:
         if common and name != "log_weight_local":
             del statistics[name]
         else:
-            array = statistics[name]
-            statistics[name] = SiteArray(array.plates, _take(array, index, common))
+            statistics[name] = _take(statistics[name], index, common)
 
 
-def _take(array: SiteArray, index: np.ndarray, common: tuple[str, ...]) -> np.ndarray:
+def _take(array: SiteArray, index: np.ndarray, common: tuple[str, ...]) -> SiteArray:
     """The draws of an array by index ``(draw, *common)``."""
     axes = [1 + array.plates.index(name) for name in common]
     shape = [1] * array.values.ndim
     for axis, size in zip([0, *axes], index.shape, strict=True):
         shape[axis] = size
-    return np.take_along_axis(array.values, index.reshape(shape), 0)
+    return SiteArray(array.plates, np.take_along_axis(array.values, index.reshape(shape), 0))

@@ -86,12 +86,9 @@ def simulation_based_calibration(
     >>> bool(found.symmetry_p_values["z"] > 0.01), bool(found.uniformity_p_values["z"] < 0.01)
     (True, True)
     """
-    for name, value, minimum in (
-        ("num_simulations", num_simulations, 10),
-        ("num_samples", num_samples, 1),
-        ("num_steps", num_steps, 0),
-    ):
-        check_integer(NAME, name, value, minimum)
+    check_integer(NAME, "num_simulations", num_simulations, 10)
+    check_integer(NAME, "num_samples", num_samples, 1)
+    check_integer(NAME, "num_steps", num_steps, 0)
     check_program(NAME, "model", model)
     given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
     optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
@@ -165,7 +162,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
             observations[name] = value
         else:
             # What is masked out says nothing of the guide.
-            mask, _ = is_unmasked(node)
+            mask = is_unmasked(node)
             mask = mask.reshape(mask.shape + (1,) * node["fn"].event_dim)
             truth[name] = value if mask.all() else value.double().where(mask, math.nan)
     if not observations:
@@ -179,11 +176,7 @@ def _with_fixed_parameters(programs: Programs) -> Programs:
     with poutine.block(), torch.no_grad(), store.scope(store.get_state()):
         traced = poutine.trace(programs.model, param_only=True)
         trace: Any = traced.get_trace(*programs.args, **programs.kwargs)
-    values = {
-        name: node["value"].detach()
-        for name, node in trace.nodes.items()
-        if node["type"] == "param"
-    }
+    values = {name: trace.nodes[name]["value"].detach() for name in trace.param_nodes}
     model = poutine.substitute(programs.model, data=values)
     return replace(programs, model=poutine.block(model, hide_types=["param"]))
 
@@ -205,9 +198,5 @@ def _ranks(programs: Programs, truth: dict[str, Tensor], num_samples: int) -> di
                     )
                 below[name] += draw < value
                 ties[name] += draw == value
-    return {
-        name: (count + ties[name] * torch.rand_like(count)).masked_fill(
-            truth[name].isnan(), math.nan
-        )
-        for name, count in below.items()
-    }
+    ranks = {name: count + ties[name] * torch.rand_like(count) for name, count in below.items()}
+    return {name: rank.masked_fill(truth[name].isnan(), math.nan) for name, rank in ranks.items()}

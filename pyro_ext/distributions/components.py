@@ -1,7 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -20,16 +21,18 @@ class Independent(constraints.independent):
         return valid
 
 
-def check_one_of_pair(owner: str, **pair: Any) -> None:
-    """Raises a ValueError unless exactly one of two alternative parameters is given.
+def one_of_pair(owner: str, **pair: Any) -> dict[str, Any]:
+    """The one of two alternative parameters that is given, by name.
 
     :param str owner: the distribution, for the message.
     :param pair: the two parameters by name; None if not given.
+    :raises ValueError: unless exactly one is given.
     """
-    given = [name for name, value in pair.items() if value is not None]
+    given = {name: value for name, value in pair.items() if value is not None}
     if len(given) != 1:
         found = " and ".join(given) if given else "neither"
         raise ValueError(f"{owner}: expected exactly one of {' and '.join(pair)}, got {found}.")
+    return given
 
 
 def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> dict[str, Tensor]:
@@ -60,6 +63,22 @@ def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> di
         raise ValueError(f"{owner}: expected shapes that broadcast, got {shapes}.") from None
     # The backward of an idle expand costs a copy of the gradient.
     return {name: x if x.shape == shape else x.expand(shape) for name, x in tensors.items()}
+
+
+def expand_parameters(old: Any, new: Any, batch_shape: Sequence[int], names: Iterable[str]) -> None:
+    """Sets a distribution up for a larger batch shape, with parameters that share memory.
+
+    :param old: the distribution.
+    :param new: the one to be set up.
+    :param batch_shape: its batch shape.
+    :param names: the parameters to be expanded.
+    """
+    batch_shape = torch.Size(batch_shape)
+    for name in names:
+        x = getattr(old, name)
+        setattr(new, name, x.expand(batch_shape + x.shape[len(old.batch_shape) :]))
+    TorchDistribution.__init__(new, batch_shape, old.event_shape, validate_args=False)
+    new._validate_args = old._validate_args
 
 
 def draw_components(weights: Tensor, shape: Sequence[int]) -> Tensor:

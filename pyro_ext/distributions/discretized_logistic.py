@@ -1,13 +1,18 @@
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-from pyro_ext.distributions.components import Independent, broadcast_components, draw_components
-from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels, one_of_scales
+from pyro_ext.distributions.components import (
+    Independent,
+    broadcast_components,
+    draw_components,
+    one_of_pair,
+)
+from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels
 
 
 class DiscretizedLogistic(ScalarIntegerPixels):
@@ -57,25 +62,19 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        given = one_of_scales(type(self).__name__, scale, log_scale)
+        owner = type(self).__name__
+        given = one_of_pair(owner, scale=scale, log_scale=log_scale)
         if isinstance(loc, Tensor) and not loc.is_floating_point():
             loc = loc.to(torch.get_default_dtype())  # a number beside it would be cut to integer
         try:
             tensors = broadcast_all(loc, *given.values())
         except RuntimeError as error:
-            raise ValueError(
-                f"{type(self).__name__}: expected shapes that broadcast. {error}"
-            ) from None
-        parameters = dict(zip(["loc", *given], tensors, strict=True))
-        self._set_up(parameters, (low, high), (), 0, validate_args)
+            raise ValueError(f"{owner}: expected shapes that broadcast. {error}") from None
+        self._set_up(dict(zip(["loc", *given], tensors, strict=True)), low, high, validate_args)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: "DiscretizedLogistic | None" = None
-    ) -> "DiscretizedLogistic":
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution for a larger batch shape; shares memory."""
-        return self._expand_to(
-            self._get_checked_instance(DiscretizedLogistic, _instance), batch_shape
-        )
+        return self._expand_to(batch_shape, DiscretizedLogistic, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws that follow the masses: rounded, then clipped.
@@ -144,17 +143,13 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        given = one_of_scales(owner, scale, log_scale)
+        given = one_of_pair(owner, scale=scale, log_scale=log_scale)
         parameters = broadcast_components(owner, logits=logits, loc=loc, **given)
-        self._set_up(parameters, (low, high), (), 1, validate_args)
+        self._set_up(parameters, low, high, validate_args)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: "DiscretizedLogisticMixture | None" = None
-    ) -> "DiscretizedLogisticMixture":
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution for a larger batch shape; shares memory."""
-        return self._expand_to(
-            self._get_checked_instance(DiscretizedLogisticMixture, _instance), batch_shape
-        )
+        return self._expand_to(batch_shape, DiscretizedLogisticMixture, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws that follow the masses: of a component, rounded, then clipped.

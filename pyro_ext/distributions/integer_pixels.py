@@ -4,7 +4,7 @@ import numbers
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,8 +13,9 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_ext._arguments import describe
-from pyro_ext.distributions.components import Independent, check_one_of_pair
+from pyro_ext.distributions.components import Independent, expand_parameters
 from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
+from pyro_ext.ops.precision import promoted_dtype
 
 # The edges of bins beyond it, half-integers, are not exact in float32.
 _LARGEST_INTEGER = 2**22
@@ -27,14 +28,9 @@ class IntegerPixels(TorchDistribution):
     high: int
 
     def _set_up(
-        self,
-        parameters: dict[str, Tensor],
-        range_: tuple[int, int],
-        event_shape: tuple[int, ...],
-        num_trailing_dims: int,
-        validate_args: bool | None,
+        self, parameters: dict[str, Tensor], low: int, high: int, validate_args: bool | None
     ) -> None:
-        for name, bound in zip(("low", "high"), range_, strict=True):
+        for name, bound in (("low", low), ("high", high)):
             if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
                 raise TypeError(
                     f"{type(self).__name__}: {name} must be an integer, but it is "
@@ -49,18 +45,15 @@ class IntegerPixels(TorchDistribution):
         for name, x in parameters.items():
             setattr(self, name, x)
         self._given = tuple(parameters)
-        loc = parameters["loc"]
-        batch_shape = loc.shape[: loc.dim() - num_trailing_dims]
-        super().__init__(batch_shape, torch.Size(event_shape), validate_args=validate_args)
+        shape = parameters["loc"].shape
+        batch_shape = parameters["logits"].shape[:-1] if "logits" in parameters else shape
+        event_shape = shape[len(batch_shape) : -1]
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
-    def _expand_to(self, new: Any, batch_shape: Sequence[int]) -> Any:
-        batch_shape = torch.Size(batch_shape)
+    def _expand_to(self, batch_shape: Sequence[int], kind: type, instance: Any) -> Any:
+        new = self._get_checked_instance(kind, instance)
         new.low, new.high, new._given = self.low, self.high, self._given
-        for name in self._given:
-            x = getattr(self, name)
-            setattr(new, name, x.expand(batch_shape + x.shape[len(self.batch_shape) :]))
-        super(IntegerPixels, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        expand_parameters(self, new, batch_shape, self._given)
         return new
 
     @abstractmethod
@@ -95,7 +88,8 @@ class IntegerPixels(TorchDistribution):
 
         :param torch.Tensor value: integers ``low..high`` of any dtype, uint8 included.
         """
-        value = self._as_pixels(value)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            value = value.to(self._dtype)  # comparisons of uint8 with negative numbers wrap around
         if self._validate_args:
             self._validate_sample(value)
         return self._log_mass(value)
@@ -105,12 +99,6 @@ class IntegerPixels(TorchDistribution):
         return discretized_logistic_mixture_log_prob(
             channels, *self._mixture(channels), self.low, self.high, self._dtype
         )
-
-    def _as_pixels(self, value: Tensor) -> Tensor:
-        # Comparisons of uint8 with negative numbers wrap around.
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            return value.to(self._dtype)
-        return value
 
     def _wide_log_scale(self) -> Tensor:
         if "log_scale" in self._given:
@@ -128,23 +116,19 @@ class IntegerPixels(TorchDistribution):
             super()._validate_sample(value)
         except ValueError:
             interval = constraints.integer_interval(self.low, self.high)
-            if isinstance(value, Tensor) and not (valid := interval.check(value)).all():
-                self._raise_for(value, value[~valid][0].item())
-            raise
-
-    def _raise_for(self, value: Tensor, bad: float) -> NoReturn:
-        hint = ""
-        if value.min() >= 0 and value.max() <= 1:
-            hint = f" Values in [0, 1] are not rescaled: expected {self.low}..{self.high}."
-        raise ValueError(
-            f"{type(self).__name__}: expected pixels to be integers in {self.low}..{self.high}, "
-            f"got {bad}.{hint}"
-        ) from None
+            if not isinstance(value, Tensor) or (valid := interval.check(value)).all():
+                raise
+            hint = ""
+            if value.min() >= 0 and value.max() <= 1:
+                hint = f" Values in [0, 1] are not rescaled: expected {self.low}..{self.high}."
+            raise ValueError(
+                f"{type(self).__name__}: expected pixels to be integers in "
+                f"{self.low}..{self.high}, got {value[~valid][0].item()}.{hint}"
+            ) from None
 
     @property
     def _dtype(self) -> torch.dtype:
-        dtypes = (getattr(self, name).dtype for name in self._given)
-        return reduce(torch.promote_types, dtypes, torch.float32)
+        return promoted_dtype(*(getattr(self, name) for name in self._given))
 
     def _draw(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Logistic draws, rounded and clipped, so that they follow the masses."""
@@ -207,11 +191,3 @@ class ScalarIntegerPixels(IntegerPixels):
         num_terms = max(1, self.loc.numel())
         for values in self.enumerate_support(expand=False).split(max(1, 2**20 // num_terms)):
             yield values, self._log_mass(values).exp()
-
-
-def one_of_scales(
-    owner: str, scale: Tensor | float | None, log_scale: Tensor | float | None
-) -> dict[str, Any]:
-    """The one of the two that is given, by name."""
-    check_one_of_pair(owner, scale=scale, log_scale=log_scale)
-    return {"log_scale": log_scale} if scale is None else {"scale": scale}

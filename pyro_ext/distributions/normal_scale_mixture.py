@@ -1,6 +1,6 @@
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -11,16 +11,18 @@ from torch.distributions.utils import lazy_property
 from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
-    check_one_of_pair,
     draw_components,
+    expand_parameters,
+    one_of_pair,
 )
 from pyro_ext.ops import (
     accumulation_dtype,
     may_need_gradient,
     normal_scale_mixture_log_densities,
     normal_scale_mixture_log_prob,
-    once_differentiable,
 )
+from pyro_ext.ops.once_differentiable import zero_with_derivative
+from pyro_ext.ops.precision import promoted_dtype
 
 
 class NormalScaleMixture(TorchDistribution):
@@ -68,19 +70,17 @@ class NormalScaleMixture(TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        check_one_of_pair(type(self).__name__, probs=probs, logits=logits)
-        weights: Any
-        name, weights = ("logits", logits) if probs is None else ("probs", probs)
-        given = broadcast_components(type(self).__name__, **{"scales": scales, name: weights})
-        if name == "probs":
+        owner = type(self).__name__
+        weights = one_of_pair(owner, probs=probs, logits=logits)
+        given = broadcast_components(owner, scales=scales, **weights)
+        self.scales = given["scales"]
+        if "probs" in given:
             # Negative weights stay so, and are refused.
-            weights = given[name] / given[name].abs().sum(-1, keepdim=True)
+            self.probs = given["probs"] / given["probs"].abs().sum(-1, keepdim=True)
         else:
-            weights = given[name] - given[name].logsumexp(-1, keepdim=True)
-        setattr(self, name, weights)
+            self.logits = given["logits"] - given["logits"].logsumexp(-1, keepdim=True)
         # As they were given: computing on what is expanded would cost as much as on the values.
         self._given: tuple[Any, Any, Any] = scales, probs, logits
-        self.scales = given["scales"]
         super().__init__(self.scales.shape[:-1], validate_args=validate_args)
 
     @lazy_property
@@ -93,20 +93,11 @@ class NormalScaleMixture(TorchDistribution):
         """The weights, ``(..., K)``; they sum to one."""
         return self.logits.exp()
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: "NormalScaleMixture | None" = None
-    ) -> "NormalScaleMixture":
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution for a larger batch shape; shares memory."""
         new = self._get_checked_instance(NormalScaleMixture, _instance)
-        batch_shape = torch.Size(batch_shape)
-        shape = (*batch_shape, self.scales.shape[-1])
         new._given = self._given
-        new.scales = self.scales.expand(shape)
-        for name in ("probs", "logits"):
-            if name in self.__dict__:
-                setattr(new, name, getattr(self, name).expand(shape))
-        super(NormalScaleMixture, new).__init__(batch_shape, validate_args=False)
-        new._validate_args = self._validate_args
+        expand_parameters(self, new, batch_shape, {"scales", "probs", "logits"} & vars(self).keys())
         return new
 
     @property
@@ -169,14 +160,13 @@ class NormalScaleMixture(TorchDistribution):
             by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
         # Weights of zero do not move.
         log_weights = log_weights.masked_fill(log_weights.isinf(), 0.0)
-        return _FirstOrder.apply(scales, log_weights, by_scale, by_log_weight)
+        message = "NormalScaleMixture.rsample can be differentiated once."
+        zero = zero_with_derivative(by_scale, scales, message)
+        return (zero + zero_with_derivative(by_log_weight, log_weights, message)).sum(-1)
 
     @property
     def _dtype(self) -> torch.dtype:
-        weights = next(x for x in self._given[1:] if x is not None)
-        return torch.promote_types(
-            torch.promote_types(self.scales.dtype, weights.dtype), torch.float32
-        )
+        return promoted_dtype(*(x for x in self._given if x is not None))
 
     def _wide_parameters(self) -> tuple[Tensor, Tensor]:
         """Scales and normalised log weights as they were given, in the widest dtype."""
@@ -187,33 +177,3 @@ class NormalScaleMixture(TorchDistribution):
             is_zero = probs == 0
             logits = probs.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -math.inf)
         return scales.to(wide), logits.to(wide).log_softmax(-1)
-
-
-class _FirstOrder(torch.autograd.Function):
-    """Zeros, with given derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        scales: Tensor, log_weights: Tensor, by_scale: Tensor, by_log_weight: Tensor
-    ) -> Tensor:
-        return torch.zeros_like(by_scale[..., 0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scales, log_weights, by_scale, by_log_weight = ctx.saved_tensors
-        message = "NormalScaleMixture.rsample can be differentiated once."
-        grad = grad.unsqueeze(-1)
-        by_scale = once_differentiable(by_scale, scales, message)
-        by_log_weight = once_differentiable(by_log_weight, log_weights, message)
-        return (
-            (grad * by_scale).sum_to_size(scales.shape),
-            (grad * by_log_weight).sum_to_size(log_weights.shape),
-            None,
-            None,
-        )

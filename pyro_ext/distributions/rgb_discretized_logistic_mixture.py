@@ -1,12 +1,17 @@
 from collections.abc import Sequence
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.distributions.components import Independent, broadcast_components, draw_components
-from pyro_ext.distributions.integer_pixels import IntegerPixels, one_of_scales
+from pyro_ext.distributions.components import (
+    Independent,
+    broadcast_components,
+    draw_components,
+    one_of_pair,
+)
+from pyro_ext.distributions.integer_pixels import IntegerPixels
 from pyro_ext.ops import accumulation_dtype
 
 
@@ -72,7 +77,7 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        given = one_of_scales(owner, scale, log_scale)
+        given = one_of_pair(owner, scale=scale, log_scale=log_scale)
         if coeffs is None:
             broadcast_components(owner, num_dims=2, loc=loc)
             coeffs = torch.zeros_like(loc)
@@ -88,15 +93,11 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
             owner, num_dims=2, logits=logits.unsqueeze(-2), **by_channel
         )
         parameters["logits"] = parameters["logits"][..., 0, :]
-        self._set_up(parameters, (low, high), (3,), 2, validate_args)
+        self._set_up(parameters, low, high, validate_args)
 
-    def expand(
-        self, batch_shape: Sequence[int], _instance: "RGBDiscretizedLogisticMixture | None" = None
-    ) -> "RGBDiscretizedLogisticMixture":
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution for a larger batch shape; shares memory."""
-        return self._expand_to(
-            self._get_checked_instance(RGBDiscretizedLogisticMixture, _instance), batch_shape
-        )
+        return self._expand_to(batch_shape, RGBDiscretizedLogisticMixture, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws that follow the masses, channel after channel, each rounded and clipped.
@@ -105,9 +106,8 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         """
         shape = self._extended_shape(torch.Size(sample_shape))[:-1]
         weights = self.logits.detach().to(self._dtype).softmax(-1)
-        component = draw_components(weights, shape).unsqueeze(-1)
+        component = draw_components(weights, shape).unsqueeze(-1).expand(*shape, 3, 1)
         wide = accumulation_dtype(self.loc.device)
-        component = component.expand(*shape, 3, 1)
         loc, scale, coeffs = (
             x.detach().to(wide).expand(*shape, -1, -1).gather(-1, component).squeeze(-1)
             for x in (self.loc, self._wide_scale(), self.coeffs)

@@ -11,6 +11,9 @@ from torch.func import functional_call, vmap
 from pyro_ext._private.of_torch import pytree
 from pyro_ext._random_states import random_states, set_random_states
 
+#: A module's output for parameters with one leading dim.
+Run = Callable[[dict[str, Tensor]], Any]
+
 # What vmap raises where it has no rule, for values that decide, and for outputs without tensors.
 _NOT_BATCHED = (RuntimeError, ValueError)
 
@@ -69,13 +72,7 @@ class BatchedCall:
             lambda x: x.reshape(kept + x.shape[1:]) if isinstance(x, Tensor) else x, output
         )
 
-    def _run_all(
-        self,
-        net: nn.Module,
-        run: Callable[[dict[str, Tensor]], Any],
-        batched: dict[str, Tensor],
-        kind: Any,
-    ) -> Any:
+    def _run_all(self, net: nn.Module, run: Run, batched: dict[str, Tensor], kind: Any) -> Any:
         if kind not in self._is_looped:
             is_batched, output = _try_batched(net, run, batched)
             if is_batched:
@@ -103,9 +100,7 @@ def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
     return tuple(module.training for module in net.modules()), tuple(map(kind_of, leaves))
 
 
-def _try_batched(
-    net: nn.Module, run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]
-) -> tuple[bool, Any]:
+def _try_batched(net: nn.Module, run: Run, batched: dict[str, Tensor]) -> tuple[bool, Any]:
     """Whether a module runs under vmap, and its output; if not, nothing has changed."""
     states = random_states()
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
@@ -121,13 +116,10 @@ def _try_batched(
         return False, None
 
 
-def _loop(run: Callable[[dict[str, Tensor]], Any], batched: dict[str, Tensor]) -> Any:
+def _loop(run: Run, batched: dict[str, Tensor]) -> Any:
     """One call after the other, their outputs stacked."""
     num_draws = len(next(iter(batched.values())))
     outputs = [run({name: x[i] for name, x in batched.items()}) for i in range(num_draws)]
-    leaves, structures = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
-    stacked = [
-        torch.stack(same) if isinstance(same[0], Tensor) else same[0]
-        for same in zip(*leaves, strict=True)
-    ]
-    return pytree.tree_unflatten(stacked, structures[0])
+    return pytree.tree_map(
+        lambda *same: torch.stack(same) if isinstance(same[0], Tensor) else same[0], *outputs
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_ext._arguments import describe
-from pyro_ext._private.of_torch import parameters_of
+from pyro_ext._private.of_torch import children_of, parameters_of
 from pyro_ext.nn.batched_call import BatchedCall
 from pyro_ext.nn.priors import Prior, check_support, is_fixed, prior_of
 
@@ -76,7 +76,7 @@ class BayesianModule(PyroModule):
             raise TypeError(
                 f"BayesianModule: net must be a plain torch.nn.Module, but it is {describe(net)}."
             )
-        if not callable(prior) and not isinstance(prior, TorchDistributionMixin):
+        if not callable(prior):  # a distribution can be called too
             raise TypeError(
                 "BayesianModule: prior must be a Pyro distribution or a function of a name and a "
                 f"parameter, but it is {describe(prior)}."
@@ -113,8 +113,7 @@ class BayesianModule(PyroModule):
     def value_of(self, name: str) -> Tensor:
         """The value that a latent parameter had in the module."""
         # Not by attribute, which registers the other parameters in a running program.
-        net: Any = self._modules["net"]
-        return net.get_buffer(name)
+        return children_of(self)["net"].get_buffer(name)
 
     def prior_of(self, name: str) -> TorchDistributionMixin:
         """The prior of a latent parameter."""

@@ -44,8 +44,7 @@ class LeadingDims(nn.Module):
                     f"LeadingDims: expected a tensor of at least event_dim={self.event_dim} dims, "
                     f"got shape {tuple(x.shape)} as input {position}."
                 )
-        splits = [x.dim() - self.event_dim for x in inputs]
-        shapes = [x.shape[:split] for x, split in zip(inputs, splits, strict=True)]
+        shapes = [x.shape[: x.dim() - self.event_dim] for x in inputs]
         try:
             leading = torch.broadcast_shapes(*shapes)
         except RuntimeError as error:
@@ -53,10 +52,10 @@ class LeadingDims(nn.Module):
                 "LeadingDims: expected inputs whose leading dims broadcast, got "
                 f"{[tuple(shape) for shape in shapes]}."
             ) from error
-        batch = leading.numel()
+        events = [x.shape[x.dim() - self.event_dim :] for x in inputs]
         flat = [
-            x.expand(*leading, *x.shape[split:]).reshape(batch, *x.shape[split:])
-            for x, split in zip(inputs, splits, strict=True)
+            x.expand(leading + event).reshape(leading.numel(), *event)
+            for x, event in zip(inputs, events, strict=True)
         ]
         output = self.module(*flat)
         if isinstance(output, Tensor):

@@ -2,11 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -63,17 +63,14 @@ class NoisePerExample(Messenger):
         """Raises a ValueError in the name of the handler."""
         raise ValueError(f"{type(self).__name__}: {message}")
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._draws = {}
-        super().__exit__(exc_type, exc_value, traceback)
+        super().__exit__(*exception)
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        name, value, fn = msg["name"], msg["value"], msg["fn"]
+    def _pyro_post_sample(self, msg: Message) -> None:
+        name: Any = msg["name"]
+        fn: Any = msg["fn"]
+        value = msg["value"]
         if msg["is_observed"] or not isinstance(value, Tensor):
             return
         if name in self._draws and _is_same(self._draws[name][0], value):
@@ -99,11 +96,10 @@ class NoisePerExample(Messenger):
                 pending.extend(parent for parent, _ in node.next_functions)
         return False
 
-    def _pyro_bayesian_module(self, msg: Any) -> None:
+    def _pyro_bayesian_module(self, msg: Message) -> None:
         call, net, draws, args, kwargs = msg["args"]
         normals = {name: self._normal(net, name, value) for name, value in draws.items()}
-        layers = _Layers(self, draws, normals, _batch_size(self, args, kwargs))
-        with layers:
+        with _Layers(self, draws, normals, _batch_size(self, args, kwargs)) as layers:
             msg["value"] = call.once(net, draws, args, kwargs)
         layers.check_use()
         msg["done"] = True
@@ -146,18 +142,15 @@ class _Layers(TorchFunctionMode):
         kwargs = kwargs or {}
         drawn = {id(x) for x in pytree.tree_leaves((args, kwargs))} & set(self.names)
         if drawn and func in self.handler.functions:
-            weight, bias = (
-                kwargs.get(name, args[position] if len(args) > position else None)
-                for position, name in ((1, "weight"), (2, "bias"))
-            )
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            weight, bias = given.get("weight"), given.get("bias")
             if {id(weight), id(bias)} & drawn:
                 drawn -= {id(weight), id(bias)}
                 self.used_elsewhere |= {self.names[key] for key in drawn}
                 return self._replace(func, *args, **kwargs)
         output = func(*args, **kwargs)
-        if any(
-            isinstance(x, Tensor) for x in pytree.tree_leaves(output)
-        ):  # and not a shape or a dtype
+        has_tensor = any(isinstance(x, Tensor) for x in pytree.tree_leaves(output))
+        if has_tensor:  # and not a shape or a dtype
             self.used_elsewhere |= {self.names[key] for key in drawn}
         return output
 

@@ -9,11 +9,7 @@ from pyro_ext.ops.jackknife import (
     jackknife_coefficients,
     jackknife_derivatives,
 )
-from pyro_ext.ops.log_mean_exp import (
-    leave_one_out_log_mean_exp,
-    leave_one_out_mean,
-    log_mean_exp,
-)
+from pyro_ext.ops.log_mean_exp import leave_one_out_log_mean_exp, leave_one_out_mean, log_mean_exp
 from pyro_ext.ops.normal_scale_mixture import (
     normal_scale_mixture_log_densities,
     normal_scale_mixture_log_prob,

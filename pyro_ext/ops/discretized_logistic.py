@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext.ops.once_differentiable import is_traced, is_transformed, may_need_gradient
+from pyro_ext.ops.precision import promoted_dtype
 
 #: How many terms (points x channels x components) are worked on at a time on a CPU.
 BLOCK_SIZE = 2**18
@@ -78,36 +79,30 @@ def discretized_logistic_mixture_log_prob(
             f"discretized_logistic_mixture_log_prob: expected low <= high, got {low} and {high}."
         )
     if dtype is None:
-        dtype = torch.promote_types(torch.promote_types(loc.dtype, log_scale.dtype), logits.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = promoted_dtype(logits, loc, log_scale)
     logits = logits.to(dtype)
     loc, log_scale = (x.to(torch.promote_types(x.dtype, dtype)) for x in (loc, log_scale))
     value = value.to(loc.dtype)
-    batch_shape, C, K = _common_shape(value, logits, loc, log_scale)
+    shape = _common_shape(value, logits, loc, log_scale)
+    *batch_shape, C, K = shape
     value = value.expand(*batch_shape, C)
     parameters = (
-        _expand(logits, *batch_shape, K),
-        _expand(loc, *batch_shape, C, K),
-        _expand(log_scale, *batch_shape, C, K),
+        _expand(logits, (*batch_shape, K)),
+        _expand(loc, shape),
+        _expand(log_scale, shape),
     )
     needs_gradient = may_need_gradient(*parameters)
     log_prob, *_ = _LogProb.apply(value, *parameters, low, high, needs_gradient)
     return log_prob.masked_fill(((value < low) | (value > high)).any(-1), -math.inf)
 
 
-def _common_shape(
-    value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor
-) -> tuple[torch.Size, int, int]:
+def _common_shape(value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> torch.Size:
     """The batch shape, the number of channels and that of components."""
     try:
         if min(value.dim(), logits.dim(), loc.dim() - 1, log_scale.dim() - 1) < 1:
             raise RuntimeError("too few dims")
-        C, K = torch.broadcast_shapes(
-            (*value.shape[-1:], 1), logits.shape[-1:], loc.shape[-2:], log_scale.shape[-2:]
-        )
-        batch_shape = torch.broadcast_shapes(
-            value.shape[:-1], logits.shape[:-1], loc.shape[:-2], log_scale.shape[:-2]
-        )
+        of_logits = (*logits.shape[:-1], 1, *logits.shape[-1:])
+        return torch.broadcast_shapes((*value.shape, 1), of_logits, loc.shape, log_scale.shape)
     except RuntimeError:
         raise ValueError(
             "discretized_logistic_mixture_log_prob: expected value of shape (..., C), logits of "
@@ -115,10 +110,9 @@ def _common_shape(
             f"{tuple(value.shape)}, {tuple(logits.shape)}, {tuple(loc.shape)} and "
             f"{tuple(log_scale.shape)}."
         ) from None
-    return batch_shape, C, K
 
 
-def _expand(x: Tensor, *shape: int) -> Tensor:
+def _expand(x: Tensor, shape: Sequence[int]) -> Tensor:
     # The backward of an idle expand costs a copy of the gradient.
     return x if x.shape == shape else x.expand(shape)
 
@@ -140,10 +134,9 @@ class _LogProb(torch.autograd.Function):
         N = math.prod(batch_shape)
         bins = _Bins.of(value.reshape(N, C), low, high)
         parameters = logits.reshape(N, K), loc.reshape(N, C, K), log_scale.reshape(N, C, K)
-        if loc.device.type != "cpu" or loc.numel() <= BLOCK_SIZE or is_traced():
-            log_prob, *gradients = _evaluate(bins, *parameters, needs_gradient)
-        else:
-            log_prob, *gradients = _evaluate_in_blocks(bins, *parameters, needs_gradient)
+        is_whole = loc.device.type != "cpu" or loc.numel() <= BLOCK_SIZE or is_traced()
+        evaluate = _evaluate if is_whole else _evaluate_in_blocks
+        log_prob, *gradients = evaluate(bins, *parameters, needs_gradient)
         by_logits, by_loc, by_log_scale = (
             g.reshape(K, *batch_shape, *g.shape[2:]) if needs_gradient else g for g in gradients
         )

@@ -1,11 +1,10 @@
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ext.ops.once_differentiable import once_differentiable
+from pyro_ext.ops.once_differentiable import zero_with_derivative
 from pyro_ext.ops.precision import accumulation_dtype
 
 #: The largest number of subsets of one size that :func:`jackknife` will visit: C(2048, 2) fits.
@@ -78,8 +77,13 @@ def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
     tensor(1.4776)
     """
     _check(log_w, order)
-    value, _ = _Jackknife.apply(log_w, order)
-    return value
+    value, (first,) = _evaluate(log_w.detach(), order, num_powers=1)
+    message = (
+        "jackknife can be differentiated once; for its pure second derivatives, "
+        "use jackknife_derivatives."
+    )
+    zero = zero_with_derivative(first.to(log_w.dtype), log_w, message)
+    return value.to(log_w.dtype) + zero.sum(0)
 
 
 def jackknife_derivatives(log_w: Tensor, order: int = 1) -> tuple[Tensor, Tensor]:
@@ -107,31 +111,6 @@ def jackknife_derivatives(log_w: Tensor, order: int = 1) -> tuple[Tensor, Tensor
     _check(log_w, order)
     _, (first, squares) = _evaluate(log_w.detach(), order, num_powers=2)
     return first.to(log_w.dtype), (first - squares).to(log_w.dtype)
-
-
-class _Jackknife(torch.autograd.Function):
-    @staticmethod
-    def forward(log_w: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        value, (first,) = _evaluate(log_w, order, num_powers=1)
-        return value.to(log_w.dtype), first.to(log_w.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-        _, first = output
-        ctx.mark_non_differentiable(first)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], first)
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-        if grad_value is None:
-            return None, None
-        log_w, first = ctx.saved_tensors
-        message = (
-            "jackknife can be differentiated once; for its pure second derivatives, "
-            "use jackknife_derivatives."
-        )
-        return grad_value * once_differentiable(first, log_w, message), None
 
 
 def _check(log_w: Tensor, order: int) -> None:
@@ -255,16 +234,15 @@ def _powers(x: Tensor, num_powers: int) -> Tensor:
 
 def _subset_blocks(n: int, r: int, like: Tensor) -> Iterator[Tensor]:
     """The r-subsets of 0..n-1 as the columns of (r, block) index tensors."""
-    subsets = torch.zeros(0, 1, dtype=torch.long, device=like.device)
+    subsets = torch.full((1, 1), -1, device=like.device)  # one empty subset
     for size in range(1, r + 1):
-        last = subsets[-1] if size > 1 else torch.full_like(subsets.sum(0), -1)
+        last = subsets[-1]
         count = n - 1 - last
+        # The children of a subset end in last + 1, ..., n - 1. Its first child has this rank.
+        rank = count.cumsum(0) - count
         total = math.comb(n, size)
-        rank = torch.arange(total, device=like.device) - (
-            count.cumsum(0) - count
-        ).repeat_interleave(count, output_size=total)
-        parent = subsets.repeat_interleave(count, dim=1, output_size=total)
-        new = last.repeat_interleave(count, output_size=total) + 1 + rank
-        subsets = torch.cat([parent, new.unsqueeze(0)])
+        grown = torch.cat([subsets, (last + 1 - rank).unsqueeze(0)])
+        subsets = grown.repeat_interleave(count, dim=1, output_size=total)
+        subsets[-1] += torch.arange(total, device=like.device)
     block = max(1, _BLOCK_NUMEL // max(1, r * like.shape[1]))
-    yield from subsets.split(block, dim=1)
+    yield from subsets[1:].split(block, dim=1)

@@ -48,23 +48,18 @@ def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     >>> leave_one_out_log_mean_exp(log_w)
     tensor([499.3069, 499.3069,   0.0000])
     """
-    K = log_w.shape[dim]
-    if K < 2:
-        raise ValueError(
-            f"leave_one_out_log_mean_exp: expected at least 2 weights along dim {dim}, got {K}."
-        )
+    num_others = _num_others("leave_one_out_log_mean_exp", log_w, dim)
     wide = log_w.to(accumulation_dtype(log_w.device))
     top = wide.detach().amax(dim, keepdim=True)
     relative = wide - top.masked_fill(top.isinf(), 0.0)
-    largest = torch.zeros_like(wide, dtype=torch.bool).scatter(
-        dim, wide.argmax(dim, keepdim=True), True
-    )
+    position = wide.argmax(dim, keepdim=True)
+    largest = torch.zeros_like(wide, dtype=torch.bool).scatter(dim, position, True)
     total = relative.logsumexp(dim, keepdim=True)
     # Masked before the exponential, so that the branch not taken has no NaN in its gradient.
     share = (relative - total).masked_fill(largest | (wide == -math.inf), -math.inf).exp()
     others = top + total + torch.log1p(-share)
     without_largest = wide.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
-    result = torch.where(largest, without_largest, others) - math.log(K - 1)
+    result = torch.where(largest, without_largest, others) - math.log(num_others)
     return result.to(log_w.dtype)
 
 
@@ -83,13 +78,16 @@ def leave_one_out_mean(log_w: Tensor, dim: int = 0) -> Tensor:
     >>> leave_one_out_mean(torch.tensor([1.0, 2.0, 6.0]))
     tensor([4.0000, 3.5000, 1.5000])
     """
-    K = log_w.shape[dim]
-    if K < 2:
-        raise ValueError(
-            f"leave_one_out_mean: expected at least 2 weights along dim {dim}, got {K}."
-        )
+    num_others = _num_others("leave_one_out_mean", log_w, dim)
     is_zero = log_w == -math.inf
     finite = log_w.masked_fill(is_zero, 0.0)
-    mean = (finite.sum(dim, keepdim=True) - finite) / (K - 1)
+    mean = (finite.sum(dim, keepdim=True) - finite) / num_others
     num_zeros_elsewhere = is_zero.sum(dim, keepdim=True) - is_zero.long()
     return mean.masked_fill(num_zeros_elsewhere > 0, -math.inf)
+
+
+def _num_others(owner: str, log_w: Tensor, dim: int) -> int:
+    K = log_w.shape[dim]
+    if K < 2:
+        raise ValueError(f"{owner}: expected at least 2 weights along dim {dim}, got {K}.")
+    return K - 1

@@ -34,6 +34,16 @@ def once_differentiable(gradient: Tensor, x: Tensor, message: str) -> Tensor:
     return _Once.apply(gradient, x, message)
 
 
+def zero_with_derivative(derivative: Tensor, x: Tensor, message: str) -> Tensor:
+    """Zeros that depend on a tensor by a given derivative, element by element.
+
+    :param torch.Tensor derivative: of the shape of the result.
+    :param torch.Tensor x: a tensor that broadcasts to that shape, in the same dtype.
+    :param str message: of the NotImplementedError where it is differentiated twice.
+    """
+    return _Zero.apply(derivative, x.expand(derivative.shape), message)
+
+
 class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -48,3 +58,21 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> NoReturn:
         raise NotImplementedError(ctx.message)
+
+
+class _Zero(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(derivative: Tensor, x: Tensor, message: str) -> Tensor:
+        return torch.zeros_like(derivative)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        *tensors, ctx.message = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        derivative, x = ctx.saved_tensors
+        return None, grad * once_differentiable(derivative, x, ctx.message), None

@@ -1,4 +1,7 @@
+from functools import reduce
+
 import torch
+from torch import Tensor
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -11,3 +14,8 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     torch.float64
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def promoted_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of some tensors together, at least float32."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)

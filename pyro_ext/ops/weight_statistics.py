@@ -77,6 +77,9 @@ class WeightStatistics:
     mean fall with b as those of the mean of all draws fall with S. What is left is
     :math:`O(S^{-(m + 1)})` for order m.
 
+    An update replaces the tensors and lists of an instance, and changes none in place. A shallow
+    copy can therefore be updated by itself.
+
     :param int num_samples: the number of draws S that is planned, which sizes the tail.
 
     >>> statistics = WeightStatistics(num_samples=4)
@@ -107,8 +110,9 @@ class WeightStatistics:
         log_w = log_w.to(accumulation_dtype(log_w.device))
         if self.num_samples == 0:
             self._pending = log_w[:0]
+        self._moments = copy.copy(self._moments)
         self._moments.update(log_w)
-        self._tail.append(log_w)
+        self._tail = [*self._tail, log_w]
         if sum(map(len, self._tail)) > 2 * self._tail_size:
             self._tail = [self._largest(self._tail_size + 1)]
         self._pending = torch.cat([self._pending, log_w])
@@ -127,20 +131,12 @@ class WeightStatistics:
         whole, self._pending = self._pending.tensor_split([number * self._block_size])
         if self._block_size > 1:
             whole = log_mean_exp(whole.unflatten(0, (number, -1)), dim=1)
-        self._blocks.append(whole)
+        self._blocks = [*self._blocks, whole]
 
     def _largest(self, number: int) -> Tensor:
         """The largest weights, in descending order."""
         tail = torch.cat(self._tail)
         return tail.topk(min(number, len(tail)), dim=0, sorted=True).values
-
-    def __copy__(self) -> "WeightStatistics":
-        """One that can be updated by itself: updates replace tensors, and change none."""
-        twin = object.__new__(WeightStatistics)
-        twin.__dict__ |= self.__dict__
-        twin._moments = copy.copy(self._moments)
-        twin._tail, twin._blocks = list(self._tail), list(self._blocks)
-        return twin
 
     @property
     def num_samples(self) -> int:
@@ -189,7 +185,6 @@ class WeightStatistics:
         num_blocks = len(blocks) // merged
         if num_blocks <= order:
             return torch.full_like(self._moments.mean, math.nan)
-        means = log_mean_exp(
-            blocks[: num_blocks * merged].unflatten(0, (num_blocks, merged)), dim=1
-        )
+        kept = blocks[: num_blocks * merged].unflatten(0, (num_blocks, merged))
+        means = log_mean_exp(kept, dim=1)
         return self.log_mean + (jackknife(means, order) - log_mean_exp(means))
