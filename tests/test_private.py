@@ -6,6 +6,7 @@ import warnings
 import pyro
 import pytest
 import torch
+from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch import nn
 
@@ -37,6 +38,7 @@ ON_OBJECTS = {
         lambda: pyro.distributions.Normal(torch.zeros(2), 1.0).mask(torch.tensor([True, False])),
         ["_mask"],
     ),
+    "Pyro module": (lambda: PyroModule[nn.Linear](1, 1), ["_pyro_name"]),
     "optimiser": (
         lambda: Adam({}),
         ["_get_optim", "_get_grad_clip", "_state_waiting_to_be_consumed"],

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _load_state_dict as load_optimizer_state
 from pyro.poutine.runtime import _PYRO_STACK as HANDLER_STACK
@@ -13,6 +14,7 @@ __all__ = [
     "make_grad_clip",
     "make_optimizer",
     "mask_of",
+    "name_of",
     "set_waiting_states",
     "waiting_states",
 ]
@@ -21,6 +23,11 @@ __all__ = [
 def mask_of(fn: Any) -> Any:
     """Return the mask of a masked distribution, or None if it is not masked."""
     return getattr(fn, "_mask", None)
+
+
+def name_of(module: PyroModule) -> str:
+    """Return the name of a module inside of the module that holds it; empty if none does."""
+    return module._pyro_name
 
 
 def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ext._arguments import check_integer
+from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import (
     Groups,
     Predicate,
@@ -194,7 +195,7 @@ class DrawSource:
 
     def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
         """The trace of the model with nothing observed."""
-        model: Program = poutine.uncondition(self.programs.model)
+        model: Program = free_model(self.programs.model)
         if guide_trace is not None:
             model = poutine.replay(model, trace=guide_trace)
         with rows:

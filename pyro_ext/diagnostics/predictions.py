@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from pyro import poutine
 
+from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import (
     Groups,
     SiteArray,
@@ -29,7 +30,7 @@ def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dic
     :param int chunk_size: how many draws run at once.
     """
     posterior, names = groups["posterior"], groups["observed_data"]
-    free = poutine.uncondition(programs.model)
+    free = free_model(programs.model)
     with poutine.block():
         probe = poutine.trace(free).get_trace(*programs.args, **programs.kwargs)
     nodes: dict[str, Any] = {

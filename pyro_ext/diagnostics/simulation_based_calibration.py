@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
 from pyro_ext.diagnostics.calibration import Calibration, tested
+from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import is_unmasked
 from pyro_ext.tracing import Program, Programs
 from pyro_ext.tracing.arguments import check_program, read_programs
@@ -93,7 +94,7 @@ def simulation_based_calibration(
     given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
     optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
     loss = loss or Trace_ELBO()
-    free = _with_fixed_parameters(replace(given, model=poutine.uncondition(model)))
+    free = _with_fixed_parameters(replace(given, model=free_model(model)))
     num_fits = num_simulations
     if vectorize:
         free, num_fits = _in_plate(free, num_simulations), 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pyro_ext._arguments import describe
+from pyro_ext._private.of_pyro import name_of
 from pyro_ext._private.of_torch import children_of, parameters_of
 from pyro_ext.nn.batched_call import BatchedCall
 from pyro_ext.nn.priors import Prior, check_support, is_fixed, prior_of
@@ -108,7 +109,8 @@ class BayesianModule(PyroModule):
 
     def site_name(self, name: str) -> str:
         """The site of a latent parameter: its name, after that of this module if it has one."""
-        return f"{self._pyro_name}.{name}" if self._pyro_name else name
+        own_name = name_of(self)
+        return f"{own_name}.{name}" if own_name else name
 
     def value_of(self, name: str) -> Tensor:
         """The value that a latent parameter had in the module."""

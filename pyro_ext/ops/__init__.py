@@ -1,5 +1,8 @@
 """Pure tensor mathematics; imports torch alone."""
 
+import warnings
+from typing import Any
+
 from pyro_ext.ops.bits_per_dim import bits_per_dim
 from pyro_ext.ops.discretized_logistic import discretized_logistic_mixture_log_prob
 from pyro_ext.ops.jackknife import (
@@ -40,3 +43,14 @@ __all__ = [
     "once_differentiable",
     "pareto_k",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "jackknife_first_and_second":
+        warnings.warn(
+            "pyro_ext.ops.jackknife_first_and_second is deprecated. Use jackknife_derivatives.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return jackknife_derivatives
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext.ops.once_differentiable import zero_with_derivative
@@ -86,7 +87,9 @@ def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
     return value.to(log_w.dtype) + zero.sum(0)
 
 
-def jackknife_derivatives(log_w: Tensor, order: int = 1) -> tuple[Tensor, Tensor]:
+def jackknife_derivatives(
+    log_w: Tensor, order: int = 1
+) -> tuple[Float[Tensor, "K *rest"], Float[Tensor, "K *rest"]]:
     r"""First and pure second derivatives of :func:`jackknife` in each log weight.
 
     With :math:`v_{k,S} = w_k / \sum_{i \notin S} w_i`,
@@ -129,7 +132,9 @@ def _check(log_w: Tensor, order: int) -> None:
         )
 
 
-def _evaluate(log_w: Tensor, order: int, num_powers: int) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    log_w: Float[Tensor, "K *rest"], order: int, num_powers: int
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "powers K *rest"]]:
     """The value, and the sums f_k over shares and, as the second power, f_k - f_kk over squares."""
     K, batch_shape = log_w.shape[0], log_w.shape[1:]
     wide = log_w.reshape(K, batch_shape.numel()).to(accumulation_dtype(log_w.device))
@@ -150,7 +155,9 @@ def _evaluate(log_w: Tensor, order: int, num_powers: int) -> tuple[Tensor, Tenso
     return value.view(batch_shape), shares.view(num_powers, *log_w.shape)
 
 
-def _suffix(ranked: Tensor, t: int) -> tuple[Tensor, Tensor]:
+def _suffix(
+    ranked: Float[Tensor, "K n"], t: int
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "rest n"]]:
     """The log of the sum from the t-th weight on, and the shares in it."""
     log_suffix = ranked[t:].logsumexp(0)
     return log_suffix, (ranked[t:] - log_suffix).exp()

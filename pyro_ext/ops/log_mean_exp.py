@@ -1,12 +1,13 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext.ops.precision import accumulation_dtype
 
 
-def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+def log_mean_exp(log_w: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
     r"""The logarithm of the mean of weights that are given by their logarithms.
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^K e^{\ell_k}
@@ -29,7 +30,9 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return (torch.logsumexp(wide, dim) - math.log(K)).to(log_w.dtype)
 
 
-def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+def leave_one_out_log_mean_exp(
+    log_w: Float[Tensor, "*shape"], dim: int = 0
+) -> Float[Tensor, "*shape"]:
     r"""For each weight, the logarithm of the mean of all the others.
 
     .. math:: L_{-k} = \log \frac{1}{K-1} \sum_{i \ne k} e^{\ell_i}
@@ -63,7 +66,7 @@ def leave_one_out_log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return result.to(log_w.dtype)
 
 
-def leave_one_out_mean(log_w: Tensor, dim: int = 0) -> Tensor:
+def leave_one_out_mean(log_w: Float[Tensor, "*shape"], dim: int = 0) -> Float[Tensor, "*shape"]:
     r"""For each log weight, the mean of all the other log weights.
 
     .. math:: \bar\ell_{-k} = \frac{1}{K-1} \sum_{i \ne k} \ell_i

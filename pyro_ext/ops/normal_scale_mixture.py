@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import softplus
@@ -15,8 +16,8 @@ BLOCK_SIZE = 2**17
 
 
 def normal_scale_mixture_log_densities(
-    value: Tensor, scales: Tensor, log_weights: Tensor
-) -> Tensor:
+    value: Tensor, scales: Float[Tensor, "*#batch K"], log_weights: Float[Tensor, "*#batch K"]
+) -> Float[Tensor, "... K"]:
     """The log of each component's weighted density, ``(..., K)``, in the dtype of the scales.
 
     :param torch.Tensor value: real numbers of shape ``(...)``.
@@ -56,7 +57,9 @@ def normal_scale_mixture_log_prob(
     return normal_scale_mixture_log_densities(value, scales, log_weights).logsumexp(-1).to(dtype)
 
 
-def _constants(scales: Tensor, log_weights: Tensor) -> Tensor:
+def _constants(
+    scales: Float[Tensor, "*#batch K"], log_weights: Float[Tensor, "*#batch K"]
+) -> Float[Tensor, "... K"]:
     return log_weights - scales.log() - math.log(2 * math.pi) / 2
 
 

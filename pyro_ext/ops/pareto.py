@@ -1,6 +1,7 @@
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_ext.ops.precision import accumulation_dtype
@@ -45,7 +46,7 @@ def tail_size(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
-def pareto_k_of_largest(largest: Tensor) -> Tensor:
+def pareto_k_of_largest(largest: Float[Tensor, "*rest T"]) -> Float[Tensor, "*rest"]:
     """The Pareto shape, as :func:`pareto_k` has it, from the largest weights alone.
 
     :param torch.Tensor largest: log weights in descending order along the last dim, the one after
@@ -64,7 +65,9 @@ def pareto_k_of_largest(largest: Tensor) -> Tensor:
     return torch.where(largest[..., 0].isneginf(), math.nan, k)
 
 
-def _generalized_pareto_shape(x: Tensor, valid: Tensor, n: Tensor) -> Tensor:
+def _generalized_pareto_shape(
+    x: Float[Tensor, "*rest T"], valid: Bool[Tensor, "*rest T"], n: Float[Tensor, "*rest"]
+) -> Float[Tensor, "*rest"]:
     """Shape for the ``n`` ascending values at the end of the last dim of ``x``, where ``valid``."""
     size = x.shape[-1]
     n_column = n.clamp(min=1).unsqueeze(-1)  # rows without a tail are overwritten by the caller

@@ -4,6 +4,7 @@ import copy
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext.ops.jackknife import MAX_SUBSETS, jackknife
@@ -37,7 +38,9 @@ class LogMoments:
         self.num_samples = 0
         self.largest = self.mean = self.squares = torch.empty(0)
 
-    def update(self, log_size: Tensor, sign: Tensor | float = 1.0) -> None:
+    def update(
+        self, log_size: Float[Tensor, "n *rest"], sign: Float[Tensor, "n *rest"] | float = 1.0
+    ) -> None:
         """Adds numbers.
 
         :param torch.Tensor log_size: the logarithms of their absolute values, ``(n, ...)``.
@@ -102,7 +105,7 @@ class WeightStatistics:
         """Keeps enough of the largest weights, from now on, for another number of draws."""
         self._tail_size = max(self._tail_size, MIN_TAIL, tail_size(num_samples))
 
-    def update(self, log_w: Tensor) -> None:
+    def update(self, log_w: Float[Tensor, "n *rest"]) -> None:
         """Adds draws.
 
         :param torch.Tensor log_w: log weights of shape ``(n, ...)``.
