@@ -28,6 +28,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # ships MathJax: formulas need no network
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
@@ -41,10 +42,14 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|xarray|xr|matplotlib|tqdm|collections)\b.*"),
-    (r"py:.*", r"SharedSubsamples|PyroOptim|ELBO|Module"),
+    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
+    (r"py:.*", r"jaxtyping\.Float|Tensor|'.*'"),  # shapes in annotations
+    (r"py:.*", r"pyro_ext\.(tracing|infer)\.[a-z_.]+\.[A-Z]\w+"),  # classes inside of the package
+    (r"py:.*", r"PyroOptim|ELBO|Module"),
 ]
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 
 sphinx_gallery_conf = {

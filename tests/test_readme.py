@@ -9,8 +9,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def fenced_blocks(language):
-    text = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks, inside = [], None
+    for line in (ROOT / "README.md").read_text().splitlines(keepends=True):
+        if line.startswith("```") and inside is None:
+            inside = line[3:].strip()
+            blocks.append((inside, ""))
+        elif line.startswith("```"):
+            inside = None
+        elif inside is not None:
+            blocks[-1] = inside, blocks[-1][1] + line
+    return [text for name, text in blocks if name == language]
 
 
 def test_python_blocks_run(capsys):
@@ -19,6 +27,21 @@ def test_python_blocks_run(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "log evidence" in capsys.readouterr().out
+
+
+def test_the_output_is_the_one_that_is_shown(capsys):
+    for block in fenced_blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    shown = fenced_blocks("")[0]
+    numbers = re.compile(r"-?\d+(\.\d+)?")  # other machines may round otherwise
+    assert numbers.sub("#", printed) == numbers.sub("#", shown)
+
+
+def test_it_is_short_and_shows_the_change_first():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 110
+    assert any("Trace_ELBO" in line and line.startswith("-") for line in lines[:40])
 
 
 def test_the_first_two_sh_blocks_are_the_two_commands():
