@@ -9,6 +9,7 @@ shapes.install()
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow statistical tests")
+    parser.addoption("--fast", action="store_true", help="skip the tests that take seconds")
     parser.addoption("--device", default="cpu", help="the device of the tests that take one")
 
 
@@ -20,11 +21,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     without_cuda = pytest.mark.skip(reason="no CUDA device")
     without_slow = pytest.mark.skip(reason="needs --slow")
+    without_long = pytest.mark.skip(reason="takes seconds, skipped by --fast")
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(without_cuda)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(without_slow)
+        if "long" in item.keywords and config.getoption("--fast"):
+            item.add_marker(without_long)
 
 
 @pytest.fixture

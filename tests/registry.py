@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import pytest
 import torch
 
 from pyro_ext.distributions import (
@@ -41,6 +42,9 @@ ESTIMATORS = {
     "partially-importance-weighted": (grouped(PartiallyImportanceWeightedELBO), 1),
     "thermodynamic": (partial(ThermodynamicELBO, num_partitions=3), 1),
 }
+
+EVERY_ESTIMATOR = pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)
+VECTORIZE = pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 
 
 def uniform(low, high, shape, **options):

@@ -14,6 +14,7 @@ from benchmarks.harness import Options, Spread, Table, compare, geometric_mean, 
 OPTIONS = Options(torch.device("cpu"), quick=True)
 
 
+@pytest.mark.long
 def test_times_in_turns_and_as_ratios():
     steps = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.006)}
     found = compare(steps, OPTIONS, seconds=0.0)

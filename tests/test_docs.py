@@ -8,6 +8,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if BLOCK.search(path.read_text())]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*Pareto k:UserWarning")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run_one_after_the_other(path):

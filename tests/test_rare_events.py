@@ -34,6 +34,7 @@ def test_estimates_are_within_their_exact_errors(name):
     assert abs(found.value - project.EXACT) < 4.5 * error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "num_samples", "tolerance"),
     [("plain Monte Carlo", 4_000_000, 0.25), ("critical path x 2", 1_000_000, 0.4)],

@@ -36,6 +36,7 @@ def fitted(num_steps):
     return svi
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of ArviZ and what it draws with
 def test_what_arviz_does_with_it():
     matplotlib = pytest.importorskip("matplotlib")

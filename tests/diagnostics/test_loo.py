@@ -40,6 +40,7 @@ def test_corrects_for_the_guide(factor):
     assert p_loo == pytest.approx((within - exact.sum()).item(), abs=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_integrates_local_latents_out(vectorize):
     """x | theta ~ N(theta, 2): the two latent layers of this model are known in closed form."""

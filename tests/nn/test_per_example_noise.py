@@ -151,6 +151,7 @@ def gradients(handler, elbo, net, guide_class, num_draws):
     return torch.stack(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guide_class", [MeanFieldGuide, AutoNormal])
 @pytest.mark.parametrize(
     ("handler", "make_net"),
@@ -169,6 +170,7 @@ def test_gradients_have_the_same_mean_and_less_variance(handler, make_net, guide
     assert ratio < 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HANDLERS)
 @pytest.mark.parametrize(
     "elbo",

@@ -65,6 +65,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("log_w", "order"), CASES)
 def test_value_and_derivatives_match_enumeration_in_400_digits(log_w, order, device):
     value, first, second = exact_jackknife(log_w.tolist(), order)

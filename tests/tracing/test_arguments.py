@@ -94,6 +94,7 @@ def trained():
     return svi
 
 
+@pytest.mark.long
 @EACH
 def test_an_svi_or_model_and_guide_then_the_arguments_of_both(function, number):
     svi = trained()
@@ -106,6 +107,7 @@ def test_an_svi_or_model_and_guide_then_the_arguments_of_both(function, number):
     assert run(function, number, model=model, guide=guide, model_args=(X,)) == expected
 
 
+@pytest.mark.long
 @EACH
 def test_names_may_clash(function, number):
     expected = run(function, number, model, guide, X, 2)

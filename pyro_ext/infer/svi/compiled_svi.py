@@ -1,6 +1,6 @@
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,11 +20,16 @@ from pyro_ext.infer.svi.capture.compiled_step import (
     Step,
     build_step,
 )
-from pyro_ext.infer.svi.capture.graph_inputs import current_params, layout
-from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
-from pyro_ext.infer.svi.capture.operation_log import CaptureError, called_modules
+from pyro_ext.infer.svi.capture.graph_inputs import (
+    Arguments,
+    current_params,
+    layout,
+    params_of,
+)
+from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
+from pyro_ext.tracing import Program
 
 _FIRST_AUDIT = 2
 
@@ -87,8 +92,8 @@ class CompiledSVI(EagerSVI):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         optim: PyroOptim,
         loss: Any,
         backend: str = "inductor",
@@ -112,31 +117,27 @@ class CompiledSVI(EagerSVI):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {
-            **state,
-            "_optimizer": JointOptimizer(state["optim"]),
-            "_graphs": _Graphs(self.backend),
-        }
+        optimizer = JointOptimizer(state["optim"])
+        return {**state, "_optimizer": optimizer, "_graphs": _Graphs(self.backend)}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes a step and returns the loss, as ``SVI.step``.
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
-        if not self._is_set_up:
-            with called_modules() as self._called:
-                loss = self._eager_step(args, kwargs)
+        if self._called is None:
+            loss = super().step(*args, **kwargs)
             self._ready(True, args, kwargs)
             return loss
         ready = self._ready(True, args, kwargs)
         if ready is None:
-            return self._eager_step(args, kwargs)
+            return self._eager_step(*args, **kwargs)
         names = ready.graph.names
         params = [ready.params[name] for name in names]
         if any(has_gradient_hooks(param) for param in params):
-            self._take_eager_steps("a hook on the gradient of a parameter is not in a graph")
-            return self._eager_step(args, kwargs)
-        outputs = ready.run()
+            self._do_without("a hook on the gradient of a parameter is not in a graph")
+            return self._eager_step(*args, **kwargs)
+        outputs = ready.graph(ready.arguments, ready.inputs)
         loss = outputs[0].item()
         if not math.isfinite(loss):
             self._raise_for(loss, args, kwargs)
@@ -157,25 +158,22 @@ class CompiledSVI(EagerSVI):
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
-        ready = self._ready(False, args, kwargs) if self._is_set_up else None
+        ready = None if self._called is None else self._ready(False, args, kwargs)
         if ready is None:
             return super().evaluate_loss(*args, **kwargs)
-        loss = ready.run()[0].item()
+        loss = ready.graph(ready.arguments, ready.inputs)[0].item()
         if math.isnan(loss):
             self._raise_for(loss, args, kwargs)
         self._audit(ready)
         return loss
 
-    def _eager_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """Pyro's step, with the same optimiser as compiled ones."""
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        sites: dict[str, Any] = dict(trace.trace.nodes)
-        params = [site["value"].unconstrained() for site in sites.values()]
-        params = list({id(param): param for param in params}.values())
+        params = list(dict.fromkeys(params_of(trace.trace).values()))  # tied ones once
         self._update(params)
         zero_grads(params)
-        self._is_set_up = True
         return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
     def _update(self, params: list[Tensor]) -> None:
@@ -187,79 +185,70 @@ class CompiledSVI(EagerSVI):
         self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "_Ready | None":
         """The graph for these arguments, captured if need be; None for an eager step."""
-        if has_gradients in self._graphs.given_up or has_gradients > torch.is_grad_enabled():
+        graphs = self._graphs
+        if has_gradients in graphs.given_up or has_gradients > torch.is_grad_enabled():
             return None
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        lifts = self._graphs.lifts_numbers
-        programs = self.model, self.guide, self.objective, *HANDLER_STACK
+        arguments = Arguments(*pytree.tree_flatten((args, kwargs)))
+        handlers = tuple(HANDLER_STACK)
         key = (
             has_gradients,
-            str(spec),  # a spec of older versions has no hash
-            *(_describe(leaf, lifts) for leaf in leaves),
-            *map(_SameObject, programs),
+            str(arguments.spec),  # a spec of older versions has no hash
+            *(_describe(leaf, graphs.lifts) for leaf in arguments.leaves),
+            *map(_SameObject, (self.objective, self.model, self.guide, *handlers)),
             *_context(),
         )
         params = current_params()
         reason = "other arguments"
-        for graph in self._graphs.by_key.get(key, ()):
-            changed = graph.surroundings.changed()
+        for graph in graphs.by_key.get(key, ()):
+            changed = graph.reachable.changed()
             inputs = graph.inputs(params) if changed is None else None
             if inputs is not None:
-                return _Ready(graph, params, leaves, spec, inputs)
+                return _Ready(graph, params, arguments, inputs)
             reason = "a tensor of another shape" if changed is None else f"another '{changed}'"
-        if self._graphs.count >= self.max_graphs:
-            self._take_eager_steps(f"there are max_graphs={self.max_graphs}, and now {reason}")
+        if graphs.count >= self.max_graphs:
+            self._do_without(f"there are max_graphs={self.max_graphs}, and now {reason}")
             return None
-        step = Step(
-            self.objective,
-            self.model,
-            self.guide,
-            self.loss,
-            self.loss_and_grads,
-            has_gradients,
-            tuple(HANDLER_STACK),
-        )
-        numbers = LiftedFloats(step.objectives, lifts)
+        svi_loss = self.loss_and_grads if has_gradients else self.loss
+        step = Step(self.objective, self.model, self.guide, svi_loss, has_gradients, handlers)
         try:
-            built = build_step(step, leaves, spec, numbers, self._graphs.backend)
+            built = build_step(step, arguments, graphs.lifts, graphs.backend)
         except NeedsEagerStepError:
             return None
         except CompileError as error:
-            self._do_without(str(error), "runs graphs as they are", error)
-            self._graphs.backend = Backend("eager", self.backend.mode)
+            self._do_without(str(error), error, "runs graphs as they are")
+            graphs.backend = Backend("eager", self.backend.mode)
             return self._ready(has_gradients, args, kwargs)
         except CaptureError as error:
-            if lifts:
-                # Perhaps a number is one that the programs branch on.
-                self._graphs.lifts_numbers = False
+            if graphs.lifts:
+                # Perhaps a float is one that the programs branch on.
+                graphs.lifts = False
                 return self._ready(has_gradients, args, kwargs)
-            self._graphs.given_up.add(has_gradients)
-            self._take_eager_steps(str(error), error)
+            graphs.given_up.add(has_gradients)
+            self._do_without(str(error), error)
             return None
-        self._graphs.by_key.setdefault(key, []).append(built)
+        graphs.by_key.setdefault(key, []).append(built)
         params = current_params()
         inputs = built.inputs(params)
-        return None if inputs is None else _Ready(built, params, leaves, spec, inputs)
+        return None if inputs is None else _Ready(built, params, arguments, inputs)
 
     def _audit(self, ready: "_Ready") -> None:
         runs = ready.graph.num_runs
         if runs >= _FIRST_AUDIT and runs & (runs - 1) == 0:
-            reason = ready.graph.audit(ready.leaves, ready.spec)
+            reason = ready.graph.audit(ready.arguments)
             if reason is not None:
                 self._graphs.given_up.add(ready.graph.step.has_gradients)
-                self._take_eager_steps(f"after {runs} steps, {reason}")
+                self._do_without(f"after {runs} steps, {reason}")
 
-    def _take_eager_steps(self, reason: str, cause: Exception | None = None) -> None:
-        self._do_without(reason, "takes eager steps", cause)
-
-    def _do_without(self, reason: str, instead: str, cause: Exception | None) -> None:
+    def _do_without(
+        self, reason: str, cause: Exception | None = None, instead: str = "takes eager steps"
+    ) -> None:
         if not self.fallback:
             raise RuntimeError(
                 f"CompiledSVI: expected a step that can be compiled (fallback=False), but {reason}."
             ) from cause
         if reason not in self._graphs.warned:
             self._graphs.warned.add(reason)
-            warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=5)
+            warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=4)
 
     def _raise_for(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with pyro.validation_enabled(False):
@@ -267,16 +256,16 @@ class CompiledSVI(EagerSVI):
         raise ValueError(f"CompiledSVI: expected a finite loss, got {loss}.")
 
 
+@dataclass
 class _Graphs:
     """The graphs of an SVI, and why it has none for some steps."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.by_key: dict[Any, list[CompiledStep]] = {}
-        self.lifts_numbers = True
-        self.given_up: set[bool] = set()
-        self.with_gradients: set[str] = set()
-        self.warned: set[str] = set()
+    backend: Backend
+    by_key: dict[Any, list[CompiledStep]] = field(default_factory=dict)
+    lifts: bool = True
+    given_up: set[bool] = field(default_factory=set)
+    with_gradients: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def count(self) -> int:
@@ -289,22 +278,14 @@ class _Ready(NamedTuple):
 
     graph: CompiledStep
     params: dict[str, Tensor]
-    leaves: list[Any]
-    spec: Any
+    arguments: Arguments
     inputs: list[Tensor]
 
-    def run(self) -> Sequence[Any]:
-        """The outputs of the graph."""
-        arguments = [
-            leaf for leaf in self.graph.numbers.lift(self.leaves) if isinstance(leaf, Tensor)
-        ]
-        return self.graph(arguments, self.inputs)
 
-
-def _describe(leaf: Any, lifts_numbers: bool) -> Any:
+def _describe(leaf: Any, lifts: bool) -> Any:
     if isinstance(leaf, Tensor):
         return layout(leaf) if leaf.layout == torch.strided else (leaf.layout, leaf.shape)
-    if type(leaf) is float and lifts_numbers:
+    if type(leaf) is float and lifts:
         return float
     if isinstance(leaf, (bool, int, float, str, bytes, type(None))):
         return type(leaf), leaf

@@ -1,6 +1,5 @@
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from pathlib import Path
@@ -16,17 +15,11 @@ from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.operation_log import called_modules, set_up
-from pyro_ext.infer.svi.capture.reachable_search import look_around
-from pyro_ext.infer.svi.capture.reachable_state import ReachableState
-from pyro_ext.infer.svi.checkpoint import (
-    load_program_state,
-    optimizer_state,
-    program_state,
-    read,
-    write,
-)
+from pyro_ext.infer.svi.capture.reachable_search import find_reachable
+from pyro_ext.infer.svi.checkpoint import ProgramState, StrPath, optimizer_state, read, write
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.interruption import postponed_interrupts
+from pyro_ext.tracing import Program
 
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
@@ -65,17 +58,11 @@ class EagerSVI(SVI):
     (6, 3)
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        optim: PyroOptim,
-        loss: Any,
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
         super().__init__(model, guide, optim, loss)
         self.history = TrainingHistory()
-        self._is_set_up = False
-        self._called: list[nn.Module] = []
+        #: The modules that the first step called; None before it.
+        self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,12 +82,15 @@ class EagerSVI(SVI):
 
         :param args: passed to model and guide, as are ``kwargs``.
         """
-        if self._is_set_up:
-            return super().step(*args, **kwargs)
-        with called_modules() as self._called:
-            loss = super().step(*args, **kwargs)
-        self._is_set_up = True
+        if self._called is not None:
+            return self._eager_step(*args, **kwargs)
+        with called_modules() as called:
+            loss = self._eager_step(*args, **kwargs)
+        self._called = called
         return loss
+
+    def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
 
     def run(
         self,
@@ -111,9 +101,9 @@ class EagerSVI(SVI):
         *,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint: StrPath | None = None,
         checkpoint_every: int | None = None,
-        resume: str | os.PathLike[str] | None = None,
+        resume: StrPath | None = None,
     ) -> TrainingHistory:
         """Trains for a number of steps or epochs.
 
@@ -147,9 +137,8 @@ class EagerSVI(SVI):
             self.history, self._epoch_start = TrainingHistory(), None
         else:
             with kept_random_states(0):
-                batch = () if isinstance(data, int) else next(iter(data), ())
-            batch_args, batch_kwargs = _arguments(batch)
-            self._load(resume, data, (*batch_args, *args), {**batch_kwargs, **kwargs})
+                batch_args, batch_kwargs = _arguments(next(_minibatches(data), ()))
+            self._load(resume, data, *batch_args, *args, **{**batch_kwargs, **kwargs})
         length = _length(data)
         bar = tqdm(
             total=None if length is None else num_epochs * length,
@@ -159,7 +148,8 @@ class EagerSVI(SVI):
         )
         with bar, postponed_interrupts() as interrupts:
             try:
-                for wants_stop in self._steps(data, num_epochs, args, kwargs, callback, bar):
+                for _ in self._steps(data, num_epochs, args, kwargs, bar):
+                    wants_stop = callback is not None and bool(callback(self.history))
                     is_due = self.history.is_epoch_end or wants_stop
                     if checkpoint_every is not None:
                         is_due = is_due or len(self.history.losses) % checkpoint_every == 0
@@ -167,6 +157,8 @@ class EagerSVI(SVI):
                         self._save(checkpoint, data)
                     if interrupts:
                         raise KeyboardInterrupt
+                    if wants_stop:
+                        break
             except Exception as error:
                 if not interrupts:
                     raise
@@ -176,7 +168,7 @@ class EagerSVI(SVI):
                 raise KeyboardInterrupt from error
         return self.history
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Saves the state of the training run to a file.
 
         It holds the param store, parameters and buffers of modules, optimisers, random states,
@@ -186,7 +178,7 @@ class EagerSVI(SVI):
         """
         self._save(path, None)
 
-    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def load(self, path: StrPath, *args: Any, **kwargs: Any) -> None:
         """Loads what :meth:`save` saved, of the same model, guide and optimiser.
 
         Model and guide run once, to make their parameters and modules; nothing else comes of it.
@@ -196,11 +188,11 @@ class EagerSVI(SVI):
         :param args: arguments of model and guide, as are ``kwargs``.
         :raises ValueError: if the file is something else, or of other programs.
         """
-        self._load(path, None, args, kwargs)
+        self._load(path, None, *args, **kwargs)
 
-    def _save(self, path: str | os.PathLike[str], data: Any) -> None:
+    def _save(self, path: StrPath, data: Any) -> None:
         schedule = self._schedule
-        state = program_state(self._surroundings, self._called, self.optim) | {
+        state = self._program_state(self._called or []).copy() | {
             "random": random_states(data),
             "epoch_start": self._epoch_start,
             "schedule": None if schedule is None else schedule.state_dict(),
@@ -208,29 +200,22 @@ class EagerSVI(SVI):
         }
         write(state, path)
 
-    def _load(
-        self,
-        path: str | os.PathLike[str],
-        data: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _load(self, path: StrPath, data: Any, /, *args: Any, **kwargs: Any) -> None:
         state = read(path)
         # What happens in a first run only happened before what is loaded.
         called, used = set_up(lambda: SVI.evaluate_loss(self, *args, **kwargs))
-        load_program_state(state, self._surroundings, called, used, self.optim)
+        self._program_state(called).load(state, used)
         schedule = self._schedule
         if schedule is not None and state["schedule"] is not None:
             schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
         self._epoch_start = state["epoch_start"]
-        self._is_set_up, self._called = True, called
+        self._called = called
         set_random_states(state["random"], data)
 
-    @property
-    def _surroundings(self) -> ReachableState:
+    def _program_state(self, called: list[nn.Module]) -> ProgramState:
         roots = [("model", self.model), ("guide", self.guide), ("loss", self.objective)]
-        return look_around(roots, limit=math.inf)
+        return ProgramState(find_reachable(roots, limit=math.inf), called, self.optim)
 
     @property
     def _schedule(self) -> Any:
@@ -239,25 +224,23 @@ class EagerSVI(SVI):
     def _check(
         self, data: Data, num_epochs: int, checkpoint: Any, checkpoint_every: int | None
     ) -> None:
-        name = type(self).__name__
+        owner = f"{type(self).__name__}.run"
         if isinstance(data, int):
-            check_integer(f"{name}.run", "data (if not an iterable)", data, 1)
+            check_integer(owner, "data (if not an iterable)", data, 1)
         elif isinstance(data, Tensor) or not isinstance(data, Iterable):
             raise TypeError(
-                f"{name}.run: data must be a number of steps or an iterable of minibatches, but it "
+                f"{owner}: data must be a number of steps or an iterable of minibatches, but it "
                 f"is {describe(data)}. Pass all data as args=, if each step takes all of it."
             )
-        check_integer(f"{name}.run", "num_epochs", num_epochs, 1)
+        check_integer(owner, "num_epochs", num_epochs, 1)
         if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
             raise ValueError(
-                f"{name}.run: expected checkpoint to be in a folder that exists, got {checkpoint}."
+                f"{owner}: expected checkpoint to be in a folder that exists, got {checkpoint}."
             )
         if checkpoint_every is not None:
-            check_integer(f"{name}.run", "checkpoint_every (unless None)", checkpoint_every, 1)
+            check_integer(owner, "checkpoint_every (unless None)", checkpoint_every, 1)
             if checkpoint is None:
-                raise ValueError(
-                    f"{name}.run: expected checkpoint with checkpoint_every, got None."
-                )
+                raise ValueError(f"{owner}: expected checkpoint with checkpoint_every, got None.")
 
     def _steps(
         self,
@@ -265,30 +248,24 @@ class EagerSVI(SVI):
         num_epochs: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        callback: Callback | None,
         bar: Any,
-    ) -> Iterator[bool]:
-        """Takes steps, and says after each, and after each epoch, whether the callback ends it."""
+    ) -> Iterator[None]:
+        """Takes steps. It pauses after each, and after an epoch that ends without a step."""
         history = self.history
-
-        def call_back() -> bool:
-            return callback is not None and bool(callback(history))
-
-        wants_stop = history.is_converged
-        while len(history.epoch_ends) < num_epochs and not wants_stop:
+        if history.is_converged:
+            return
+        while len(history.epoch_ends) < num_epochs:
             length = _length(data)
             for batch in self._batches(data, length):
                 batch_args, batch_kwargs = _arguments(batch)
                 loss = float(self.step(*batch_args, *args, **batch_kwargs, **kwargs))
                 self._after_step(loss, length, bar)
-                wants_stop = call_back()
-                yield wants_stop
-                if wants_stop or history.is_epoch_end:
+                yield
+                if history.is_epoch_end:
                     break
             else:  # data without a length, or shorter than that
                 history.epoch_ends.append(len(history.losses))
-                wants_stop = call_back()
-                yield wants_stop
+                yield
 
     def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
         """What is left of an epoch."""
@@ -298,14 +275,14 @@ class EagerSVI(SVI):
             set_random_states(self._epoch_start, data)  # for the same order as then
         else:
             self._epoch_start = now
-        batches = iter(range(data) if isinstance(data, int) else data)
+        batches = _minibatches(data)
         num_skipped = sum(1 for _ in itertools.islice(batches, done))
         if done:
             set_random_states(now, data)
         has_any = done > 0 and num_skipped == done and length is None
         for batch in batches:
             has_any = True
-            yield () if isinstance(data, int) else batch
+            yield batch
         if not has_any:
             raise ValueError(
                 f"{type(self).__name__}.run: expected more than {done} minibatches in epoch "
@@ -330,6 +307,10 @@ class EagerSVI(SVI):
             recent = history.losses[-_WINDOW:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
             bar.update()
+
+
+def _minibatches(data: Data) -> Iterator[Any]:
+    return itertools.repeat((), data) if isinstance(data, int) else iter(data)
 
 
 def _length(data: Any) -> int | None:

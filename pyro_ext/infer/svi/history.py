@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,8 @@ class TrainingHistory:
     @property
     def epoch_losses(self) -> list[float]:
         """The mean loss of the steps of each complete epoch."""
-        starts = [0, *self.epoch_ends]
-        pairs = zip(starts, self.epoch_ends, strict=False)
-        return [float(np.mean(self.losses[start:end])) for start, end in pairs]
+        bounds = pairwise([0, *self.epoch_ends])
+        return [float(np.mean(self.losses[start:end])) for start, end in bounds]
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the losses, their means over epochs, and the evaluations.
@@ -74,6 +74,7 @@ class TrainingHistory:
         return ax
 
 
+@dataclass(eq=False)
 class EarlyStopping:
     """A callback of a training run that stops it once the loss does not get better.
 
@@ -97,20 +98,16 @@ class EarlyStopping:
     True
     """
 
-    def __init__(
-        self,
-        patience: int = 5,
-        min_improvement: float = 0.0,
-        evaluate: Callable[[], float] | None = None,
-    ) -> None:
-        check_integer("EarlyStopping", "patience", patience, 1)
-        if not min_improvement >= 0:
+    patience: int = 5
+    min_improvement: float = 0.0
+    evaluate: Callable[[], float] | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("EarlyStopping", "patience", self.patience, 1)
+        if not self.min_improvement >= 0:
             raise ValueError(
-                f"EarlyStopping: expected min_improvement >= 0, got {min_improvement!r}."
+                f"EarlyStopping: expected min_improvement >= 0, got {self.min_improvement!r}."
             )
-        self.patience = patience
-        self.min_improvement = min_improvement
-        self.evaluate = evaluate
 
     def __call__(self, history: TrainingHistory) -> bool:
         """Whether to stop.

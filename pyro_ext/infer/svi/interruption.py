@@ -1,7 +1,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 
@@ -19,11 +19,8 @@ def postponed_interrupts() -> Iterator[list[int]]:
         interrupts.append(number)
 
     usual = signal.getsignal(signal.SIGINT)
-    is_ours = threading.current_thread() is threading.main_thread() and callable(usual)
-    if is_ours:
-        signal.signal(signal.SIGINT, keep)
-    try:
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread() and callable(usual):
+            stack.callback(signal.signal, signal.SIGINT, usual)
+            signal.signal(signal.SIGINT, keep)
         yield interrupts
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGINT, usual)

@@ -4,6 +4,7 @@ from functools import cached_property
 from typing import Any
 
 import pyro
+import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,10 +31,10 @@ class JointOptimizer:
 
     def __init__(self, optim: PyroOptim) -> None:
         self.optim = optim
-        self._params: tuple[Tensor, ...] = ()
-        self._joint: Optimizer | None = None
+        self._joint: Optimizer
         self._members: list[list[Optimizer]] = []
-        self._states: list[Any] = []
+        #: The parameters that were joined, with the states of their optimisers.
+        self._states: dict[Tensor, Any] = {}
 
     def step(self, params: Sequence[Tensor]) -> None:
         """Clips and steps the parameters that have gradients."""
@@ -51,7 +52,6 @@ class JointOptimizer:
                 clip(param)
         if not (self._is_of(params) and self._follow_settings()):
             self._join(params)
-        assert self._joint is not None
         self._joint.step()
 
     @cached_property
@@ -75,9 +75,9 @@ class JointOptimizer:
 
     def _is_of(self, params: tuple[Tensor, ...]) -> bool:
         """Whether it was made for these parameters, and for the states that they have now."""
-        if len(params) != len(self._params):
+        if len(params) != len(self._states):
             return False
-        for param, known, state in zip(params, self._params, self._states, strict=True):
+        for param, (known, state) in zip(params, self._states.items(), strict=True):
             if param is not known or self._own_optimizer(param).state.get(param) is not state:
                 return False
         return True
@@ -87,33 +87,30 @@ class JointOptimizer:
         return getattr(own, "optimizer", own)
 
     def _join(self, params: tuple[Tensor, ...]) -> None:
+        kinds: list[tuple[dict[str, Any], torch.device]] = []
         groups: list[dict[str, Any]] = []
         self._members = []
         for param in params:
             own = self._own_optimizer(param)
-            settings = _settings(own)
-            for members, group in zip(self._members, groups, strict=True):
-                if _settings(members[0]) == settings and group["params"][0].device == param.device:
-                    members.append(own)
-                    group["params"].append(param)
-                    break
-            else:
-                self._members.append([own])
-                groups.append({**settings, "params": [param]})
+            kind = _settings(own), param.device
+            if kind not in kinds:
+                kinds.append(kind)
+                groups.append({**_settings(own), "params": []})
+                self._members.append([])
+            groups[kinds.index(kind)]["params"].append(param)
+            self._members[kinds.index(kind)].append(own)
         for group in groups:
             _choose_implementation(group)
         constructor: Any = self.optim.pt_optim_constructor
-        joint = self._joint = constructor(groups)
+        self._joint = constructor(groups)
+        self._states = {}
         for param in params:
             own = self._own_optimizer(param)
-            joint.state[param] = own.state[param]
+            self._states[param] = self._joint.state[param] = own.state[param]
             mark_as_stepped(own)
-        self._params = params
-        self._states = [joint.state[param] for param in params]
 
     def _follow_settings(self) -> bool:
         """Takes over learning rates and the like; False if members no longer agree."""
-        assert self._joint is not None
         for group, members in zip(self._joint.param_groups, self._members, strict=True):
             settings = _settings(members[0])
             if any(_settings(member) != settings for member in members[1:]):
@@ -136,13 +133,8 @@ def _choose_implementation(group: dict[str, Any]) -> None:
         return
     if any(isinstance(x, Tensor) for x in (group["lr"], *group.get("betas", ()))):
         return
-    params = group["params"]
     # Fused SGD does not take parameters of which some have momentum.
-    if (
-        "fused" in group
-        and "betas" in group
-        and all(p.device.type == "cpu" and p.is_floating_point() for p in params)
-    ):
-        group["fused"] = True
-    else:
-        group["foreach"] = True
+    can_be_fused = {"fused", "betas"} <= group.keys() and all(
+        param.device.type == "cpu" and param.is_floating_point() for param in group["params"]
+    )
+    group["fused" if can_be_fused else "foreach"] = True

@@ -18,6 +18,7 @@ COUNTS = torch.tensor([[3.0, 4.0, 2.0], [1.0, 4.0, 4.0]]).double()
 FEW = {"num_temperatures": 4, "num_leapfrog_steps": 3, "max_plate_nesting": 1}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*Pareto k")
 def test_weights_are_unbiased():
     """Few temperatures, so that the weights vary: a transition that is wrong would show."""
@@ -62,6 +63,7 @@ def uniform_evidence(x):
     return ((-b.log()).log() + dist.Normal(b, 0.2).log_prob(x)).logsumexp(0) - math.log(len(b))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*Pareto k")
 @pytest.mark.parametrize(
     ("model", "exact"),
@@ -90,6 +92,7 @@ def test_constrained_sites(model, exact):
     assert_mean(torch.stack([run.log_evidence - exact for run in runs]).exp(), 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ladder", ["sigmoid", "geometric", [0, 0.1, 0.3, 0.7, 1]])
 def test_chains_in_reverse_are_unbiased_too(ladder):
     programs = NormalNormal(X)
@@ -133,6 +136,7 @@ def test_one_temperature_is_importance_sampling():
     assert found.acceptance.isnan().all()
 
 
+@pytest.mark.long
 def test_a_global_latent_and_terms_outside():
     programs = GlobalNormal(X, exact_guide=False)
 
@@ -148,6 +152,7 @@ def test_a_global_latent_and_terms_outside():
     assert error.abs() < 5 * found.std_error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("auto_guide", [AutoNormal, AutoMultivariateNormal])
 def test_automatic_guides(auto_guide):
     def model():
@@ -166,6 +171,7 @@ def test_automatic_guides(auto_guide):
     assert found.std_error < 0.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("auto_guide", "init_scale"),
     [(AutoNormal, 1.0), (AutoMultivariateNormal, 1.5), (AutoDiagonalNormal, 1.0)],

@@ -4,6 +4,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 from pyro_ext.infer import (
@@ -63,6 +64,7 @@ def test_reported_errors_are_those_made():
     assert (found.pareto_k < 0.7).all()
 
 
+@pytest.mark.long
 def test_the_jackknife_takes_out_bias_at_eight_draws():
     """From 500 estimates a point: the bias of order 1 is under 0.6 of that of IWAE."""
     elbo = ImportanceWeightedELBO(8 * 500, max_plate_nesting=1)
@@ -76,6 +78,7 @@ def test_the_jackknife_takes_out_bias_at_eight_draws():
     assert corrected.mean().abs() + 4.5 * error < 0.6 * iwae.mean().abs()
 
 
+@pytest.mark.long
 def test_annealing_from_the_guide_finds_the_truth():
     found = annealed_importance_sampling(
         PCA.model, PCA.guide, num_chains=32, num_temperatures=60, max_plate_nesting=1
@@ -86,6 +89,7 @@ def test_annealing_from_the_guide_finds_the_truth():
     assert abs(found.total - PCA.log_evidence().sum()) < 4.5 * found.total_std_error
 
 
+@pytest.mark.long
 def test_annealing_from_the_prior_brackets_the_truth():
     found = annealed_importance_sampling(
         PCA.model,
@@ -100,6 +104,7 @@ def test_annealing_from_the_prior_brackets_the_truth():
     assert found.upper.sum() - found.total > 10
 
 
+@pytest.mark.long
 def test_annealing_agrees_with_importance_sampling():
     annealed = annealed_importance_sampling(
         PCA.model, PCA.guide, num_chains=16, num_temperatures=60, max_plate_nesting=1

@@ -34,6 +34,7 @@ class Counted(NormalNormal):
             self.rows.append(index.tolist())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("subsample_size", [None, 4])
 @pytest.mark.parametrize("chunk_size", [1, 5])
 def test_every_row_once(subsample_size, chunk_size):
@@ -51,6 +52,7 @@ def test_every_row_once(subsample_size, chunk_size):
         assert estimate.shape == (10,)
 
 
+@pytest.mark.long
 def test_blocks_estimate_what_the_whole_does():
     programs = NormalNormal(X)
     found = estimate_evidence(programs.model, programs.guide, num_samples=4000, **ROWS)
@@ -135,6 +137,7 @@ def test_automatic_guides_see_blocks_of_rows():
     assert ((found.log_evidence - programs.log_evidence()).abs() < 5 * found.std_error).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, ROWS], ids=["whole", "blocks"])
 @pytest.mark.parametrize("calls", [4, 9, 17])
 def test_a_run_that_goes_on_ends_as_if_it_had_not_been_interrupted(options, calls):

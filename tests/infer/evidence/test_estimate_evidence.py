@@ -31,6 +31,7 @@ def test_exact_posterior_has_no_error():
     assert found.outer == 0
 
 
+@pytest.mark.long
 def test_estimates_lie_within_their_standard_errors():
     programs = NormalNormal(X)
     exact = programs.log_evidence()
@@ -45,6 +46,7 @@ def test_estimates_lie_within_their_standard_errors():
     assert_mean(ratio, 1.0)  # the estimate of p(x) itself is unbiased
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk_size", [1, 7, 100, 1000])
 def test_summary_statistics_do_not_depend_on_the_chunks(chunk_size):
     programs = NormalNormal(X)
@@ -233,6 +235,7 @@ def test_progress_bar_is_off_by_default(capsys):
     assert "estimate_evidence: 100%" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_high_orders_are_taken_over_blocks():
     programs = NormalNormal(X)
     found = estimate_evidence(programs.model, programs.guide, jackknife_orders=(3, 5))
@@ -266,6 +269,7 @@ def test_the_prior_as_proposal():
     assert (z.abs() < 4.5).all()
 
 
+@pytest.mark.long
 def test_stops_at_the_target():
     programs = NormalNormal(X)
     options = {"num_samples": 5000, "chunk_size": 50, "jackknife_orders": (1, 3)}

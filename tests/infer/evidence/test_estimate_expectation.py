@@ -32,6 +32,7 @@ def within(found, exact, num_errors=4.5):
     return bool(((found.value - exact).abs() <= num_errors * found.std_error).all())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk_size", [1, 7, None])
 @pytest.mark.parametrize("max_plate_nesting", [0, 2, math.inf])
 def test_moments_without_observations(chunk_size, max_plate_nesting):
@@ -48,6 +49,7 @@ def test_moments_without_observations(chunk_size, max_plate_nesting):
     assert within(found, torch.tensor([0.0, 1.0, math.exp(0.5)], **F64))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:estimate_expectation. Pareto k")
 def test_the_reported_error_is_the_error():
     model, guide = normal(lambda z: z**2, loc=0.5, scale=1.5)
@@ -59,6 +61,7 @@ def test_the_reported_error_is_the_error():
     assert 0.85 < z.std() < 1.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("with_guide", [True, False])
 def test_posterior_means_are_self_normalized(with_guide):
     model, guide = normal(lambda z: torch.stack([z, z**2], -1), loc=0.5, scale=1.0, observe=True)
@@ -152,6 +155,7 @@ def test_values_without_the_dim_of_the_particles_are_refused(function):
             estimate_expectation(model, guide, num_samples=num_samples)
 
 
+@pytest.mark.long
 def test_any_reduction_is_right_one_by_one():
     def model():
         with pyro.plate("data", 3):

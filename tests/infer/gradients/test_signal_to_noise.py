@@ -36,6 +36,7 @@ ELBOS = {
 }
 
 
+@pytest.mark.long
 def test_mean_and_deviation_match_their_closed_form():
     """K = 1: d loss / d a = -sum_n (z_n - a), with z_n ~ N(b x_n, 0.9)."""
     found = gradient_diagnostics(model, guide, elbos=ELBOS, num_repeats=500)

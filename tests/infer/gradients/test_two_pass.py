@@ -40,6 +40,7 @@ def step(elbo, model, guide):
     return loss, found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
 @pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)

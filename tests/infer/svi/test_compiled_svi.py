@@ -11,13 +11,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_ext.infer import (
-    CompiledSVI,
-    ImportanceWeightedELBO,
-    KLWeightedELBO,
-    VariationalRenyiELBO,
-    estimate_evidence,
-)
+from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO, KLWeightedELBO, estimate_evidence
+from tests.infer.svi.capture.programs import guide
+from tests.infer.svi.normal_programs import normal_guide, normal_model, still
 from tests.infer.svi.programs import PROBLEMS, Problem, SmallVAE, images, vae
 from tests.registry import ESTIMATORS
 from tests.statistics import assert_mean
@@ -56,6 +52,7 @@ def assert_same_training(make, **options):
     assert svi._graphs.count == 2  # a step, and an evaluation
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name], backend="eager")
@@ -180,40 +177,6 @@ def test_parameters_that_come_later_begin_as_in_svi():
     torch.testing.assert_close(values[0], values[1])
 
 
-def test_numbers_keep_their_dtype_and_python_its_types():
-    table = {0.5: 1.0, 1.5: 3.0}
-
-    def by_table(x, scale):
-        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), table[scale]), obs=x)
-
-    def by_tensor(x, scale):
-        scales = torch.tensor([scale, 1.0])
-        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), scales.sum()), obs=x)
-
-    for model in (by_table, by_tensor):
-        pyro.clear_param_store()
-        svi = still(model, lambda x, scale: normal_guide(x), ImportanceWeightedELBO(5))
-        for scale in (0.5, 1.5, 0.5, 1.5):
-            expected = eager_loss(svi, torch.tensor(2.0), scale)
-            assert svi.step(torch.tensor(2.0), scale) == pytest.approx(expected, rel=1e-6)
-
-
-def test_sparse_gradients_and_arguments_end_in_eager_steps():
-    embedding = nn.Embedding(5, 2, sparse=True)
-
-    def model(x):
-        pyro.module("embedding", embedding)
-        loc = embedding(torch.tensor([0, 3])).sum()
-        pyro.sample("x", dist.Normal(loc, 1.0), obs=x.sum())
-
-    svi = CompiledSVI(
-        model, lambda x: None, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO(), backend="eager"
-    )
-    with pytest.warns(UserWarning, match=r"the gradient of 'embedding\$\$\$weight' is sparse"):
-        svi.step(torch.ones(2))
-    svi.step(torch.ones(2).to_sparse())
-
-
 def test_no_step_is_taken_where_gradients_are_off():
     svi = CompiledSVI(
         normal_model,
@@ -264,135 +227,6 @@ def test_capture_leaves_random_states_and_buffers_as_they_were():
         torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
 
 
-def normal_model(x):
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def normal_guide(x):
-    loc = pyro.param("loc", torch.tensor(0.5))
-    pyro.sample("z", dist.Normal(loc, 0.8))
-
-
-def eager_loss(svi, *args, **kwargs):
-    """The loss of an eager step from the state of now."""
-    svi.objective.loss(svi.model, svi.guide, *args, **kwargs)  # guesses the plates
-    state = pyro.util.get_rng_state()
-    loss = svi.objective.loss(svi.model, svi.guide, *args, **kwargs)
-    pyro.util.set_rng_state(state)
-    return loss
-
-
-def still(model, guide, loss, **options):
-    """An SVI whose steps change nothing."""
-    return CompiledSVI(
-        model, guide, pyro.optim.SGD({"lr": 0.0}), loss, backend="eager", fallback=False, **options
-    )
-
-
-def test_numbers_of_the_objective_are_inputs():
-    svi = still(normal_model, normal_guide, VariationalRenyiELBO(0.3, 5))
-    x = torch.tensor(2.0)
-    for alpha in (0.3, 0.5, 0.9, 0.0):
-        svi.objective.alpha = alpha
-        expected = eager_loss(svi, x)
-        assert svi.step(x) == pytest.approx(expected, rel=1e-6)
-    assert svi._graphs.count == 1
-    assert svi.objective.alpha == 0.0
-    assert type(svi.objective.alpha) is float
-
-
-def test_numbers_among_the_arguments_are_inputs():
-    def model(x, scale, more):
-        with pyro.poutine.scale(scale=more["weight"]):
-            normal_model(x / scale)
-
-    svi = still(model, lambda x, *args, **kwargs: normal_guide(x), ImportanceWeightedELBO(5))
-    for scale in (1.0, 2.0, 3.0):
-        args = torch.tensor(2.0), scale
-        more = {"weight": scale / 4}
-        expected = eager_loss(svi, *args, more=more)
-        assert svi.step(*args, more=more) == pytest.approx(expected, rel=1e-6)
-    assert svi._graphs.count == 1
-
-
-def test_numbers_that_are_branched_on_get_graphs_of_their_own():
-    def model(x, scale):
-        normal_model(x if scale > 1.5 else -x)
-
-    svi = still(model, lambda x, scale: normal_guide(x), ImportanceWeightedELBO(5))
-    for scale in (1.0, 2.0, 1.0, 2.0):
-        expected = eager_loss(svi, torch.tensor(2.0), scale)
-        assert svi.step(torch.tensor(2.0), scale) == pytest.approx(expected, rel=1e-6)
-    assert svi._graphs.count == 2
-
-
-def test_parameters_and_tensors_are_those_of_now():
-    module = SmallVAE()
-    svi = still(module.model, module.guide, ImportanceWeightedELBO(3))
-    x = images()
-    svi.step(x)
-
-    def assert_seen():
-        expected = eager_loss(svi, x)
-        assert svi.step(x) == pytest.approx(expected, rel=1e-6)
-
-    module.load_state_dict(SmallVAE().state_dict())
-    assert_seen()
-    with torch.no_grad():
-        module.decoder[0].bias.add_(1.0)
-    assert_seen()
-    module.decoder[2].weight.data = torch.randn(12, 8)
-    assert_seen()
-    assert svi._graphs.count == 1
-
-
-def test_edits_of_the_param_store_are_seen():
-    svi = still(normal_model, normal_guide, ImportanceWeightedELBO(3))
-    x = torch.tensor(2.0)
-    svi.step(x)
-    pyro.get_param_store()["loc"] = torch.tensor(-4.0)
-    expected = eager_loss(svi, x)
-    assert svi.step(x) == pytest.approx(expected, rel=1e-6)
-    assert svi._graphs.count == 1
-
-
-def test_minibatch_indices_are_fresh():
-    rows_seen = []
-    problem = PROBLEMS["subsampled plate, locals"]()
-    svi = still(problem.model, problem.guide, problem.loss)
-    svi.step(*problem.args)
-    svi._optimizer.step = lambda params: rows_seen.append(
-        tuple(params[0].grad.nonzero().flatten().tolist())
-    )
-    for _ in range(5):
-        svi.step(*problem.args)
-    assert len(set(rows_seen)) == 5
-    assert all(len(rows) == 7 for rows in rows_seen)
-
-
-def test_a_smaller_last_batch_gets_a_graph():
-    problem = vae()
-    svi = still(problem.model, problem.guide, problem.loss)
-    for batch_size in (10, 4, 10, 4):
-        expected = eager_loss(svi, images(batch_size))
-        assert svi.step(images(batch_size)) == pytest.approx(expected, rel=1e-5)
-    assert svi._graphs.count == 2
-
-
-def test_float64_and_changes_of_dtype():
-    module = SmallVAE().double()
-    svi = still(module.model, module.guide, ImportanceWeightedELBO(3))
-    x = images().double()
-    svi.step(x)
-    expected = eager_loss(svi, x)
-    assert svi.step(x) == pytest.approx(expected, rel=1e-12)
-    module.float()
-    expected = eager_loss(svi, x.float())
-    assert svi.step(x.float()) == pytest.approx(expected, rel=1e-5)
-    assert svi._graphs.count == 2
-
-
 def test_a_loss_function_of_ones_own():
     def loss(model, guide, x):
         return ImportanceWeightedELBO(3).differentiable_loss(model, guide, x)
@@ -406,6 +240,7 @@ def test_a_loss_function_of_ones_own():
     assert svi.step(torch.tensor(2.0)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:estimate_evidence. Pareto k")
 def test_reaches_the_evidence_of_eager_steps_on_digits():
     datasets = pytest.importorskip("sklearn.datasets")
@@ -440,3 +275,16 @@ def test_pickles_and_copies_without_its_graphs():
         expected = svi.step(torch.tensor(2.0))
         pyro.set_rng_seed(1)
         assert other.step(torch.tensor(2.0)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "jax"}, "expected backend to be 'inductor' or 'eager', got 'jax'"),
+        ({"mode": "fast"}, "expected mode to be one of"),
+        ({"max_graphs": 0}, "max_graphs must be at least 1, but it is 0"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        CompiledSVI(guide, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), **options)

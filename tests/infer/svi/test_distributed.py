@@ -92,6 +92,7 @@ def train_all(rank, size, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_take_the_steps_of_one(tmp_path):
     multiprocessing.spawn(train_all, (2, str(tmp_path)), nprocs=2)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_ext._private.of_torch import inductor
+from pyro_ext.infer.svi.capture.graph import is_random
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -53,6 +54,6 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
         decompositions = {
             operator: decomposition
             for operator, decomposition in compiler.select_decomp_table().items()
-            if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ())
+            if not is_random(operator)
         }
         return compiler.compile_fx(graph, list(inputs), decompositions=decompositions)

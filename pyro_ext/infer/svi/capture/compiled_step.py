@@ -2,84 +2,90 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pyro_ext._private.of_torch import pytree
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.graph import capture, compute
 from pyro_ext.infer.svi.capture.graph_inputs import (
+    Arguments,
     TensorSource,
     current_params,
     find_source,
-    layout,
 )
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
-from pyro_ext.infer.svi.capture.operation_log import CaptureError, OperationLog, Outcome, observe
-from pyro_ext.infer.svi.capture.reachable_search import look_around
+from pyro_ext.infer.svi.capture.operation_log import (
+    CaptureError,
+    OperationLog,
+    Outcome,
+    log_operations,
+)
+from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import ReachableState
+from pyro_ext.tracing import Program
 
 _SEED = 20_090_911
 _SCHEDULE = "loss.schedule"  # whose factor reaches the graph as a tensor
 
+_Outputs = Sequence[Tensor | None]
+
 
 @dataclass(frozen=True)
 class Step:
-    """A step as Pyro runs it, with its arguments.
+    """A step as Pyro runs it.
 
     :param objective: the ELBO, or a function that returns a differentiable loss.
     :param model: the model.
     :param guide: the guide.
-    :param loss: the function that evaluates the loss.
-    :param loss_and_grads: the function that evaluates it and adds gradients to ``.grad``.
+    :param svi_loss: the function by which ``SVI`` evaluates the loss. It adds gradients to
+        ``.grad`` if they are wanted.
     :param bool has_gradients: whether gradients are wanted.
     :param handlers: the effect handlers around the step.
     """
 
     objective: Any
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    loss: Callable[..., Any]
-    loss_and_grads: Callable[..., Any]
+    model: Program
+    guide: Program
+    svi_loss: Callable[..., Any]
     has_gradients: bool
     handlers: tuple[Any, ...] = ()
 
-    def compute(self, leaves: Sequence[Any], spec: Any) -> Outcome:
-        """Loss and gradients for the leaves of the arguments, and their structure."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        loss = getattr(self.objective, "differentiable_loss", None)
-        if loss is None:
-            if hasattr(self.objective, "loss_and_grads"):
-                name = type(self.objective).__name__
-                raise CaptureError(f"{name} has no differentiable_loss")
-            loss = self.objective
-        return compute(lambda: loss(self.model, self.guide, *args, **kwargs), self.has_gradients)
+    def compute(self, arguments: Arguments) -> Outcome:
+        """Loss and gradients, in a way that can be captured."""
+        objective = self.objective
+        loss = getattr(objective, "differentiable_loss", objective)
+        if loss is objective and hasattr(objective, "loss_and_grads"):
+            raise CaptureError(f"{type(objective).__name__} has no differentiable_loss")
+        return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
 
-    def run_as_svi(
-        self, leaves: Sequence[Any], spec: Any, names: Sequence[str]
-    ) -> list[Tensor | None]:
+    def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> _Outputs:
         """What ``SVI`` would compute: the loss, and gradients of the parameters of some names."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        run = self.loss_and_grads if self.has_gradients else self.loss
         params = current_params()
-        before = {name: param.grad for name, param in params.items()}
-        for param in params.values():
+        before = {param: param.grad for param in params.values()}
+        for param in before:
             param.grad = None
         try:
             with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loss = run(self.model, self.guide, *args, **kwargs)
+                loss = self._evaluate(self.svi_loss, arguments)
             dtype = None if isinstance(loss, Tensor) else torch.float64
             return [torch.as_tensor(loss, dtype=dtype), *(params[name].grad for name in names)]
         finally:
-            for name, param in params.items():
-                param.grad = before[name]
+            for param, gradient in before.items():
+                param.grad = gradient
+
+    def _evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
+        args, kwargs = pytree.tree_unflatten(arguments.leaves, arguments.spec)
+        return loss(self.model, self.guide, *args, **kwargs)
 
     @property
     def objectives(self) -> list[tuple[str, Any]]:
@@ -100,124 +106,89 @@ class CompiledStep:
     """A captured step and what it took for granted."""
 
     step: Step
-    run: Callable[..., Sequence[Tensor | None]]
+    run: Callable[..., _Outputs]
     sources: list[TensorSource]
-    layouts: list[tuple[Any, ...]]
     names: list[str]
     tied: list[tuple[str, str]]
-    surroundings: ReachableState
-    numbers: LiftedFloats
-    observation: OperationLog
+    reachable: ReachableState
+    lifted: LiftedFloats
+    log: OperationLog
     num_runs: int = 0
 
-    def __call__(self, arguments: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Any]:
+    def __call__(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Loss and gradients, the latter in the order of ``names``."""
         self.num_runs += 1
-        self.numbers.update()
+        self.lifted.update()
         with torch.no_grad():
-            return self.run(*arguments, *inputs)
+            return self.run(*self.lifted.lift(arguments).tensors, *inputs)
 
     def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
         """The tensors of now that the graph reads beside arguments; None if they do not fit."""
         is_tied = all(params.get(name) is params.get(other) for name, other in self.tied)
-        if not (is_tied and self.numbers.matches):
+        if not (is_tied and self.lifted.matches):
             return None
         found: list[Tensor] = []
-        for source, expected in zip(self.sources, self.layouts, strict=True):
+        for source in self.sources:
             tensor = source.get(params)
-            if tensor is None or layout(tensor) != expected:
+            if tensor is None:
                 return None
             found.append(tensor)
         return found
 
-    def audit(self, leaves: Sequence[Any], spec: Any) -> str | None:
+    def audit(self, arguments: Arguments) -> str | None:
         """What the programs do differently from what was captured; None if nothing."""
-        aliases = _aliases(self.numbers.lift(leaves))
+        aliases = self.lifted.lift(arguments).aliases
         try:
-            with kept_random_states(_SEED), self.numbers:
-                now, _ = observe(lambda: self.step.compute(aliases, spec))
+            with kept_random_states(_SEED), self.lifted.in_place():
+                now, _ = log_operations(partial(self.step.compute, aliases))
         except CaptureError as error:
             return str(error)
-        return self.observation.difference(now)
+        return self.log.difference(now)
 
 
 class NeedsEagerStepError(Exception):
     """A step makes parameters, whose first values a capture must not draw."""
 
 
-class _Findings(NamedTuple):
-    observation: OperationLog
-    surroundings: ReachableState
-    externals: list[Tensor]
-    outcome: Outcome
-
-
-def build_step(
-    step: Step, leaves: Sequence[Any], spec: Any, numbers: LiftedFloats, backend: Backend
-) -> CompiledStep:
+def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
     """Captures, checks and compiles a step; random and other states stay as they were.
 
     :param Step step: the step.
-    :param leaves: of its arguments.
-    :param spec: their structure.
-    :param LiftedFloats numbers: those of the objective that become inputs; numbers among the
-        arguments become inputs too if there may be any.
+    :param Arguments arguments: those of its programs.
+    :param bool lifts: whether floats, of the objective and among the arguments, become inputs.
     :param Backend backend: what compiles.
     :raises CaptureError: if a graph would not do what the programs do.
     :raises NeedsEagerStepError: if the programs make parameters.
     :raises CompileError: if the compiler fails.
     :raises RuntimeError: if the compiled graph computes something else.
     """
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(leaf.requires_grad for leaf in tensors):
+    if any(tensor.requires_grad for tensor in arguments.tensors):
         raise CaptureError("an argument requires gradients")
-    if any(leaf.layout != torch.strided for leaf in tensors):
+    if any(tensor.layout != torch.strided for tensor in arguments.tensors):
         raise CaptureError("an argument is a sparse tensor")
-    aliases = _aliases(numbers.lift(leaves))
-    arguments = [leaf for leaf in aliases if isinstance(leaf, Tensor)]
-
-    def run() -> Outcome:
-        return step.compute(aliases, spec)
-
-    before = look_around(step.roots, [*numbers.labels, _SCHEDULE])
+    lifted = LiftedFloats(step.objectives, lifts)
+    aliases = lifted.lift(arguments).aliases
+    before = find_reachable(step.roots, [*lifted.labels, _SCHEDULE])
     try:
-        with numbers:
-            observation, around, externals, outcome = _observe_twice(
-                step, run, leaves, aliases, numbers
-            )
-            names = list(outcome.gradients)
-            externals = [x for x in externals if not any(x is argument for argument in arguments)]
-            inputs = [*arguments, *externals]
-            with kept_random_states(_SEED + 2):
-                try:
-                    graph = capture(run, inputs)
-                finally:
-                    observation.restore()
-        expected = _outputs(lambda: step.run_as_svi(leaves, spec, names), observation)
-        found = _outputs(lambda: graph(*inputs), observation)
-        difference = _difference(expected, found, names)
-        if difference is not None:
-            raise CaptureError(f"the graph does not compute what the programs do: {difference}")
-        compiled = compile_graph(graph, inputs, backend)
-        try:
-            found = _outputs(lambda: compiled(*inputs), observation)
-        except Exception as error:
-            raise CompileError(f"what {backend.name} compiled fails: {error}") from error
-        difference = _difference(expected, found, names)
-        if difference is not None:
-            raise RuntimeError(
-                f"CompiledSVI: the step compiled by {backend.name} does not compute what the "
-                f"eager one does: {difference}. Expected the same up to rounding; use "
-                "backend='eager'."
-            )
+        with lifted.in_place():
+            log, reachable, externals, outcome = _log_twice(step, arguments, aliases, lifted)
+            inputs = [*aliases.tensors, *externals]
+            with kept_random_states(_SEED + 2), log.undone():
+                graph = capture(partial(step.compute, aliases), inputs)
+        names = list(outcome.gradients)
+        expected = _outputs(partial(step.run_as_svi, arguments, names), log)
+
+        def difference(run: Callable[..., _Outputs]) -> str | None:
+            return _difference(expected, _outputs(partial(run, *inputs), log), names)
+
+        compiled = _compile(graph, inputs, backend, difference)
     finally:
         before.restore()
     params = current_params()
     return CompiledStep(
         step=step,
         run=compiled,
-        sources=[find_source(tensor, params, around) for tensor in externals],
-        layouts=[layout(tensor) for tensor in externals],
+        sources=[find_source(tensor, params, reachable) for tensor in externals],
         names=names,
         tied=[
             (name, other)
@@ -225,42 +196,42 @@ def build_step(
             for other in names
             if name != other and param is outcome.params[other]
         ],
-        surroundings=around,
-        numbers=numbers,
-        observation=observation,
+        reachable=reachable,
+        lifted=lifted,
+        log=log,
     )
 
 
-def _observe_twice(
-    step: Step,
-    run: Callable[[], Outcome],
-    leaves: Sequence[Any],
-    aliases: Sequence[Any],
-    numbers: LiftedFloats,
-) -> _Findings:
-    """Observes runs with different random numbers of all kinds, which are to do the same."""
+def _log_twice(
+    step: Step, arguments: Arguments, aliases: Arguments, lifted: LiftedFloats
+) -> tuple[OperationLog, ReachableState, list[Tensor], Outcome]:
+    """Logs runs with different random numbers of all kinds, which are to do the same.
+
+    :returns: the log, the reachable state, the tensors from elsewhere, and the outcome.
+    """
+    run = partial(step.compute, aliases)
     known = set(current_params())
     with kept_random_states(_SEED):
         # What happens in a first run only, such as finding out the plates, happens here.
-        warm_up, _ = observe(run)
+        warm_up, _ = log_operations(run)
     born = current_params().keys() - known
     if born:
         for name in born:
             del pyro.get_param_store()[name]
         raise NeedsEagerStepError
-    opaque = [("argument", leaf) for leaf in aliases if not isinstance(leaf, Tensor)]
+    opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
-    around = look_around([*step.roots, *opaque, *modules], [*numbers.labels, _SCHEDULE])
+    reachable = find_reachable([*step.roots, *opaque, *modules], [*lifted.labels, _SCHEDULE])
     with kept_random_states(_SEED):
-        first, _ = observe(run)
-    lifted = [
-        x
-        for x, leaf in zip(aliases, leaves, strict=True)
-        if isinstance(x, Tensor) and type(leaf) is float
+        first, _ = log_operations(run)
+    floats = [
+        alias
+        for alias, leaf in zip(aliases.leaves, arguments.leaves, strict=True)
+        if isinstance(alias, Tensor) and type(leaf) is float
     ]
-    with kept_random_states(_SEED + 1), numbers.nudged(lifted):
-        second, outcome = observe(run)
-    changed = around.changed_by_programs()
+    with kept_random_states(_SEED + 1), lifted.nudged(floats):
+        second, outcome = log_operations(run)
+    changed = reachable.changed_by_programs()
     reason = (
         f"the programs change '{changed}' themselves"
         if changed is not None
@@ -268,24 +239,44 @@ def _observe_twice(
     )
     if reason is not None:
         raise CaptureError(reason)
+    given = set(aliases.tensors)
     externals = zip(first.externals, second.externals, strict=True)
-    lasting = [tensor for before, tensor in externals if tensor is before]  # others are constants
-    return _Findings(second, around, lasting, outcome)
+    lasting = [x for other, x in externals if x is other and x not in given]  # others are constants
+    return second, reachable, lasting, outcome
 
 
-def _aliases(leaves: Iterable[Any]) -> list[Any]:
-    # The same tensor may be an argument and known to the programs by another way.
-    return [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+def _compile(
+    graph: GraphModule,
+    inputs: Sequence[Tensor],
+    backend: Backend,
+    difference: Callable[[Callable[..., _Outputs]], str | None],
+) -> Callable[..., _Outputs]:
+    """Compiles a graph, and compares it with the programs before and after.
 
-
-def _outputs(run: Callable[[], Sequence[Any]], observation: OperationLog) -> list[Any]:
-    """Outputs for noise other than that of the capture, and the state of the generator after."""
+    :param difference: says where the outputs of a graph differ from those of the programs; None
+        if they are the same.
+    """
+    reason = difference(graph)
+    if reason is not None:
+        raise CaptureError(f"the graph does not compute what the programs do: {reason}")
+    compiled = compile_graph(graph, inputs, backend)
     try:
-        with kept_random_states(_SEED + 3), torch.no_grad():
-            outputs = [x if x is None else x.detach().clone() for x in run()]
-            return [*outputs, torch.get_rng_state()]
-    finally:
-        observation.restore()
+        reason = difference(compiled)
+    except Exception as error:
+        raise CompileError(f"what {backend.name} compiled fails: {error}") from error
+    if reason is not None:
+        raise RuntimeError(
+            f"CompiledSVI: the step compiled by {backend.name} does not compute what the "
+            f"eager one does: {reason}. Expected the same up to rounding; use backend='eager'."
+        )
+    return compiled
+
+
+def _outputs(run: Callable[[], _Outputs], log: OperationLog) -> list[Any]:
+    """Outputs for noise other than that of the capture, and the state of the generator after."""
+    with log.undone(), kept_random_states(_SEED + 3), torch.no_grad():
+        outputs = [x if x is None else x.detach().clone() for x in run()]
+        return [*outputs, torch.get_rng_state()]
 
 
 def _difference(expected: Sequence[Any], found: Sequence[Any], names: Sequence[str]) -> str | None:

@@ -15,12 +15,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ext._private.of_torch import storage_of, without_validation
+from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.capture.operation_log import (
     CaptureError,
     CurrentSite,
     Outcome,
     TensorsForNumbers,
-    reason_of,
 )
 
 
@@ -36,12 +36,10 @@ def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
             loss = objective()
         if not isinstance(loss, Tensor):
             raise CaptureError(f"expected the loss to be a tensor, got {type(loss).__name__}")
-        sites: dict[str, Any] = dict(trace.trace.nodes)
-        params = {name: site["value"].unconstrained() for name, site in sites.items()}
-        first_names = {id(param): name for name, param in reversed(params.items())}
-        wanted = {name: params[name] for name in params if name in first_names.values()}
-        gradients: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        wanted = {name: param for name, param in wanted.items() if param.requires_grad}
+        params = params_of(trace.trace)
+        first_names = {param: name for name, param in reversed(params.items())}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(reversed(first_names.values()))
+        wanted = {name: params[name] for name in gradients if params[name].requires_grad}
         if has_gradients and loss.requires_grad and wanted:
             found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
             gradients |= _own_gradients(wanted, found)
@@ -73,10 +71,9 @@ def without_looking_at_values() -> Iterator[None]:
     modules = [module for name, module in sys.modules.items() if name.startswith("pyro.infer")]
     initialize = Distribution.__init__
 
-    def initialize_unchecked(
-        self: Any, batch_shape: Any = (), event_shape: Any = (), validate_args: Any = None
-    ) -> None:
-        initialize(self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
+    def initialize_unchecked(self: Any, *args: Any, **kwargs: Any) -> None:
+        shapes = args[:2]  # the third is validate_args
+        initialize(self, *shapes, **{**kwargs, "validate_args": False})
 
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
@@ -105,10 +102,8 @@ def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule
         with site, TensorsForNumbers():
             return run().tensors
 
-    try:
+    with site.named_in_errors():
         graph = make_fx(traced)(*inputs)
-    except Exception as error:
-        raise CaptureError(f"{reason_of(error)}, {site.place}") from error
     for node in _variable_nodes(graph):
         if _has_shape_of_values(node):
             raise CaptureError(f"the shape of a result of {node.target} depends on values")
@@ -122,8 +117,8 @@ def _variable_nodes(graph: GraphModule) -> Iterator[Node]:
     """The nodes that depend on inputs or random numbers, hence are no constants."""
     variable: set[Node] = set()
     for node in graph.graph.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "placeholder" or is_random or not variable.isdisjoint(node.all_input_nodes):
+        is_source = node.op == "placeholder" or is_random(node.target)
+        if is_source or not variable.isdisjoint(node.all_input_nodes):
             variable.add(node)
             yield node
 
@@ -139,10 +134,11 @@ def _has_shape_of_values(node: Node) -> bool:
 
 def _keep_random_numbers(graph: GraphModule) -> None:
     """Random numbers that nothing uses are drawn all the same, for the stream to be Pyro's."""
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    unused = [
-        node
-        for node in graph.graph.nodes
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not node.users
-    ]
+    (output,) = graph.graph.find_nodes(op="output")
+    unused = [node for node in graph.graph.nodes if is_random(node.target) and not node.users]
     output.args = ([*output.args[0], *unused],)
+
+
+def is_random(operator: Any) -> bool:
+    """Whether an operator draws from a generator of torch."""
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())

@@ -1,18 +1,29 @@
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments
+
+
+class _Attribute(NamedTuple):
+    """An attribute that is a float or a tuple of floats, and a tensor for each of those."""
+
+    holder: dict[str, Any]
+    key: str
+    label: str
+    kind: type
+    tensors: tuple[Tensor, ...]
+
 
 class LiftedFloats:
-    """Numbers that may change between steps, as tensors that a graph reads.
+    """Floats that may change between steps, as tensors that a graph reads.
 
     They are floats, and tuples of floats, among the attributes of an objective (such as an
-    alpha), and floats among the arguments. Entering it puts the tensors in place of the
-    attributes, leaving it puts the numbers back.
+    alpha), and floats among the arguments.
 
     :param objectives: names, and objects whose attributes are lifted.
     :param bool is_on: whether anything is lifted.
@@ -20,41 +31,46 @@ class LiftedFloats:
 
     def __init__(self, objectives: list[tuple[str, Any]], is_on: bool = True) -> None:
         self.is_on = is_on
-        self.entries: list[tuple[dict[str, Any], str, Any]] = []
-        self.labels: list[str] = []
-        for label, owner in objectives if is_on else ():
-            for key, value in getattr(owner, "__dict__", {}).items():
-                if _is_number(value) or _is_tuple_of_numbers(value):
-                    self.entries.append((vars(owner), key, _tensors(value)))
-                    self.labels.append(f"{label}.{key}")
-        self._numbers: list[Any] = []
+        self.attributes = [
+            _Attribute(vars(owner), key, f"{name}.{key}", type(value), tuple(map(_tensor, floats)))
+            for name, owner in (objectives if is_on else ())
+            for key, value in getattr(owner, "__dict__", {}).items()
+            if (floats := _floats(value))
+        ]
 
-    def lift(self, leaves: Sequence[Any]) -> list[Any]:
+    @property
+    def labels(self) -> list[str]:
+        """The names of the lifted attributes."""
+        return [attribute.label for attribute in self.attributes]
+
+    def lift(self, arguments: Arguments) -> Arguments:
         """Arguments with tensors in place of floats."""
         if not self.is_on:
-            return list(leaves)
-        return [_tensors(leaf) if type(leaf) is float else leaf for leaf in leaves]
+            return arguments
+        leaves = [_tensor(leaf) if type(leaf) is float else leaf for leaf in arguments.leaves]
+        return Arguments(leaves, arguments.spec)
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the tensors in place of the attributes for a while."""
         self.update()
-        self._numbers = [holder[key] for holder, key, _ in self.entries]
-        for holder, key, tensors in self.entries:
-            holder[key] = tensors
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for (holder, key, _), number in zip(self.entries, self._numbers, strict=True):
-            holder[key] = number
+        before = [attribute.holder[attribute.key] for attribute in self.attributes]
+        for holder, key, _, kind, tensors in self.attributes:
+            holder[key] = tensors if kind is tuple else tensors[0]
+        try:
+            yield
+        finally:
+            for attribute, value in zip(self.attributes, before, strict=True):
+                attribute.holder[attribute.key] = value
 
     def update(self) -> None:
-        """Copies the numbers of now into the tensors."""
-        for holder, key, tensors in self.entries:
-            for tensor, number in _pairs(tensors, holder[key]):
-                tensor.fill_(number)
+        """Copies the floats of now into the tensors."""
+        for holder, key, _, kind, tensors in self.attributes:
+            if kind is float:
+                tensors[0].fill_(holder[key])
+            else:
+                for tensor, value in zip(tensors, holder[key], strict=True):
+                    tensor.fill_(value)
 
     @contextmanager
     def nudged(self, arguments: Sequence[Tensor]) -> Iterator[None]:
@@ -62,43 +78,32 @@ class LiftedFloats:
 
         :param arguments: the tensors in place of arguments.
         """
-        tensors = [tensor for _, _, entry in self.entries for tensor, _ in _pairs(entry, entry)]
+        tensors = [tensor for attribute in self.attributes for tensor in attribute.tensors]
         tensors += arguments
-        numbers = [tensor.clone() for tensor in tensors]
+        before = [tensor.clone() for tensor in tensors]
         for tensor in tensors:
             tensor.copy_(torch.where(tensor == 0, 1e-6, tensor * (1 - 1e-6)))
         try:
             yield
         finally:
-            for tensor, number in zip(tensors, numbers, strict=True):
-                tensor.copy_(number)
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
 
     @property
     def matches(self) -> bool:
         """Whether every lifted attribute is still a float, or a tuple of as many."""
         return all(
-            len(holder[key]) == len(tensors)
-            if isinstance(tensors, tuple) and _is_tuple_of_numbers(holder[key])
-            else isinstance(tensors, Tensor) and _is_number(holder[key])
-            for holder, key, tensors in self.entries
+            type(holder[key]) is kind and len(_floats(holder[key])) == len(tensors)
+            for holder, key, _, kind, tensors in self.attributes
         )
 
 
-def _pairs(tensors: Any, numbers: Any) -> list[tuple[Tensor, Any]]:
-    if isinstance(tensors, Tensor):
-        return [(tensors, numbers)]
-    return list(zip(tensors, numbers, strict=True))
+def _floats(value: Any) -> tuple[float, ...]:
+    """The floats that a value is made of; empty if it is neither a float nor a tuple of floats."""
+    entries = value if type(value) is tuple else (value,)
+    is_lifted = all(type(entry) is float and not math.isinf(entry) for entry in entries)
+    return entries if is_lifted else ()
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is float and value not in (float("inf"), float("-inf"))
-
-
-def _is_tuple_of_numbers(value: Any) -> bool:
-    return type(value) is tuple and len(value) > 0 and all(_is_number(entry) for entry in value)
-
-
-def _tensors(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_tensors(entry) for entry in value)
+def _tensor(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)

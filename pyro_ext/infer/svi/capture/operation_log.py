@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -46,17 +47,32 @@ class Outcome:
 class CurrentSite(Messenger):
     """Knows the last sample site that a program came to."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.name: str | None = None
+    name: str | None = None
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         self.name = msg["name"]
 
     @property
     def place(self) -> str:
         """Words for where a program is."""
         return "before its first site" if self.name is None else f"at or after site '{self.name}'"
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Turns an error into a :class:`CaptureError` that says where the program was."""
+        try:
+            yield
+        except Exception as error:
+            raise CaptureError(f"{_reason_of(error)}, {self.place}") from error
+
+
+def _reason_of(error: Exception) -> str:
+    """What keeps a step from being captured, in a line."""
+    if isinstance(error, CaptureError):
+        return str(error)
+    if "get value out of a tracing tensor" in str(error):
+        return "the programs look at the value of a tensor, as in a branch, which a graph freezes"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 class TensorsForNumbers(TorchFunctionMode):
@@ -66,13 +82,7 @@ class TensorsForNumbers(TorchFunctionMode):
     by the capture, as is an array of NumPy.
     """
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.item:
             return args[0].detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
@@ -100,8 +110,8 @@ class OperationLog:
     operations: list[Operation] = field(default_factory=list)
     #: Tensors that were used but not made, in the order of their first use.
     externals: list[Tensor] = field(default_factory=list)
-    #: What those held that the run changed in place.
-    originals: dict[int, Tensor] = field(default_factory=dict)
+    #: Those that the run changed in place, and what they held.
+    originals: dict[Tensor, Tensor] = field(default_factory=dict)
     #: Modules that were called.
     modules: list[nn.Module] = field(default_factory=list)
     #: Names of parameters that the programs came to.
@@ -109,13 +119,17 @@ class OperationLog:
     #: Generators that were drawn from, with their states before.
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
 
-    def restore(self) -> None:
-        """Undoes changes in place."""
-        for generator, state in self.generators.items():
-            generator.set_state(state)
-        with torch.no_grad():
-            for index, original in self.originals.items():
-                self.externals[index].copy_(original)
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undoes changes in place at the end."""
+        try:
+            yield
+        finally:
+            for generator, state in self.generators.items():
+                generator.set_state(state)
+            with torch.no_grad():
+                for external, original in self.originals.items():
+                    external.copy_(original)
 
     def difference(self, other: "OperationLog") -> str | None:
         """Where another run did other operations; None if it did the same."""
@@ -128,68 +142,61 @@ class OperationLog:
                     f"two runs do not do the same {theirs.place}: {mine.name}{mine.numbers} in "
                     f"one, {theirs.name}{theirs.numbers} in the other"
                 )
-        if len(self.operations) != len(other.operations):
-            longer = max(self.operations, other.operations, key=len)
-            first = longer[min(len(self.operations), len(other.operations))]
+        shorter, longer = sorted((self.operations, other.operations), key=len)
+        if len(shorter) < len(longer):
+            first = longer[len(shorter)]
             return f"one of two runs has more operations: {first.name} {first.place}"
         return None
 
     def difference_of_externals(self, other: "OperationLog") -> str | None:
         """Whether tensors from elsewhere are others in another run, and hold something else."""
         for mine, theirs in zip(self.externals, other.externals, strict=True):
-            if mine is not theirs and not _is_equal(mine, theirs):
+            is_same = mine is theirs or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+            if not is_same:
                 return f"a tensor of shape {tuple(mine.shape)} is made outside of torch in each run"
         return None
 
 
-class _Observer(TorchDispatchMode):
-    """Writes an observation."""
+class _Logger(TorchDispatchMode):
+    """Writes a log."""
 
-    def __init__(self, observation: OperationLog, site: CurrentSite) -> None:
+    def __init__(self, log: OperationLog, site: CurrentSite) -> None:
         super().__init__()
-        self.observation = observation
+        self.log = log
         self.site = site
-        self.made = WeakTensorKeyDictionary()
-        self.owner_of_storage: dict[int, int] = {}
+        self.known = WeakTensorKeyDictionary()
+        self.owner_of_storage: dict[int, Tensor] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flat = pytree.tree_leaves((args, kwargs))
-        operation = Operation(
-            self.site.place, str(func), repr([x for x in flat if not isinstance(x, Tensor)])
-        )
         if func is torch.ops.aten.lift_fresh.default:
             with DisableTorchFunction():
                 array = args[0].cpu().numpy()
-            first = f" of {array.flatten()[:3]}"
-            operation = Operation(self.site.place, "torch.tensor", first, hash(array.tobytes()))
+            name, numbers = "torch.tensor", f" of {array.flatten()[:3]}"
+            digest = hash(array.tobytes())
         else:
-            for x in flat:
-                if isinstance(x, Tensor) and x not in self.made:
-                    self._add_external(x)
-            if schema_of(func).is_mutable or "batch_norm" in str(func):
+            name, numbers = str(func), repr([x for x in flat if not isinstance(x, Tensor)])
+            digest = 0
+            self._add_externals(flat)
+            if schema_of(func).is_mutable or "batch_norm" in name:
                 self._keep_originals(func, args, kwargs)
         for x in flat:
             if isinstance(x, torch.Generator):
-                self.observation.generators.setdefault(x, x.get_state())
-        self.observation.operations.append(operation)
+                self.log.generators.setdefault(x, x.get_state())
+        self.log.operations.append(Operation(self.site.place, name, numbers, digest))
         out = func(*args, **kwargs)
         for x in pytree.tree_leaves(out):
             if isinstance(x, Tensor):
-                self.made[x] = True
+                self.known[x] = True
         return out
 
-    def _add_external(self, x: Tensor) -> None:
-        externals = self.observation.externals
-        if not any(x is other for other in externals):
-            self.owner_of_storage.setdefault(storage_of(x), len(externals))
-            externals.append(x)
+    def _add_externals(self, flat: list[Any]) -> None:
+        for x in flat:
+            if isinstance(x, Tensor) and x not in self.known:
+                self.known[x] = True
+                self.owner_of_storage.setdefault(storage_of(x), x)
+                self.log.externals.append(x)
 
     def _keep_originals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, argument in enumerate(schema_of(func).arguments):
@@ -198,46 +205,42 @@ class _Observer(TorchDispatchMode):
                 continue  # batch_norm writes to its running statistics, but does not say so
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             for x in pytree.tree_leaves(value):
-                if isinstance(x, Tensor):
-                    self._keep_original(self.owner_of_storage.get(storage_of(x)))
-
-    def _keep_original(self, index: int | None) -> None:
-        if index is not None and index not in self.observation.originals:
-            external = self.observation.externals[index]
-            self.observation.originals[index] = external.detach().clone()
+                owner = self.owner_of_storage.get(storage_of(x)) if isinstance(x, Tensor) else None
+                if owner is not None and owner not in self.log.originals:
+                    self.log.originals[owner] = owner.detach().clone()
 
 
-def observe(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
+@contextmanager
+def _logged(site: CurrentSite) -> Iterator[OperationLog]:
+    """Logs all operations for a while. Changes in place are undone at the end."""
+    log = OperationLog()
+    with log.undone(), called_modules() as log.modules, _Logger(log, site):
+        yield log
+
+
+def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
     """Runs a step once, and undoes what it changes in place.
 
     :raises CaptureError: if the step draws from the generators of Python or NumPy, or has
         values leave the graph.
     """
-    observation = OperationLog()
     site = CurrentSite()
-    before = random.getstate(), np.random.get_state()
-    try:
-        with (
-            site,
-            TensorsForNumbers(),
-            called_modules() as observation.modules,
-            _Observer(observation, site),
-        ):
-            outcome = run()
-    except Exception as error:
-        raise CaptureError(f"{reason_of(error)}, {site.place}") from error
-    finally:
-        observation.restore()
-    for module, old, new in (
-        ("random", before[0], random.getstate()),
-        ("numpy.random", before[1], np.random.get_state()),
-    ):
-        if not _same_state(old, new):
+    before = _states_beside_torch()
+    with site.named_in_errors(), site, _logged(site) as log, TensorsForNumbers():
+        outcome = run()
+    for module, state in _states_beside_torch().items():
+        if state != before[module]:
             raise CaptureError(f"the programs draw random numbers from Python's module {module}")
-    if observation.generators:
+    if log.generators:
         raise CaptureError("the programs draw from a torch.Generator of their own")
-    observation.param_names = tuple(outcome.params)
-    return observation, outcome
+    log.param_names = tuple(outcome.params)
+    return log, outcome
+
+
+def _states_beside_torch() -> dict[str, Any]:
+    numpy_state: Any = np.random.get_state()
+    _, keys, *others = numpy_state
+    return {"random": random.getstate(), "numpy.random": (keys.tolist(), others)}
 
 
 @contextmanager
@@ -263,34 +266,10 @@ def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
 
     :returns: the modules that they call, and the names of the parameters that they use.
     """
-    observation = OperationLog()
-    try:
-        with (
-            kept_random_states(0),
-            poutine.trace(param_only=True) as trace,
-            called_modules() as modules,
-            _Observer(observation, CurrentSite()),
-        ):
-            run()
-    finally:
-        observation.restore()
-    return modules, list(trace.trace.nodes)
-
-
-def reason_of(error: Exception) -> str:
-    """What keeps a step from being captured, in a line."""
-    if isinstance(error, CaptureError):
-        return str(error)
-    if "get value out of a tracing tensor" in str(error):
-        return "the programs look at the value of a tensor, as in a branch, which a graph freezes"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _same_state(old: Any, new: Any) -> bool:
-    if isinstance(old, tuple):
-        return all(_same_state(a, b) for a, b in zip(old, new, strict=True))
-    return np.array_equal(old, new)
-
-
-def _is_equal(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))
+    with (
+        kept_random_states(0),
+        poutine.trace(param_only=True) as trace,
+        _logged(CurrentSite()) as log,
+    ):
+        run()
+    return log.modules, list(trace.trace.nodes)

@@ -4,8 +4,9 @@ import argparse
 import dis
 import enum
 import sys
-from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +22,6 @@ from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.reachable_state import (
     MAX_ITEMS,
     MISSING,
-    GeneratorState,
     Place,
     ReachableState,
     printable,
@@ -30,15 +30,15 @@ from pyro_ext.infer.svi.capture.reachable_state import (
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
 _LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "functools", "tqdm", *sys.stdlib_module_names}
 _LIBRARIES -= {"__main__"}
+_NAMESPACES = (SimpleNamespace, argparse.Namespace)
+_KNOWN = (nn.Module, ELBO, Messenger, Distribution)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, Distribution)
 _STATEFUL = {"builtins", "collections", "itertools"}
 _MAX_DEPTH, _MAX_PLACES = 8, 20_000
 
 
-def look_around(
-    roots: Iterable[tuple[str, Any]],
-    unless: Iterable[str] = (),
-    limit: float = _MAX_PLACES,
+def find_reachable(
+    roots: Iterable[tuple[str, Any]], unless: Iterable[str] = (), limit: float = _MAX_PLACES
 ) -> ReachableState:
     """Everything that is reachable by names from some objects.
 
@@ -47,39 +47,39 @@ def look_around(
     :param limit: the largest number of values.
     :raises CaptureError: if there are more.
     """
-    search = _Search(set(unless), limit)
-    search.pending.extend((name, value, 0) for name, value in roots)
-    search.run()
-    return search.found
+    pending = deque((name, value, 0) for name, value in roots)
+    return _Search(set(unless), limit, pending).run()
 
 
+@dataclass
 class _Search:
     """A breadth-first search through objects."""
 
-    def __init__(self, ignored: set[str], limit: float) -> None:
-        self.limit = limit
-        self.found = ReachableState()
-        self.ignored = ignored
-        self.pending: deque[tuple[str, Any, int]] = deque()
-        self.seen: dict[int, Any] = {}  # by identity, kept alive
-        self.places: set[tuple[int, Any]] = set()
-        self.attribute_names: set[str] = {"forward", "__call__"}
-        # Methods, properties and entries of modules, for when some code has their name.
-        self.waiting: dict[str, list[tuple[str, Any, int]]] = defaultdict(list)
+    ignored: set[str]
+    limit: float
+    pending: deque[tuple[str, Any, int]]
+    found: ReachableState = field(default_factory=ReachableState)
+    seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
+    places: set[tuple[int, Any]] = field(default_factory=set)
+    attribute_names: set[str] = field(default_factory=lambda: {"forward", "__call__"})
+    #: Methods, properties and entries of modules, for when some code has their name.
+    waiting: dict[str, list[tuple[str, Any, int]]] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Looks at all that is pending, and at what that leads to."""
+    def run(self) -> ReachableState:
+        """Looks at all that is pending, and follows it."""
         while self.pending:
             label, value, depth = self.pending.popleft()
             if id(value) not in self.seen:
                 self.seen[id(value)] = value
                 self._look_at(label, value, depth)
+        return self.found
 
     def _look_at(self, label: str, value: Any, depth: int) -> None:
         if isinstance(value, np.random.Generator):
-            self.found.generators.append((label, GeneratorState(value)))
+            generator = value.bit_generator
+            self.found.generators.append((label, generator, generator.state))
         elif isinstance(value, FunctionType):
-            if str(value.__globals__.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            if _library(value.__globals__.get("__name__")) not in _LIBRARIES:
                 self._look_at_function(value, depth)
         elif isinstance(value, MethodType):
             self.pending.append((label, value.__func__, depth))
@@ -89,9 +89,10 @@ class _Search:
             self._look_at(label, value.args, depth)
             self._look_at(label, value.keywords, depth)
         elif isinstance(value, ModuleType):
-            if value.__name__.partition(".")[0] not in _LIBRARIES:
+            if _library(value.__name__) not in _LIBRARIES:
                 for key in vars(value):
-                    self._wait_for(key, Place(vars(value), key, f"{label}.{key}"), depth)
+                    place = Place(vars(value), key, f"{label}.{key}")
+                    self._follow_once_named(key, place.label, place, depth)
         elif isinstance(value, (dict, list, tuple)):
             self._look_at_container(label, value, depth)
         elif isinstance(value, type):
@@ -102,7 +103,7 @@ class _Search:
     def _look_at_function(self, function: FunctionType, depth: int) -> None:
         code = function.__code__
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._add(Place(cell, None, variable), depth)
+            self._add(Place(cell, "cell_contents", variable, is_attribute=True), depth)
         global_names, attribute_names = _names(code)
         for variable in sorted(global_names & function.__globals__.keys()):
             self._add(Place(function.__globals__, variable, variable), depth)
@@ -111,11 +112,8 @@ class _Search:
                 self.pending.append((f"default {i} of {function.__name__}", default, depth + 1))
         for name in sorted(attribute_names - self.attribute_names):
             self.attribute_names.add(name)
-            for label, value, at in self.waiting.pop(name, ()):
-                if isinstance(value, Place):
-                    self._add(value, at)
-                else:
-                    self.pending.append((label, value, at))
+            for waiting in self.waiting.pop(name, ()):
+                self._follow(*waiting)
 
     def _look_at_container(self, label: str, value: Any, depth: int) -> None:
         if len(value) > MAX_ITEMS:
@@ -129,28 +127,22 @@ class _Search:
 
     def _look_at_class(self, label: str, cls: type, depth: int) -> None:
         for base in cls.__mro__:
-            if _library(base) in _LIBRARIES:
+            if _library(getattr(base, "__module__", "")) in _LIBRARIES:
                 continue
             for key, value in vars(base).items():
-                functions = [value]
-                if isinstance(value, property):
-                    functions = [value.fget]
-                elif isinstance(value, (staticmethod, classmethod)):
-                    functions = [value.__func__]
-                if isinstance(functions[0], FunctionType):
-                    if key in self.attribute_names:
-                        self.pending.append((label, functions[0], depth))
-                    else:
-                        self.waiting[key].append((label, functions[0], depth))
+                function = value.fget if isinstance(value, property) else value
+                if isinstance(value, (staticmethod, classmethod)):
+                    function = value.__func__
+                if isinstance(function, FunctionType):
+                    self._follow_once_named(key, label, function, depth)
                 elif not key.startswith("__") and not hasattr(value, "__get__"):
                     self._add(Place(vars(base), key, f"{base.__name__}.{key}"), depth)
 
     def _look_at_instance(self, label: str, value: Any, depth: int) -> None:
         cls = type(value)
-        is_library = _library(cls) in _LIBRARIES
-        known = (nn.Module, ELBO, Messenger, Distribution)
-        is_library = is_library and not isinstance(value, (SimpleNamespace, argparse.Namespace))
-        if is_library and not isinstance(value, known) and _library(cls) != "pyro_ext":
+        library = _library(getattr(cls, "__module__", ""))
+        is_library = library in _LIBRARIES and not isinstance(value, _NAMESPACES)
+        if is_library and not isinstance(value, _KNOWN) and library != "pyro_ext":
             return
         if isinstance(value, nn.Module):
             for holder in (parameters_of(value), buffers_of(value)):
@@ -166,21 +158,26 @@ class _Search:
             # Libraries make objects of their own anew in each run, and keep tensors.
             is_hidden = key.startswith("_") and isinstance(entry, Tensor)
             is_known = isinstance(entry, (*_PLAIN, Tensor, *_FOLLOWED)) and not is_hidden
-            is_of_user = not is_library or is_known
-            if is_of_user or (isinstance(value, Messenger) and isinstance(entry, dict)):
+            is_option = isinstance(value, Messenger) and isinstance(entry, dict)
+            if not is_library or is_known or is_option:
                 self._add(Place(attributes, key, f"{label}.{key}"), depth)
         if not is_library:
             self._look_at_class(label, cls, depth)
-            names = tuple(attributes)
-            self.found.copies.append((label, lambda: tuple(attributes), names))
+            self.found.copies.append((label, lambda: tuple(attributes), tuple(attributes)))
             for key in (key for base in cls.__mro__ for key in _slots(base)):
-                self._add(Place(value, key, f"{label}.{key}", is_slot=True), depth)
+                self._add(Place(value, key, f"{label}.{key}", is_attribute=True), depth)
 
-    def _wait_for(self, key: str, place: Place, depth: int) -> None:
-        if key in self.attribute_names:
-            self._add(place, depth)
+    def _follow_once_named(self, name: str, label: str, value: Any, depth: int) -> None:
+        if name in self.attribute_names:
+            self._follow(label, value, depth)
         else:
-            self.waiting[key].append((place.label, place, depth))
+            self.waiting.setdefault(name, []).append((label, value, depth))
+
+    def _follow(self, label: str, value: Any, depth: int) -> None:
+        if isinstance(value, Place):
+            self._add(value, depth)
+        else:
+            self.pending.append((label, value, depth))
 
     def _add(self, place: Place, depth: int) -> None:
         entry = place.get()
@@ -197,15 +194,12 @@ class _Search:
             self.found.tensors.append((place, entry))
             return
         self.found.objects.append((place, entry))
-        read = place.get
-        if isinstance(entry, np.ndarray) and entry.size <= MAX_ITEMS:
-            self.found.copies.append((place.label, read, entry.copy()))
-        elif isinstance(entry, (set, frozenset)) and len(entry) <= MAX_ITEMS:
-            self.found.copies.append((place.label, read, set(entry)))
-        elif isinstance(entry, list) and all(isinstance(x, _PLAIN) for x in entry):
-            self.found.copies.append((place.label, read, list(entry)))
-            return
-        if isinstance(entry, _PLAIN):
+        is_plain_list = isinstance(entry, list) and all(isinstance(x, _PLAIN) for x in entry)
+        is_array = isinstance(entry, np.ndarray) and entry.size <= MAX_ITEMS
+        is_set = isinstance(entry, (set, frozenset)) and len(entry) <= MAX_ITEMS
+        if is_plain_list or is_array or is_set:
+            self.found.copies.append((place.label, place.get, entry.copy()))
+        if is_plain_list or isinstance(entry, _PLAIN):
             return
         if type(entry).__module__ in _STATEFUL and _size(entry) <= MAX_ITEMS:
             self.found.printed.append((place, printable(entry)))
@@ -213,8 +207,8 @@ class _Search:
             self.pending.append((place.label, entry, depth + 1))
 
 
-def _library(value: Any) -> str:
-    return str(getattr(value, "__module__", "")).partition(".")[0]
+def _library(module: Any) -> str:
+    return str(module).partition(".")[0]
 
 
 def _slots(cls: type) -> tuple[str, ...]:
@@ -224,20 +218,17 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def _size(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 0
+    return len(value) if isinstance(value, Sized) else 0
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:
     """The names of globals and of attributes that code loads, with the code inside of it."""
-    global_names, attribute_names = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            global_names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            attribute_names.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner_globals, inner_attributes = _names(constant)
-            global_names |= inner_globals
-            attribute_names |= inner_attributes
+    global_names, attribute_names, codes = set(), set(), [code]
+    for part in codes:  # which grows meanwhile
+        codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                global_names.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attribute_names.add(instruction.argval)
     return global_names, attribute_names

@@ -14,48 +14,20 @@ MAX_ITEMS = 100
 
 @dataclass(frozen=True)
 class Place:
-    """An entry of a mapping or list, an attribute, or the cell of a closure."""
+    """An entry of a mapping or list, or an attribute."""
 
     holder: Any
     key: Any
     label: str
     is_state: bool = False  # a parameter or buffer of a module
-    is_slot: bool = False
+    is_attribute: bool = False  # a slot, or the contents of a closure's cell
 
     def get(self) -> Any:
         """What is there now."""
         try:
-            if self.is_slot:
-                return getattr(self.holder, self.key)
-            return self.holder.cell_contents if self.key is None else self.holder[self.key]
+            return getattr(self.holder, self.key) if self.is_attribute else self.holder[self.key]
         except (KeyError, IndexError, ValueError, AttributeError):
             return MISSING
-
-    def put(self, value: Any) -> None:
-        """Puts something back."""
-        if self.is_slot:
-            setattr(self.holder, self.key, value)
-        elif self.key is None:
-            self.holder.cell_contents = value
-        else:
-            self.holder[self.key] = value
-
-
-class GeneratorState:
-    """A generator of NumPy, and its state of now."""
-
-    def __init__(self, generator: np.random.Generator) -> None:
-        self.bits = generator.bit_generator
-        self.state = self.bits.state
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether numbers were drawn since."""
-        return str(self.bits.state) != str(self.state)
-
-    def restore(self) -> None:
-        """Goes back to the state."""
-        self.bits.state = self.state
 
 
 @dataclass
@@ -70,8 +42,8 @@ class ReachableState:
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
     #: What containers and counters print, to find out whether the programs themselves use them.
     printed: list[tuple[Place, str]] = field(default_factory=list)
-    #: Generators of NumPy, which the programs are not to use.
-    generators: list[tuple[str, GeneratorState]] = field(default_factory=list)
+    #: Generators of NumPy, which the programs are not to use, with their states.
+    generators: list[tuple[str, np.random.BitGenerator, Any]] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -104,8 +76,8 @@ class ReachableState:
         for place, tensor in self.tensors:
             if place.get() is not tensor:
                 return place.label
-        for label, generator in self.generators:
-            if generator.has_changed:
+        for label, generator, state in self.generators:
+            if str(generator.state) != str(state):
                 return label
         return self.changed()
 
@@ -113,16 +85,13 @@ class ReachableState:
         """Puts back what programs have put elsewhere."""
         for place, value in [*self.objects, *self.tensors]:
             if place.get() is not value and isinstance(place.holder, (dict, list)):
-                place.put(value)
-        for _, generator in self.generators:
-            generator.restore()
+                place.holder[place.key] = value
+        for _, generator, state in self.generators:
+            generator.state = state
 
     def place_of(self, tensor: Tensor) -> Place | None:
         """Where a tensor was found."""
-        for place, known in self.tensors:
-            if known is tensor:
-                return place
-        return None
+        return next((place for place, known in self.tensors if known is tensor), None)
 
 
 def printable(value: Any) -> str:

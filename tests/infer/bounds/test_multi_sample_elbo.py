@@ -1,4 +1,4 @@
-"""The estimators behave as Pyro's own: SVI, nn.Module, programs of every kind, copies."""
+"""The estimators behave as Pyro's own: the ways to a loss, particles, copies."""
 
 import copy
 import math
@@ -10,19 +10,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, autoguide
-from pyro.nn import PyroModule, PyroParam, PyroSample
-from torch import nn
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
-from pyro_ext.nn import LeadingDims
+from tests.infer.bounds.data import X
 from tests.models import GlobalNormal, NormalNormal, TwoLayer
-from tests.registry import ESTIMATORS
-
-X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
-VECTORIZE = pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
-EVERY_ESTIMATOR = pytest.mark.parametrize(("make", "smallest"), ESTIMATORS.values(), ids=ESTIMATORS)
+from tests.registry import EVERY_ESTIMATOR, VECTORIZE
 
 
 @VECTORIZE
@@ -87,174 +80,6 @@ def test_value_and_gradient_equal_those_of_renyi_elbo_where_it_is_right():
         for p in store.values():
             p.grad = None
     torch.testing.assert_close(*found)
-
-
-class Encoder(PyroModule):
-    """A guide in module form, with a network and a constrained parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(1, 2)
-        self.scale = PyroParam(torch.tensor(0.8), constraint=dist.constraints.positive)
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            loc = self.net(x.unsqueeze(-1))
-            pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
-
-
-class Decoder(PyroModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(2, 1)
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z).squeeze(-1), 1.0), obs=x)
-
-
-@pytest.fixture
-def local_params():
-    with pyro.settings.context(module_local_params=True):
-        yield
-
-
-@EVERY_ESTIMATOR
-def test_module_interface_with_a_torch_optimizer(make, smallest, local_params):
-    x = torch.linspace(-1, 1, 6)
-    module = make(smallest + 3)(Decoder(), Encoder())
-    first = module(x)
-    assert len(list(module.parameters())) == 5
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    losses = []
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = module(x)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < first.item()
-    module.load_state_dict(copy.deepcopy(module).state_dict())
-
-
-@VECTORIZE
-def test_pyro_module_statement_in_both_programs(vectorize):
-    encoder, decoder = nn.Linear(1, 2), nn.Linear(2, 1)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x), subsample_size=2) as index:
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z).squeeze(-1), 1.0), obs=x[index])
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x), subsample_size=2) as index:
-            loc = encoder(x[index].unsqueeze(-1))
-            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-
-    before = copy.deepcopy(list(encoder.parameters()) + list(decoder.parameters()))
-    elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize)
-    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo).step(torch.randn(6))
-    for old, new in zip(before, [*encoder.parameters(), *decoder.parameters()], strict=True):
-        assert (old != new).any()
-
-
-AUTOGUIDES = {
-    "AutoNormal": (autoguide.AutoNormal, True),
-    "AutoDelta": (autoguide.AutoDelta, True),
-    "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, False),
-    "AutoMultivariateNormal": (autoguide.AutoMultivariateNormal, False),
-    "AutoLowRankMultivariateNormal": (autoguide.AutoLowRankMultivariateNormal, False),
-    "AutoIAFNormal": (lambda model: autoguide.AutoIAFNormal(model, hidden_dim=[16]), False),
-    "AutoStructured": (autoguide.AutoStructured, False),
-    "AutoNormalMessenger": (autoguide.AutoNormalMessenger, True),
-}
-
-
-@VECTORIZE
-@pytest.mark.parametrize(("make_guide", "keeps_plate"), AUTOGUIDES.values(), ids=AUTOGUIDES)
-def test_autoguides_with_constrained_latents(make_guide, keeps_plate, vectorize):
-    """The densities add up: the weights are those that Pyro's traces give."""
-    x = X.float().abs()
-
-    def model():
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-            direction = pyro.sample("direction", dist.Dirichlet(torch.ones(3)))
-            pyro.sample("x", dist.Exponential(rate * direction[..., 0]), obs=x)
-
-    guide = make_guide(model)
-    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
-    if keeps_plate:
-        found = elbo.trace_particles(model, guide)
-    else:
-        # One joint draw for all points has one density: separate weights would count it N times.
-        with pytest.warns(UserWarning, match="'data' holds all the data but does not enclose"):
-            found = elbo.trace_particles(model, guide)
-    assert found.log_w.shape == ((3, len(x)) if keeps_plate else (3,))
-    totals = zip(found.model_traces, found.guide_traces, strict=True)
-    expected = sum(m.log_prob_sum() - g.log_prob_sum() for m, g in totals)
-    torch.testing.assert_close(found.log_w.sum(), expected)
-    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step()
-
-
-def test_guide_list_and_a_latent_with_event_dims():
-    def model(x):
-        weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
-        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(weight.sum((-2, -1)), noise), obs=x)
-
-    guide = autoguide.AutoGuideList(model)
-    guide.append(autoguide.AutoDelta(poutine.block(model, expose=["noise"])))
-    guide.append(autoguide.AutoMultivariateNormal(poutine.block(model, expose=["weight"])))
-    for vectorize in (True, False):
-        elbo = ImportanceWeightedELBO(5, vectorize_particles=vectorize)
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
-        losses = [svi.step(torch.tensor(2.0)) for _ in range(100)]
-        assert sum(losses[-20:]) < sum(losses[:20])
-
-
-def test_prior_over_module_parameters():
-    class Regression(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.linear = PyroModule[nn.Linear](2, 1)
-            self.linear.bias = PyroSample(dist.Normal(torch.zeros(1), 1.0).to_event(1))
-
-        def forward(self, x, y=None):
-            # The bias has the particle dim on its left, beside a filler dim for the data.
-            mean = (x @ self.linear.weight.T).squeeze(-1) + self.linear.bias.squeeze(-1)
-            with pyro.plate("data", len(x)):
-                return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
-
-    model = Regression()
-    guide = autoguide.AutoNormal(model)
-    elbo = ImportanceWeightedELBO(4)
-    with pytest.warns(UserWarning, match="'data' holds all the data but does not enclose the site"):
-        elbo.loss_and_grads(model, guide, torch.randn(5, 2), torch.randn(5))
-    elbo.check(model, guide, torch.randn(5, 2), torch.randn(5))
-
-
-def test_convolutions_take_particles():
-    decoder = LeadingDims(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 1)), 3)
-    image = torch.randn(3, 1, 5, 5)
-
-    def model():
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", 3):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1, 5, 5), 1.0).to_event(3))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(3), obs=image)
-
-    def guide():
-        with pyro.plate("data", 3):
-            pyro.sample("z", dist.Normal(image, 1.0).to_event(3))
-
-    elbo = ImportanceWeightedELBO(4)
-    elbo.check(model, guide)
-    elbo.loss_and_grads(model, guide)
-    assert decoder.module[0].weight.grad.abs().sum() > 0
 
 
 def test_the_constructor_stores_what_it_was_given():
@@ -345,18 +170,18 @@ def test_programs_without_sites_have_no_loss(vectorize):
     assert elbo.loss_and_grads(empty, empty) == 0
 
 
-@VECTORIZE
-@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide")
-def test_deterministic_sites_in_the_guide(vectorize):
-    def guide():
-        with pyro.plate("data", len(X)):
-            loc = pyro.deterministic("loc", X / 2)
-            pyro.sample("z", dist.Normal(loc, math.sqrt(0.5)))
+def test_a_lone_data_point_without_plates():
+    def model():
+        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
 
-    programs = NormalNormal(X)
-    elbo = ImportanceWeightedELBO(3, vectorize_particles=vectorize)
-    expected = -programs.log_evidence().sum().item()
-    assert elbo.loss(programs.model, guide) == pytest.approx(expected)
+    def guide():
+        pyro.sample("z", dist.Normal(X[0] / 2, math.sqrt(0.5)))
+
+    expected = -NormalNormal(X[:1]).log_evidence().item()
+    for vectorize in (True, False):
+        elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize)
+        assert elbo.loss(model, guide) == pytest.approx(expected)
 
 
 def test_stochastic_structure_with_looped_particles():
@@ -408,20 +233,6 @@ def test_retain_graph_keeps_shared_intermediates():
     elbo.loss_and_grads(model, guide)
     elbo.loss_and_grads(model, guide)
     assert logits.grad.abs().sum() > 0
-
-
-def test_a_lone_data_point_without_plates():
-    def model():
-        z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
-
-    def guide():
-        pyro.sample("z", dist.Normal(X[0] / 2, math.sqrt(0.5)))
-
-    expected = -NormalNormal(X[:1]).log_evidence().item()
-    for vectorize in (True, False):
-        elbo = ImportanceWeightedELBO(4, vectorize_particles=vectorize)
-        assert elbo.loss(model, guide) == pytest.approx(expected)
 
 
 def test_a_step_is_captured_as_one_graph():
