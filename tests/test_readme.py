@@ -21,6 +21,7 @@ def fenced_blocks(language):
     return [text for name, text in blocks if name == language]
 
 
+@pytest.mark.long
 def test_python_blocks_run(capsys):
     blocks = fenced_blocks("python")
     assert blocks
@@ -29,6 +30,7 @@ def test_python_blocks_run(capsys):
     assert "log evidence" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_output_is_the_one_that_is_shown(capsys):
     for block in fenced_blocks("python"):
         exec(compile(block, "README.md", "exec"), {})

@@ -68,6 +68,7 @@ def test_wrong_guides_fail(options, failing, passing, word):
     assert found.probabilities["z"].shape == (200,)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_automatic_guides_are_fitted(vectorize):
     """The posterior is normal, hence within the family; the parameter store is left alone."""

@@ -93,6 +93,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_flipout_of_convolutions_keeps_the_covariance_of_each_example(name):
     net, shape = CONVOLUTIONS[name]

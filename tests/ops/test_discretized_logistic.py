@@ -160,6 +160,7 @@ def test_captured_as_a_graph():
         torch.testing.assert_close(one, expected)
 
 
+@pytest.mark.long
 def test_compiled_without_breaks():
     # In a process of its own: the checks of shapes around each function are not to be compiled.
     call = "from tests.ops.test_discretized_logistic import compile_it; compile_it()"

@@ -82,6 +82,7 @@ def test_value_and_derivatives_match_enumeration_in_400_digits(log_w, order, dev
     assert gradient.sum().item() == pytest.approx(1.0, abs=1e-11 * max(1, scale))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", weights(3))
 @pytest.mark.parametrize(
     ("K", "order"), [(5000, 1), (96, 2), pytest.param(256, 2, marks=pytest.mark.slow)]
@@ -174,6 +175,7 @@ def exact_bias_for_gamma_weights(K, order, a):
         ) - mpmath.log(a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_draws", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("a", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("K", [4, 8, 16, 32])

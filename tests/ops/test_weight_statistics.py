@@ -19,6 +19,7 @@ def statistics_of(log_w, chunks, num_samples=None):
     return statistics
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunks", [1, 7, 100, [3, 500, 1, 496]])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 30.0])
 def test_equal_those_of_all_weights(chunks, scale):

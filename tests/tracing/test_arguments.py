@@ -160,6 +160,7 @@ def test_calibration_takes_a_function_in_the_place_of_the_guide():
         simulation_based_calibration(trained(), make_guide, X)
 
 
+@pytest.mark.long
 def test_functions_print_no_guessed_plate_nesting(caplog):
     with caplog.at_level(logging.INFO):
         for function, _ in FUNCTIONS.values():

@@ -24,6 +24,7 @@ from tests.tracing.local_replicates import (
 )
 
 
+@pytest.mark.long
 @VECTORIZE
 @EVERY_ESTIMATOR
 def test_the_exact_posterior_gives_the_evidence_and_no_gradient(make, smallest, vectorize):

@@ -73,6 +73,7 @@ def test_looped_particles_share_the_minibatch():
         assert (trace.nodes["x"]["value"] == first).all()
 
 
+@pytest.mark.long
 def test_subsampled_bound_is_unbiased_for_the_full_one():
     """Every minibatch of one point, weighted by N / B, averages to the full evidence."""
     programs = NormalNormal(X, subsample_size=1, exact_guide=True)

@@ -197,6 +197,7 @@ def test_the_transforms_of_automatic_guides_count(auto_guide, init_scale):
     assert all(run.std_error < 0.1 for run in runs)
 
 
+@pytest.mark.long
 def test_covariances_that_become_singular_reject():
     """A Gaussian process whose length scale and variance wander far."""
     t = torch.linspace(0, 1, 12, dtype=torch.float64)

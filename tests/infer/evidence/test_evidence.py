@@ -19,6 +19,7 @@ def evidence(**options):
     return estimate_evidence(programs.model, programs.guide, max_plate_nesting=1, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk_size", [1, 7, 300])
 def test_history_holds_the_first_draws(chunk_size):
     torch.manual_seed(0)

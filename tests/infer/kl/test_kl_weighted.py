@@ -22,6 +22,7 @@ from pyro_ext.infer import GeometricKL, ImportanceWeightedELBO, KLWeightedELBO, 
 from tests.infer.kl.objectives import LINEAR, ConstantKL, Pair
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 4.0])
 @pytest.mark.parametrize("sites", ["global", "all", ("z",), lambda name: name == "w"])
 @pytest.mark.parametrize("name", LINEAR)

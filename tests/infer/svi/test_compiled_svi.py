@@ -58,6 +58,7 @@ def test_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name], backend="eager")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "gradient", ["pathwise", "dreg", pytest.param("stl", marks=pytest.mark.slow)]
 )
@@ -67,6 +68,7 @@ def test_takes_the_steps_of_svi_with_every_estimator(name, gradient):
     assert_same_training(lambda: vae(loss=make(4, gradient=gradient)), backend="eager")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="older compilers refuse Bernoulli draws of the eager generator: graphs run as they are",
@@ -204,6 +206,7 @@ def test_random_numbers_follow_the_seed_and_are_fresh():
     assert len(set(first)) == 4
 
 
+@pytest.mark.long
 def test_capture_leaves_random_states_and_buffers_as_they_were():
     pyro.set_rng_seed(2)
     module = SmallVAE(nn.BatchNorm1d(8), nn.Dropout(0.5))

@@ -31,6 +31,7 @@ def test_arguments_that_are_objects_are_known_by_identity():
         assert_follows(svi, Batch(X + 3))
 
 
+@pytest.mark.long
 def test_shapes_that_change_at_each_step_end_in_eager_steps():
     problem = vae()
     svi = CompiledSVI(

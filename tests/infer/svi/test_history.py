@@ -1,10 +1,21 @@
 """A run records its losses and epochs, and stops early by them."""
 
+import numpy as np
 import pytest
 
 from pyro_ext.infer import EarlyStopping, TrainingHistory
 from tests.infer.svi.programs import images
 from tests.infer.svi.runs import BOTH, eager, loader, make
+
+
+@BOTH
+def test_goes_through_the_data(make_svi):
+    svi, _ = make(make_svi)
+    history = svi.run(loader(), 3, progress_bar=False)
+    assert len(history.losses) == 9
+    assert history.epoch_ends == [3, 6, 9]
+    assert history.epoch_losses[0] == pytest.approx(np.mean(history.losses[:3]))
+    assert svi.objective.schedule.num_steps_taken == 9
 
 
 @BOTH

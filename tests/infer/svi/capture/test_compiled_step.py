@@ -26,6 +26,7 @@ class Clipped(Trace_ELBO):
         return loss
 
 
+@pytest.mark.long
 def test_overridden_losses_are_not_bypassed():
     def model(x):
         observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x)
@@ -127,6 +128,7 @@ def test_without_a_compiler_graphs_run_as_they_are(monkeypatch, tmp_path):
             strict.step(*problem.args)
 
 
+@pytest.mark.long
 def test_a_wrong_compiler_is_found_out(monkeypatch):
     def compile_wrongly(graph, inputs, backend):
         def run(*tensors):

@@ -77,6 +77,7 @@ def test_float64_and_changes_of_dtype():
     assert svi._graphs.count == 2
 
 
+@pytest.mark.long
 def test_numbers_of_the_objective_are_inputs():
     svi = still(normal_model, normal_guide, VariationalRenyiELBO(0.3, 5))
     x = torch.tensor(2.0)
@@ -114,6 +115,7 @@ def test_numbers_that_are_branched_on_get_graphs_of_their_own():
     assert svi._graphs.count == 2
 
 
+@pytest.mark.long
 def test_numbers_keep_their_dtype_and_python_its_types():
     table = {0.5: 1.0, 1.5: 3.0}
 

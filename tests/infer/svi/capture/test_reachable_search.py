@@ -101,6 +101,7 @@ def test_values_are_found_wherever_they_are(edit, wrap):
     assert_follows(svi, X)
 
 
+@pytest.mark.long
 def test_names_of_attributes_are_no_globals():
     scope = {"observe": observe, "pyro": pyro, "dist": dist}
     code = (

@@ -110,6 +110,7 @@ def test_training_mode_has_a_graph_each():
     assert svi._graphs.count == 2
 
 
+@pytest.mark.long
 def test_programs_and_optimisers_may_be_replaced():
     def first(x):
         observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x)
