@@ -111,7 +111,7 @@ def check_program(owner: str, role: str, value: Any) -> Program:
 
 def is_svi(value: Any) -> bool:
     """Return whether a value has the attributes of an SVI."""
-    return all(hasattr(value, name) for name in ("model", "guide", "optim"))
+    return hasattr(value, "guide") and hasattr(value, "model") and hasattr(value, "optim")
 
 
 def _check_is_stepped(owner: str, svi: Any) -> None:

@@ -12,7 +12,7 @@ from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.provenance import points_of
-from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
 from pyro_ext.tracing.sites import is_delta
 
 
@@ -79,7 +79,7 @@ def warn_of_points(guide_trace: Trace, programs: Programs, subsamples: SharedSub
     sites: list[Any] = list(dict(guide_trace.iter_stochastic_nodes()).values())
     if not any(is_delta(site["fn"]) for site in sites):
         return
-    for name in points_of(programs.each_under(subsamples, subsamples)):
+    for name in points_of(with_one_minibatch(programs, subsamples)):
         warnings.warn(
             f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
             "The weights are then densities at that point, and the result is no evidence.",

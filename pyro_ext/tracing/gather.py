@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
@@ -47,7 +46,7 @@ def gather_particles(
     plate_scale = math.prod(plate.subsampling_scale for plate in common)
     scale = plate_scale * _uniform_scale(records, dims)
 
-    def log_density(program: str, without: Set[SiteKey]) -> Float[Tensor, "K *common"]:
+    def log_density(program: str, without: Set[SiteKey]) -> Tensor:
         total = layout.stack(
             [s.log_prob for s in row if s.program == program and s.key not in without]
             for row in rows

@@ -1,7 +1,7 @@
 """A model and a guide with their arguments, passed on as one value."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -42,7 +42,7 @@ class Programs:
         :param for_model: the handler of the model.
         :param for_guide: the handler of the guide.
         """
-        return replace(self, model=for_model(self.model), guide=for_guide(self.guide))
+        return Programs(for_model(self.model), for_guide(self.guide), self.args, self.kwargs)
 
     @torch.no_grad()
     def run(self) -> dict[str, Trace]:

@@ -16,7 +16,11 @@ from pyro_ext.tracing.density_sites import DensitySite
 from pyro_ext.tracing.plates import Depends
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
-from pyro_ext.tracing.shared_values import SharedGlobals
+from pyro_ext.tracing.shared_values import (
+    SharedGlobals,
+    SharedSubsamples,
+    with_one_minibatch,
+)
 from pyro_ext.tracing.sites import has_particles, is_delta
 
 
@@ -35,12 +39,17 @@ class Dependence:
         self.dependent: set[SiteKey] = set()
 
     def within(
-        self, traces: ParticleTraces, programs: Programs, local_plate: str | None
+        self,
+        traces: ParticleTraces,
+        programs: Programs,
+        subsamples: SharedSubsamples | None,
+        local_plate: str | None,
     ) -> Depends:
         """Return a function that decides whether a site depends on the particle.
 
         :param traces: the traces of the particles.
-        :param programs: the model and guide of these traces, with the same minibatch at each run.
+        :param programs: the model and guide of these traces.
+        :param subsamples: the minibatch indices of these traces, if they are given.
         :param local_plate: the name of the plate whose sites have particles; None for all sites.
         """
         by_particle = traces.density_sites
@@ -54,7 +63,7 @@ class Dependence:
                 (self.dependent.add if found else self.dependent.discard)(key)
                 return found
             if key not in self.seen:
-                self._track(programs, local_plate)
+                self._track(with_one_minibatch(programs, subsamples), local_plate)
                 self.seen.add(key)
             if key not in self.dependent and is_validation_enabled():
                 same = [other for row in by_particle for other in row if other.key == key]

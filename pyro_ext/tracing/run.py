@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -174,13 +174,15 @@ def run_in_turn(
     )
 
 
-@contextmanager
-def _leaf_draws(has_leaves: bool, local_plate: str | None) -> Iterator[Sequence[Draw]]:
+def _leaf_draws(
+    has_leaves: bool, local_plate: str | None
+) -> AbstractContextManager[Sequence[Draw]]:
     """Collect the draws that leaves replace, while model and guide run."""
-    if not has_leaves:
-        yield ()
-        return
-    handler = LeafDraws(local_plate)
+    return _collected(LeafDraws(local_plate)) if has_leaves else nullcontext(())
+
+
+@contextmanager
+def _collected(handler: LeafDraws) -> Iterator[Sequence[Draw]]:
     try:
         with handler:
             yield handler.draws

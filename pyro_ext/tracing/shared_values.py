@@ -7,6 +7,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
+from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.sites import lies_in
 
 
@@ -25,6 +26,15 @@ class SharedSubsamples(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.indices.setdefault(str(msg["name"]), msg["value"])
+
+
+def with_one_minibatch(programs: Programs, subsamples: SharedSubsamples | None) -> Programs:
+    """Return model and guide that have the same minibatch at every run.
+
+    :param subsamples: the minibatch indices; None for those that the first run draws.
+    """
+    rows = subsamples or SharedSubsamples()
+    return programs.each_under(rows, rows)
 
 
 class SharedGlobals(Messenger):

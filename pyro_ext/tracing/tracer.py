@@ -18,7 +18,7 @@ from pyro_ext.tracing.plates import (
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.provenance import Dependence
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
-from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
 from pyro_ext.tracing.sites import lies_in
 
 
@@ -108,8 +108,7 @@ class ParticleTracer:
         memory = self.memory.recall(programs)
         traces = self.run(programs, num_particles, subsamples, has_leaves)
         local_plate = self._local_plate
-        rows = subsamples or SharedSubsamples()
-        depends = memory.dependence.within(traces, programs.each_under(rows, rows), local_plate)
+        depends = memory.dependence.within(traces, programs, subsamples, local_plate)
         by_particle = traces.density_sites
         sites = [site for row in by_particle for site in row]
         if local_plate is not None:
@@ -141,8 +140,7 @@ class ParticleTracer:
         memory = self.memory.recall(programs)
         if memory.plate_nesting is None:
             # A run is hidden from the handlers around it, so the handler goes inside.
-            rows = subsamples or SharedSubsamples()
-            memory.plate_nesting = _guess_plate_nesting(programs.each_under(rows, rows))
+            memory.plate_nesting = _guess_plate_nesting(with_one_minibatch(programs, subsamples))
         return memory.plate_nesting
 
 
