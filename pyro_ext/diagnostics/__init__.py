@@ -1,4 +1,4 @@
-"""From a fit by SVI to ArviZ, and whether to believe it."""
+"""Diagnostics for fits by SVI, and their export to ArviZ."""
 
 from pyro_ext.diagnostics.calibration import Calibration
 from pyro_ext.diagnostics.diagnose import Diagnosis, diagnose

@@ -1,6 +1,6 @@
-"""Both generations of ArviZ, 0.23 and 1.x, behind a few functions of numpy arrays and labels.
+"""An adapter for both generations of ArviZ, 0.23 and 1.x: functions of numpy arrays and labels.
 
-It imports neither torch nor Pyro, so that it can be tested where they are not installed.
+It imports neither torch nor Pyro, so it can be tested where they are not installed.
 """
 
 import warnings
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-#: Groups whose arrays have one value for each observation, rather than for each draw.
+#: The groups whose arrays have one value for each observation, not for each draw.
 DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
 
 
 def arviz() -> Any:
-    """The installed ArviZ; imported late, for its import is slow and warns."""
+    """Return the installed ArviZ. It is imported late, because its import is slow and warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -28,7 +28,7 @@ def arviz() -> Any:
 
 
 def has_data_tree() -> bool:
-    """Whether it is of the generation whose container is a DataTree."""
+    """Return whether the container of the installed ArviZ is a DataTree."""
     return int(arviz().__version__.split(".")[0]) >= 1
 
 
@@ -38,16 +38,17 @@ def to_container(
     coords: Mapping[str, Any],
     attributes: Mapping[str, Any],
 ) -> Any:
-    """An InferenceData (ArviZ 0.23) or DataTree (1.x).
+    """Return an InferenceData (ArviZ 0.23) or a DataTree (1.x).
 
-    :param groups: from the name of a group to its variables. Those of :data:`DATA_GROUPS` have no
-        sample dims, others have ``(chain, draw)`` on the left; a variable that is a pair has the
-        dims that it names.
-    :param dims: from the name of a variable to those of its dims but the sample dims; dims that
-        have no name are called ``<variable>_dim_<i>``.
-    :param coords: from the name of a dim to its labels; integers where there are none, and in
-        groups of predictions where they do not fit.
-    :param attributes: of each group.
+    :param groups: the variables of each group, by the name of the group. Groups in
+        :data:`DATA_GROUPS` have no sample dims, and others have ``(chain, draw)`` on the left. A
+        variable that is a tuple of names and values has exactly the named dims.
+    :param dims: the names of a variable's dims without the sample dims, by variable. Dims without a
+        name are called ``<variable>_dim_<i>``.
+    :param coords: the labels of a dim, by dim. Dims without labels get integers. In groups of
+        predictions, dims whose labels do not fit get integers too.
+    :param attributes: the attributes of each group.
+    :returns: the container.
     """
     import xarray as xr
 
@@ -104,9 +105,9 @@ def _dataset(
 
 
 def group(container: Any, name: str) -> Any:
-    """A group as a Dataset, of either container.
+    """Return a group of either container, as a Dataset.
 
-    :raises ValueError: if there is none.
+    :raises ValueError: if the group does not exist.
     """
     has_it = name in container.children if has_data_tree() else hasattr(container, name)
     if not has_it:
@@ -116,16 +117,17 @@ def group(container: Any, name: str) -> Any:
 
 
 def group_names(container: Any) -> list[str]:
-    """The names of the groups of either container."""
+    """Return the names of the groups of either container."""
     return list(container.children) if has_data_tree() else list(container.groups())
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smoothed log weights, normalised, and the Pareto k, over the last axis.
+    """Return normalised, Pareto-smoothed log weights and the Pareto k, over the last axis.
 
-    :param numpy.ndarray log_weights: unnormalised log weights, ``(..., S)``.
+    :param log_weights: unnormalised log weights of shape ``(..., S)``.
+    :returns: the log weights, ``(..., S)``, and the Pareto k, ``(...)``.
     """
-    # Weights that differ by rounding have a tail of nothing else.
+    # If weights differ only by rounding, a fit to their tail would have no meaning.
     spread = np.ptp(log_weights, axis=-1)
     is_constant = spread <= 1e-6 * np.maximum(1, np.abs(log_weights).max(-1))
     log_weights = np.where(is_constant[..., None], 0.0, log_weights)
@@ -143,22 +145,27 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _psis_of_row(array_stats: Any, log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """By ArviZ 1.x, which raises where 0.23 leaves the weights and has a k of infinity."""
+    """Return the smoothed log weights and the Pareto k of one row, with ArviZ 1.x.
+
+    If nothing can be fitted, ArviZ 1.x raises an error. This function then returns the weights
+    without smoothing and a k of infinity, like ArviZ 0.23.
+    """
     try:
-        # This generation takes the log-likelihood, minus the log weight.
+        # ArviZ 1.x takes the log-likelihood, which is the negative log weight.
         smoothed, pareto_k = array_stats.psislw(-log_weights)
-    except ValueError:  # fewer than five draws in the tail, or none that differ
+    except ValueError:  # fewer than five draws in the tail, or all equal
         return log_weights - np.logaddexp.reduce(log_weights), np.inf
     return smoothed, float(pareto_k)
 
 
 def elpd_data(elpd_i: Any, p_loo: float, pareto_k: Any, num_samples: int) -> Any:
-    """What ``arviz.loo(..., pointwise=True)`` returns, of the installed generation.
+    """Return the result type of ``arviz.loo(..., pointwise=True)`` in the installed generation.
 
     :param elpd_i: a DataArray of expected log pointwise predictive densities.
-    :param float p_loo: the effective number of parameters.
+    :param p_loo: the effective number of parameters.
     :param pareto_k: a DataArray of the same shape.
-    :param int num_samples: the number of draws.
+    :param num_samples: the number of draws.
+    :returns: an ``ELPDData``, or an ``ELPDDataLOO`` if the installed ArviZ has one.
     """
     good_k = min(1 - 1 / np.log10(num_samples), 0.7)
     values = {
@@ -176,7 +183,7 @@ def elpd_data(elpd_i: Any, p_loo: float, pareto_k: Any, num_samples: int) -> Any
     if has_data_tree():
         from arviz_stats import utils
 
-        # Early 1.x has one class for every kind.
+        # Early versions of 1.x have one class for every kind.
         kind = {} if hasattr(utils, "ELPDDataLOO") else {"kind": "loo"}
         return getattr(utils, "ELPDDataLOO", utils.ELPDData)(**kind, **values)
     values["elpd_i"] = elpd_i.rename("loo_i")

@@ -8,14 +8,15 @@ from pyro_ext._deprecated import renamed_arguments
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the truth lay among the draws of guides that were fitted to simulated data.
+    """The positions of true values among the draws of guides that were fitted to simulated data.
 
-    :ivar probabilities: by latent site, the fraction of draws below the truth, ``(R, *shape)``:
-        uniform for guides that are right.
-    :ivar symmetry_p_values: by latent site, of a Wilcoxon signed-rank test that the fractions are
-        symmetric about 1/2: small where the guide is biased.
-    :ivar uniformity_p_values: likewise, of a Kolmogorov-Smirnov test that the distances of the
-        fractions from 1/2 are uniform: small where the guide is too narrow or too wide.
+    :ivar probabilities: for each latent site, the fraction of draws below the true value, of shape
+        ``(R, *shape)`` for R simulations. The fractions are uniform if the guides are right.
+    :ivar symmetry_p_values: for each latent site, the p-values of a Wilcoxon signed-rank test that
+        the fractions are symmetric about 1/2. They are small if the guide is biased.
+    :ivar uniformity_p_values: for each latent site, the p-values of a Kolmogorov-Smirnov test that
+        the distances of the fractions from 1/2 are uniform. They are small if the guide is too
+        narrow or too wide.
     """
 
     probabilities: dict[str, np.ndarray]
@@ -35,18 +36,18 @@ class Calibration:
 
     @staticmethod
     def _verdict(p_values: np.ndarray, bad: str, good: str) -> str:
-        # The smallest of n p-values, by Bonferroni.
+        # Bonferroni correction of the smallest of n p-values.
         smallest = min(1.0, float(p_values.min()) * p_values.size)
         return f"{bad if smallest < 0.01 else good} (p {smallest:.2g})"
 
     @renamed_arguments(axes="ax")
     def plot(self, ax: Any = None) -> Any:
-        """Draws a histogram of the fractions for each site, with the band of 99 % if uniform.
+        """Draw a histogram of the fractions for each site, with the 99 % band of uniform fractions.
 
-        Needs matplotlib.
+        This needs matplotlib.
 
-        :param ax: an array of matplotlib axes, one for each site; None for new ones.
-        :returns: the array.
+        :param ax: an array of matplotlib axes, one for each site. None makes new ones.
+        :returns: the array of axes.
         """
         import matplotlib.pyplot as plt
         from scipy import stats
@@ -65,7 +66,7 @@ class Calibration:
 
 
 def tested(fractions: dict[str, np.ndarray]) -> Calibration:
-    """Fractions by site, with the p-values of the tests."""
+    """Return the calibration for given fractions by site, with the p-values of the tests."""
     from scipy import stats
 
     symmetry, uniformity = {}, {}

@@ -28,20 +28,22 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What speaks for and against a fit by SVI. It prints as a verdict in words, with figures.
+    """The result of :func:`diagnose`. It prints as a verdict in words, with figures.
 
-    :ivar pareto_k: of all draws, for the joint weights.
-    :ivar pareto_k_local: for each element of the common plates; None if there are none.
+    :ivar pareto_k: the Pareto k of the joint weights of all draws.
+    :ivar pareto_k_local: the Pareto k of each element of the common plates; None without such
+        plates.
     :ivar ess: the effective sample size of the joint weights.
     :ivar elbo: the mean log weight, in nats.
-    :ivar log_evidence: the log mean weight, for each element of the common plates, added up.
-    :ivar jackknife: the same with the first term of its bias removed.
+    :ivar log_evidence: the log mean weight, in nats. With common plates, it is computed for each of
+        their elements and summed.
+    :ivar jackknife: the log evidence with the first term of its bias removed, in nats.
     :ivar num_samples: the number of draws.
-    :ivar loss_change: by how much the loss fell from the third to the last quarter of the curve;
-        NaN without one.
-    :ivar loss_change_error: its standard error, by batch means.
-    :ivar predictive_p_values: by observed site and statistic, the probability that the statistic
-        of drawn observations is larger than that of the data; ties count half.
+    :ivar loss_change: the decrease of the mean loss from the third to the last quarter of the
+        curve; NaN without losses.
+    :ivar loss_change_error: the standard error of ``loss_change``, by batch means.
+    :ivar predictive_p_values: for each observed site and statistic, the probability that the
+        statistic is larger for drawn observations than for the data. Ties count half.
     """
 
     pareto_k: float
@@ -57,7 +59,7 @@ class Diagnosis:
 
     @property
     def evidence_gap(self) -> float:
-        """By how many nats the ELBO is below the evidence, at least."""
+        """An estimate of a lower bound on the gap between log evidence and ELBO, in nats."""
         return max(self.log_evidence, self.elbo) - self.elbo
 
     def __repr__(self) -> str:
@@ -110,29 +112,34 @@ def diagnose(
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
-    r"""Did it work? Weights, evidence, loss curve and predictions of a fit by SVI.
+    r"""Check a fit by SVI: importance weights, evidence, loss curve and predictions.
 
-    The importance weights :math:`w_s = p(x, z_s) / q(z_s)` would all be equal if the guide were the
-    posterior. Their Pareto k tells how far it is from that where it matters, their log mean less
-    their mean log is a lower bound of :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
+    .. math:: w_s = \frac{p(x, z_s)}{q(z_s)}, \qquad z_s \sim q
+
+    If the guide q were the posterior, all importance weights would be equal. Their Pareto k
+    measures how far the guide is from the posterior where the draws matter. The log mean weight
+    minus the mean log weight is a lower bound of :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
+
+    :param model: a trained SVI, or the model: a callable with Pyro primitives.
+    :param guide: the guide. Leave it out after an SVI.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_samples: the number of draws, >= 2.
+    :param losses: the losses of at least 8 SVI steps, to check the convergence. None skips this
+        check.
+    :param statistics: functions of arrays ``(..., observation)`` for the predictive p-values, by
+        name. The default is mean, standard deviation, smallest and largest.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
+        1 for programs that cannot take the extra dim of vectorised draws.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: a :class:`Diagnosis`.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if there are fewer than 8 losses, and in the cases of :func:`from_pyro_svi`.
 
     Sources: Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?; Gelman, Meng and Stern
     (1996), Posterior Predictive Assessment of Model Fitness.
-
-    :param model: a :class:`pyro.infer.SVI` that has been stepped, or the model.
-    :param guide: the guide. Leave it out after an SVI.
-    :param args: positional arguments of model and guide.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_samples: the number of draws, 2 or more.
-    :param losses: the losses of the steps, 8 or more, for a word on convergence.
-    :param statistics: functions of arrays ``(..., observation)`` for the predictive p-values;
-        mean, standard deviation, smallest and largest by default.
-    :param int chunk_size: how many draws run at once, vectorised unless it is 1; at most 100 by
-        default.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: a :class:`Diagnosis`.
-    :raises ValueError: if there are fewer than 8 losses, and where :func:`from_pyro_svi` raises it.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -173,7 +180,7 @@ def diagnose(
 
 
 def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]:
-    """By how much the mean fell from the third quarter to the last, and its error."""
+    """Return the decrease of the mean from the third quarter to the last, and its error."""
     if losses is None:
         return math.nan, math.nan
     curve = np.asarray(losses, dtype=np.float64)
@@ -181,7 +188,7 @@ def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]
         raise ValueError(f"{NAME}: expected 8 losses or more, got the shape {curve.shape}.")
     quarter = len(curve) // 4
     before, after = curve[-2 * quarter : -quarter], curve[-quarter:]
-    # Neighbours are correlated: means of batches are less so.
+    # Neighbouring losses are correlated. The means of batches are less correlated.
     num_batches = max(2, min(10, quarter // 2))
     variance = 0.0
     for part in (before, after):
@@ -191,7 +198,7 @@ def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]
 
 
 def _p_values(groups: Groups, site: str, statistics: Mapping[str, Callable]) -> dict[str, float]:
-    """Of the observations that are not masked out."""
+    """Return the predictive p-values of a site's observations that are not masked out."""
     observed = groups["observed_data"][site].values
     drawn = groups["posterior_predictive"][site].values
     is_unmasked = groups["is_unmasked"][site].values[0]

@@ -1,4 +1,4 @@
-"""Draws of a guide with all that the model makes of them."""
+"""Draws of a guide, with all quantities that the model computes from them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,14 +36,14 @@ from pyro_ext.tracing.sites import lies_in
 
 
 class DrawSource:
-    """A fitted model and guide, to draw from.
+    """A source of draws from a fitted model and guide.
 
-    :param Programs programs: the model and guide.
-    :param int chunk_size: how many draws run at once.
+    :param programs: the model and guide.
+    :param chunk_size: the number of draws at once.
 
-    :ivar common: names of the plates around all that is random.
-    :ivar local_plates: names of other plates that hold both latent sites and data.
-    :ivar row_plate: the plate that is subsampled; None if there is none.
+    :ivar common: the names of the plates that enclose all random sites.
+    :ivar local_plates: the names of other plates that hold both latent sites and data.
+    :ivar row_plate: the subsampled plate; None if there is none.
     """
 
     @torch.no_grad()
@@ -79,17 +79,17 @@ class DrawSource:
         self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
 
     def draw(self, num_draws: int, *, predictive: bool) -> Groups:
-        """Draws from the guide.
+        """Draw from the guide.
 
-        :param int num_draws: how many.
-        :param bool predictive: whether to draw observations as well.
-        :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``log_p`` and
-            ``log_q``, and ``posterior_predictive`` if asked for.
+        :param num_draws: the number of draws.
+        :param predictive: whether to draw observations as well.
+        :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``is_unmasked``,
+            ``log_p`` and ``log_q``, and also ``posterior_predictive`` if ``predictive`` is True.
         """
         return self._collect(num_draws, lambda n, rows: self._groups(n, rows, predictive))
 
     def draw_prior(self, num_draws: int) -> Groups:
-        """Draws from the model alone: the groups ``prior`` and ``prior_predictive``."""
+        """Draw the groups ``prior`` and ``prior_predictive`` from the model alone."""
 
         def make(n: int, rows: SharedSubsamples) -> Groups:
             trace = self._run_model(n, rows)
@@ -102,7 +102,7 @@ class DrawSource:
 
     @torch.no_grad()
     def _collect(self, num_draws: int, make: Callable[[int, SharedSubsamples], Groups]) -> Groups:
-        """The groups of all draws, a chunk at a time, and of all rows, a block at a time."""
+        """Return the groups of all draws, chunk by chunk, and of all rows, block by block."""
         plate = self.row_plate.name if self.row_plate else ""
         chunks = []
         for start in range(0, num_draws, self.chunk_size):
@@ -117,7 +117,7 @@ class DrawSource:
         }
 
     def _find_constants(self, two: Any, three: Any) -> None:
-        """Finds the deterministic sites without the dim of the draws, in runs of 2 and of 3."""
+        """Find the deterministic sites without the dim of the draws, by runs with 2 and 3."""
         for name, node in two.nodes.items():
             if node["type"] != "sample" or not is_deterministic(node):
                 continue
@@ -133,7 +133,7 @@ class DrawSource:
             self._constants.add(name)
 
     def _blocks(self, make: Callable[[SharedSubsamples], Groups]) -> Iterator[Groups]:
-        """The groups of one batch of draws, for the rows of a subsampled plate block by block."""
+        """Yield the groups of one chunk of draws, for one block of rows at a time."""
         self._data = {}
         if self.row_plate is None:
             yield make(SharedSubsamples())
@@ -176,7 +176,7 @@ class DrawSource:
         return groups
 
     def _check_rows(self, trace: Any) -> None:
-        """Raises if a second block of rows comes with the very data of the first."""
+        """Raise a ValueError if a second block of rows has the same tensors as the first."""
         if self.row_plate is None:
             return
         name = self.row_plate.name
@@ -194,7 +194,7 @@ class DrawSource:
             )
 
     def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
-        """The trace of the model with nothing observed."""
+        """Return the trace of the model with nothing observed."""
         model: Program = free_model(self.programs.model)
         if guide_trace is not None:
             model = poutine.replay(model, trace=guide_trace)
@@ -212,11 +212,13 @@ class DrawSource:
 def draw_source(
     owner: str, programs: Programs, num_samples: int, chunk_size: int | None
 ) -> DrawSource:
-    """A source of draws from programs, which run once.
+    """Return a source of draws. This runs model and guide to inspect their sites.
 
-    :param str owner: the name of the function that asks for them, for errors.
-    :param int num_samples: how many draws are planned.
-    :param int chunk_size: how many of them run at once; None for at most 100.
+    :param owner: the name of the calling function, for errors.
+    :param programs: the model and guide.
+    :param num_samples: the planned number of draws, >= 2.
+    :param chunk_size: the number of draws at once, >= 1; None for all draws, but at most 100.
+    :returns: the source.
     :raises ValueError: if the arguments do not fit the programs.
     """
     check_integer(owner, "num_samples", num_samples, 2)

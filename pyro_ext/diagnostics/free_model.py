@@ -5,7 +5,7 @@ from pyro_ext.tracing import Program
 
 
 def free_model(model: Program) -> Program:
-    """Return a model that draws its observations, and leaves its deterministic sites alone."""
+    """Return a model that draws its observations. Its deterministic sites stay as they are."""
     return _FreeObservations()(model)
 
 

@@ -38,56 +38,61 @@ def from_pyro_svi(
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    r"""What a guide that was fitted by SVI says, as ArviZ's container.
-
-    The groups are ``posterior`` (draws of the guide, with deterministic sites),
-    ``posterior_predictive``, ``log_likelihood`` (of each observation), ``prior``,
-    ``prior_predictive``, ``observed_data``, ``constant_data``, ``predictions`` and
-    ``sample_stats``, which has ``log_p``, ``log_q`` and ``log_weight`` of each draw and the Pareto
-    k of all draws. Where plates are around all that is random, as for the local latents of a VAE,
-    ``log_weight_local`` and ``pareto_k_local`` tell of each element of these plates. The names of
-    plates are those of dims; a subsampled plate is visited block by block, until all of its rows
-    are there.
-
-    With ``resample="psis"`` draws are drawn again by their Pareto-smoothed importance weights
+    r"""Convert a fit by SVI to the data container of ArviZ.
 
     .. math:: w \propto \frac{p(x, z)}{q(z)},
 
-    for each element of the common plates by itself, jointly where there are none. That corrects
-    for the guide's error where the Pareto k is below 0.7. What cannot be put together again for
-    single elements is left out: deterministic sites outside of the common plates, and the joint
-    ``log_p``, ``log_q`` and ``log_weight``.
+    The groups are ``posterior``, ``posterior_predictive``, ``log_likelihood``, ``prior``,
+    ``prior_predictive``, ``observed_data``, ``constant_data``, ``predictions`` and
+    ``sample_stats``. ``posterior`` has the draws of the guide and the deterministic sites.
+    ``log_likelihood`` has one value for each observation. ``sample_stats`` has ``log_p``, ``log_q``
+    and ``log_weight`` of each draw, and the Pareto k of all draws. The weight w above is the
+    importance weight of a draw.
+
+    If plates enclose all random sites, such as the local latents of a VAE, these plates are the
+    common plates. ``sample_stats`` then has ``log_weight_local`` and ``pareto_k_local`` for each of
+    their elements. The dims have the names of the plates. A subsampled plate is visited block by
+    block until all of its rows are there.
+
+    With ``resample="psis"``, the draws are resampled with their Pareto-smoothed importance weights.
+    Each element of the common plates is resampled separately. Without common plates, the draws are
+    resampled jointly. Resampling corrects the guide's error if the Pareto k is below 0.7. It leaves
+    out results that do not exist for a single element: deterministic sites outside the common
+    plates, and the joint ``log_p``, ``log_q`` and ``log_weight``.
+
+    :param model: a trained SVI, or the model: a callable with Pyro primitives. It may also be a
+        list of SVIs or (model, guide) tuples, one per chain.
+    :param guide: the guide. Leave it out after an SVI or a list.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_samples: the number of draws of each chain, >= 2.
+    :param prior: whether to draw from the prior; or arrays ``(draw, ...)`` by site.
+    :param posterior_predictive: whether to draw observations; or arrays ``(draw, ...)`` by site.
+    :param log_likelihood: whether to export the log-likelihood.
+    :param predictions: the positional arguments of the model for new data. For other keyword
+        arguments as well, pass a tuple of the positional arguments and a dict of the keyword
+        arguments. For each posterior draw, the model draws the observations, and the latent sites
+        in their plates. You can also pass arrays ``(draw, ...)`` by site.
+    :param constant_data: arrays by name.
+    :param coords: the labels of a dim, by dim.
+    :param dims: the names of a site's dims, by site. Give either all dims except chain and draw,
+        which replace the names of the plates, or only the event dims. Event dims are otherwise
+        called ``<site>_dim_<i>``.
+    :param resample: None, or ``"psis"`` to resample the draws.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
+        1 for programs that cannot take the extra dim of vectorised draws.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: an :class:`arviz.InferenceData`, or a :class:`xarray.DataTree` with ArviZ 1.x.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an SVI has not been trained, if arguments are out of range or do not fit
+        the programs, if nothing is observed, or if draws are NaN.
+    :raises ImportError: if ArviZ is not installed.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;
     Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational
     Inference.
-
-    :param model: a :class:`pyro.infer.SVI` that has been stepped, or the model; or a list of SVIs
-        or (model, guide) pairs, from several runs, to be the chains.
-    :param guide: the guide. Leave it out after an SVI or a list.
-    :param args: positional arguments of model and guide.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_samples: draws of each chain, 2 or more.
-    :param prior: whether to draw from the prior; or arrays ``(draw, ...)`` by site.
-    :param posterior_predictive: whether to draw observations; or arrays ``(draw, ...)`` by site.
-    :param bool log_likelihood: whether to export it.
-    :param predictions: positional arguments of the model for new data, or a pair of these (a
-        tuple) and keyword arguments (a dict), in place of ``model_kwargs``: for each draw of the
-        posterior, observations are drawn by the model, and with them the latent sites in their
-        plates. Or arrays ``(draw, ...)`` by site.
-    :param constant_data: arrays by name.
-    :param coords: labels by name of a dim.
-    :param dims: names of a site's dims, all but chain and draw, in place of the plates' names; or
-        of its event dims alone, which are otherwise ``<site>_dim_<i>``.
-    :param resample: None or ``"psis"``.
-    :param int chunk_size: how many draws run at once, vectorised unless it is 1; at most 100 by
-        default.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: an :class:`arviz.InferenceData`, or a :class:`xarray.DataTree` with ArviZ 1.x.
-    :raises ValueError: if an SVI has never been stepped, if arguments are out of range or do not
-        fit the programs, if nothing is observed, or if draws are NaN.
-    :raises ImportError: if ArviZ is missing.
 
     >>> import pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -143,7 +148,7 @@ def from_pyro_svi(
 def _posterior(
     source: DrawSource, num_samples: int, predictive: bool, resample: str | None
 ) -> Groups:
-    """Draws of the guide, drawn again if asked for, with their statistics."""
+    """Return the draws of the guide with their statistics, resampled if requested."""
     groups = source.draw(num_samples, predictive=predictive)
     if not groups["log_p"].keys() - groups["posterior"].keys():
         raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
@@ -155,7 +160,7 @@ def _posterior(
 
 
 def _with_arguments(programs: Programs, predictions: Sequence[Any]) -> Programs:
-    """The programs with positional, and perhaps keyword, arguments for new data."""
+    """Return the programs with the arguments for new data."""
     if len(predictions) == 2 and isinstance(predictions[0], tuple):
         return replace(programs, args=predictions[0], kwargs=dict(predictions[1]))
     return replace(programs, args=tuple(predictions))
@@ -164,7 +169,7 @@ def _with_arguments(programs: Programs, predictions: Sequence[Any]) -> Programs:
 def _stack(
     chains: Sequence[Groups], dims: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[str]]]:
-    """The arrays of all chains, and the names of their dims."""
+    """Return the arrays of all chains, and the names of their dims."""
     groups: dict[str, dict[str, Any]] = {}
     names: dict[str, Sequence[str]] = dict(dims)
     for group, sites in chains[0].items():

@@ -33,46 +33,46 @@ def loo(
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> Any:
-    r"""Leave-one-out cross-validation of a fit by SVI, corrected for the error of the guide.
+    r"""Return the leave-one-out cross-validation of a fit by SVI, corrected for the guide's error.
 
     .. math::
 
-        \widehat{\mathrm{elpd}}_n = \log \frac{\sum_s r_{sn} \, p(x_n \mid \theta_s)}
-            {\sum_s r_{sn}}, \qquad
-        r_{sn} \propto \frac{p(\theta_s, x)}{q(\theta_s)} \frac{1}{p(x_n \mid \theta_s)}, \qquad
-        \theta_s \sim q
+    The ratios r are Pareto-smoothed. Here :math:`\theta` stands for the global latent sites only.
+    If there are local latent sites too,
+    :math:`p(x_n \mid \theta) = \int p(x_n, z_n \mid \theta) \, dz_n` is estimated for each draw, by
+    importance sampling from the guide. Using :math:`p(x_n \mid z_n, \theta)` instead would be
+    wrong, because :math:`z_n` was inferred from the point :math:`x_n` that is left out. The ratios
+    would be unusable, and the result too good.
 
-    with Pareto-smoothed r. Here :math:`\theta` stands for the global latent sites alone. Where
-    there are local ones too, :math:`p(x_n \mid \theta) = \int p(x_n, z_n \mid \theta) \, dz_n` is
-    estimated by importance sampling from the guide, for each draw. With
-    :math:`p(x_n \mid z_n, \theta)` in its place, leaving out :math:`x_n` would leave a
-    :math:`z_n` that has seen it: the ratios would be hopeless, and the result too good.
+    Without global latent sites, there is nothing from which to leave out a point: parameters that
+    were learnt as point estimates depend on all data. In this case, use
+    :func:`pyro_ext.infer.estimate_evidence` on held-out data.
 
-    Without global latent sites there is nothing to leave out a point of: parameters that were
-    learnt as points have seen all data. Use :func:`pyro_ext.infer.estimate_evidence` on data that
-    were held out.
+    :param model: a trained SVI, or the model: a callable with Pyro primitives.
+    :param guide: the guide. Leave it out after an SVI.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_samples: the number of draws of the global latent sites, >= 2.
+    :param num_local_samples: the number of draws of the local latent sites for each global draw,
+        >= 2.
+    :param var_name: the name of the observed site. None is enough if there is only one. With local
+        latent sites, all observed sites in their plate count as one.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
+        1 for programs that cannot take the extra dim of vectorised draws.
+    :param progress_bar: whether to show a progress bar. There is one only with local latent sites.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: the result type of ``arviz.loo(..., pointwise=True)``, which ``arviz.compare`` takes.
+        It includes the Pareto k of each observation.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if there are no global latent sites, if it is not clear which observed site
+        to use, and in the cases of :func:`from_pyro_svi`.
+    :raises ImportError: if ArviZ is not installed.
 
     Sources: Vehtari, Gelman and Gabry (2017), Practical Bayesian Model Evaluation Using
     Leave-One-Out Cross-Validation and WAIC; Magnusson, Andersen, Jonasson and Vehtari (2019),
     Bayesian Leave-One-Out Cross-Validation for Large Data.
-
-    :param model: a :class:`pyro.infer.SVI` that has been stepped, or the model.
-    :param guide: the guide. Leave it out after an SVI.
-    :param args: positional arguments of model and guide.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_samples: draws of the global latent sites, 2 or more.
-    :param int num_local_samples: draws of the local ones for each of these, 2 or more.
-    :param str var_name: the observed site; None if there is one. With local latent sites, all
-        observed sites in their plate count as one.
-    :param int chunk_size: how many draws run at once, vectorised unless it is 1; at most 100 by
-        default.
-    :param bool progress_bar: whether to show one, where local latent sites are integrated out.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: what ``arviz.loo(..., pointwise=True)`` returns: for ``arviz.compare``, and with the
-        Pareto k of each observation.
-    :raises ValueError: if there are no global latent sites, if the observed site is not clear, and
-        where :func:`from_pyro_svi` raises it.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -114,7 +114,7 @@ def loo(
 def _of_observations(
     source: DrawSource, num_samples: int, var_name: str | None
 ) -> tuple[np.ndarray, SiteArray]:
-    """Log weights of the draws, and the log-likelihood of each observation of a site."""
+    """Return the log weights of the draws, and the log-likelihood of each observation of a site."""
     groups = source.draw(num_samples, predictive=False)
     found = groups["log_likelihood"]
     if var_name is None and len(found) == 1:
@@ -126,7 +126,7 @@ def _of_observations(
         )
     array, is_unmasked = found[var_name], groups["is_unmasked"][var_name].values[0]
     if not is_unmasked.all():
-        # One dim, of the observations that there are.
+        # Without the masked-out observations, only one flat dim is left.
         array = SiteArray(("observation",), array.values[:, is_unmasked])
     return sample_statistics(groups, source.common)["log_weight"].values, array
 
@@ -134,7 +134,10 @@ def _of_observations(
 def _integrated(
     source: DrawSource, num_samples: int, num_local_samples: int, progress_bar: bool
 ) -> tuple[np.ndarray, SiteArray]:
-    """The same with the local latent sites integrated out, for each draw of the global ones."""
+    """Return log weights and log-likelihoods with the local latent sites integrated out.
+
+    There is one integral for each draw of the global latent sites.
+    """
     if len(source.local_plates) > 1 or source.row_plate:
         raise ValueError(
             f"{NAME}: expected local latent sites in one plate, with all of its rows, got the "

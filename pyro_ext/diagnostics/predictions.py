@@ -20,14 +20,15 @@ from pyro_ext.tracing.particle_plate import plated
 
 @torch.no_grad()
 def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dict[str, SiteArray]:
-    """Observations for other arguments, one for each draw of the posterior.
+    """Draw observations for new arguments, one for each draw of the posterior.
 
-    Latent sites in the plates of the data are drawn from the model, given the others: the
-    posterior knows nothing of new rows.
+    The posterior has no information about new rows. The model therefore draws the latent sites in
+    the plates of the data, given the other latent sites.
 
-    :param Programs programs: the model, with the other arguments.
-    :param dict groups: the draws, and the sites that were observed.
-    :param int chunk_size: how many draws run at once.
+    :param programs: the model, with the new arguments.
+    :param groups: the posterior draws, and the observed sites.
+    :param chunk_size: the number of draws at once.
+    :returns: the drawn observations, by site.
     """
     posterior, names = groups["posterior"], groups["observed_data"]
     free = free_model(programs.model)

@@ -1,4 +1,4 @@
-"""Log weights of draws with their Pareto k, and draws drawn again by their weights."""
+"""Log weights of draws with their Pareto k, and the resampling of draws by their weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pyro_ext.diagnostics.site_arrays import Groups, SiteArray
 
 
 def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, SiteArray]:
-    """Log-densities, log weights and their Pareto k, which has no dim of draws."""
+    """Return log-densities, log weights and their Pareto k. The Pareto k has no dim of draws."""
 
     def total(group: str, plates: Sequence[str]) -> Any:
         arrays = groups[group].values()
@@ -37,12 +37,12 @@ def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, Site
 def resample_draws(
     groups: Groups, statistics: dict[str, SiteArray], common: tuple[str, ...]
 ) -> None:
-    """Draws the draws again by their smoothed weights, in place."""
+    """Resample the draws with their smoothed weights, in place."""
     name = "log_weight_local" if common else "log_weight"
     log_weight = np.moveaxis(statistics[name].values, 0, -1)
     num_draws = log_weight.shape[-1]
     weight = np.exp(psis(log_weight)[0])
-    # Systematic: one uniform number for each element.
+    # Systematic resampling needs one uniform number for each element.
     cumulative = np.cumsum(weight, -1).reshape(-1, num_draws)
     offsets = torch.rand(len(cumulative)).numpy()
     points = (np.arange(num_draws) + offsets[:, None]) / num_draws
@@ -65,7 +65,7 @@ def resample_draws(
 
 
 def _take(array: SiteArray, index: np.ndarray, common: tuple[str, ...]) -> SiteArray:
-    """The draws of an array by index ``(draw, *common)``."""
+    """Return the draws of an array at indices of shape ``(draw, *common)``."""
     axes = [1 + array.plates.index(name) for name in common]
     shape = [1] * array.values.ndim
     for axis, size in zip([0, *axes], index.shape, strict=True):

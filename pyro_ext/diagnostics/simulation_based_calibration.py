@@ -39,39 +39,46 @@ def simulation_based_calibration(
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> Calibration:
-    r"""Fits guides to data that the model simulates, and looks where the truth lies.
+    r"""Fit guides to simulated data, and compare their draws with the true latent values.
 
-    If latent values :math:`z^*` come from the prior and data from :math:`p(x \mid z^*)`, then the
-    fraction of the posterior below :math:`z^*` is uniform. A guide that is biased makes the
-    fractions asymmetric; one that is too narrow puts them at both ends, one that is too wide in
-    the middle.
+    .. math::
+
+        z^* \sim p(z), \quad x \sim p(x \mid z^*)
+        \quad \Longrightarrow \quad P(z < z^* \mid x) \sim \mathrm{Uniform}(0, 1)
+
+    The true values :math:`z^*` come from the prior, and the data from :math:`p(x \mid z^*)`. The
+    fraction of the posterior below :math:`z^*` is then uniform. If a guide is biased, the fractions
+    are asymmetric. If it is too narrow, they lie at both ends. If it is too wide, they lie in the
+    middle.
+
+    :param model: the model: a callable with Pyro primitives. Its observations are simulated,
+        whatever data its arguments contain. Its parameters keep their values.
+    :param make_guide: a function that returns a guide, such as
+        ``lambda model, data: AutoNormal(model)``. Its arguments are a model, which observes the
+        simulated data, and the simulated observations by site. If vectorised, both have the
+        simulations in a plate to the left of all others. Use ``vectorize=False`` for a guide that
+        draws the latent sites of all simulations jointly, such as AutoMultivariateNormal.
+    :param args: positional arguments of model and guide.
+    :param model_args: the same positional arguments as a sequence, instead of ``args``.
+    :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
+        this function.
+    :param num_simulations: the number R of simulated data sets, >= 10.
+    :param num_samples: the number of draws of each guide, >= 1.
+    :param num_steps: the number of SVI steps, >= 0; use 0 if the guide needs no training.
+    :param optim: a Pyro optimiser. The default is :class:`pyro.optim.ClippedAdam` with a learning
+        rate that falls from 0.05 to 0.005.
+    :param loss: an ELBO; :class:`pyro.infer.Trace_ELBO` by default.
+    :param vectorize: whether to fit all guides at once, instead of one by one.
+    :param progress_bar: whether to show a progress bar.
+    :param kwargs: further keyword arguments of model and guide.
+    :returns: a :class:`Calibration`. The parameter store stays as it was.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if an argument is out of range, if nothing is observed, if a plate is
+        subsampled, if there is a factor, or if the guide lacks a latent site or draws it with
+        another shape.
 
     Source: Yao, Vehtari, Simpson and Gelman (2018), Yes, but Did It Work?: Evaluating Variational
     Inference.
-
-    :param model: the model; what it observes is simulated, for any data in its arguments. Its
-        parameters stay as they are.
-    :param make_guide: makes a guide from a model, which observes what was simulated, and the
-        simulated observations by site: ``lambda model, data: AutoNormal(model)``. When vectorised,
-        both have the simulations in a plate to the left of all others; a guide that draws the
-        latent sites of all simulations jointly, such as AutoMultivariateNormal, wants
-        ``vectorize=False``.
-    :param args: positional arguments of model and guide.
-    :param model_args: the same as a sequence, in place of ``args``.
-    :param model_kwargs: keyword arguments of both whose names clash with those below.
-    :param int num_simulations: the number R of data sets, 10 or more.
-    :param int num_samples: draws of each guide.
-    :param int num_steps: steps of SVI; 0 if the guide needs none.
-    :param optim: a Pyro optimiser; :class:`pyro.optim.ClippedAdam` by default, whose learning rate
-        falls from 0.05 to 0.005.
-    :param loss: an ELBO; :class:`pyro.infer.Trace_ELBO` by default.
-    :param bool vectorize: whether the guides are fitted all at once, rather than one by one.
-    :param bool progress_bar: whether to show one.
-    :param kwargs: keyword arguments of both, under other names than those above.
-    :returns: a :class:`Calibration`. The parameter store is left as it was.
-    :raises ValueError: if an argument is out of range, if nothing is observed, if a plate is
-        subsampled or there is a factor, or if a latent site is missing from the guide or has
-        another shape there.
 
     >>> import pyro.distributions as dist
     >>> def model():
@@ -98,7 +105,7 @@ def simulation_based_calibration(
     num_fits = num_simulations
     if vectorize:
         free, num_fits = _in_plate(free, num_simulations), 1
-    ranks: dict[str, list[Tensor]] = {}  # draws below the truth, ties broken at random
+    ranks: dict[str, list[Tensor]] = {}  # counts below the truth, ties broken at random
     with tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar) as bar:
         for _ in range(num_fits):
             with pyro.get_param_store().scope():
@@ -123,7 +130,7 @@ def simulation_based_calibration(
 
 
 def _in_plate(programs: Programs, size: int) -> Programs:
-    """The model with its simulations in a plate to the left of all others."""
+    """Return the programs with the simulations in a plate to the left of all others."""
     model = programs.model
     with poutine.block(), torch.no_grad():
         trace = poutine.trace(model).get_trace(*programs.args, **programs.kwargs)
@@ -138,7 +145,7 @@ def _in_plate(programs: Programs, size: int) -> Programs:
 
 
 def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Latent values and observations that the model draws."""
+    """Return latent values and observations that the model draws."""
     with torch.no_grad():
         trace = poutine.trace(programs.model).get_trace(*programs.args, **programs.kwargs)
         trace.compute_log_prob()
@@ -162,7 +169,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         if node["infer"].get("was_observed"):
             observations[name] = value
         else:
-            # What is masked out says nothing of the guide.
+            # Ranks of masked-out elements carry no information about the guide.
             mask = is_unmasked(node)
             mask = mask.reshape(mask.shape + (1,) * node["fn"].event_dim)
             truth[name] = value if mask.all() else value.double().where(mask, math.nan)
@@ -172,7 +179,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def _with_fixed_parameters(programs: Programs) -> Programs:
-    """The model with its parameters as they are, hidden from optimisers."""
+    """Return the programs with the model's parameters fixed and hidden from optimisers."""
     store = pyro.get_param_store()
     with poutine.block(), torch.no_grad(), store.scope(store.get_state()):
         traced = poutine.trace(programs.model, param_only=True)
@@ -183,7 +190,7 @@ def _with_fixed_parameters(programs: Programs) -> Programs:
 
 
 def _ranks(programs: Programs, truth: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:
-    """The rank of the truth among the draws of each site, ties broken at random."""
+    """Return the rank of the true value among the draws of each site. Ties are broken at random."""
     below = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in truth.items()}
     ties = {name: torch.ones_like(count) for name, count in below.items()}
     with torch.no_grad():

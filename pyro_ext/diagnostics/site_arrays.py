@@ -18,24 +18,24 @@ from pyro_ext.tracing.sites import is_masked_out
 
 
 class SiteArray(NamedTuple):
-    """Values of a site: the names of its plates, and an array ``(draw, *plates, *event)``."""
+    """The values of a site: the names of its plates, and an array ``(draw, *plates, *event)``."""
 
     plates: tuple[str, ...]
     values: np.ndarray
 
     def sum_to(self, plates: Sequence[str]) -> np.ndarray:
-        """Sums over the other plates."""
+        """Return the sum over all plates except the given ones."""
         axes = tuple(1 + i for i, name in enumerate(self.plates) if name not in plates)
         return self.values.sum(axes, dtype=np.float64)
 
 
-#: From the name of a group to its sites. Log-densities of sites are in groups of their own.
+#: The sites of each group, by the name of the group. Log-densities of sites have separate groups.
 Groups = dict[str, dict[str, SiteArray]]
 
-#: Tells whether a site is taken.
+#: A function that returns whether to take a site.
 Predicate = Callable[[Any], bool]
 
-#: Reads a tensor without event dims from a site.
+#: A function that returns a tensor without event dims for a site.
 Reading = Callable[[Any], Tensor]
 
 
@@ -47,13 +47,15 @@ def site_arrays(
     read: Reading | None = None,
     constants: Collection[str] = (),
 ) -> dict[str, SiteArray]:
-    """The arrays of some sites of a trace.
+    """Return the arrays of some sites of a trace.
 
-    :param int num_draws: how many draws it has; several are vectorised.
-    :param int rank: the number of batch dims, with that of the draws.
-    :param is_wanted: tells whether to take a site.
-    :param read: a tensor of a site; None for its value.
-    :param constants: deterministic sites that lack the dim of the draws.
+    :param trace: the trace.
+    :param num_draws: the number of draws in the trace. Several draws are vectorised.
+    :param rank: the number of batch dims, including the dim of the draws.
+    :param is_wanted: a function that returns whether to take a site.
+    :param read: a function that returns a tensor of a site; None for its value.
+    :param constants: the names of deterministic sites without the dim of the draws.
+    :returns: the arrays by site.
     """
     arrays = {}
     node: Any
@@ -63,7 +65,7 @@ def site_arrays(
         by_dim = {plate.dim: plate for plate in plates_of(node) if plate.dim is not None}
         value, event_dim = (read(node), 0) if read else (node["value"], node["fn"].event_dim)
         if is_deterministic(node) and event_dim == value.dim():
-            # No event_dim was given. Dims of neither plates nor draws are event dims.
+            # No event_dim was given. All dims except those of plates and draws are event dims.
             has_draws = num_draws > 1 and name not in constants
             event_dim = max(0, value.dim() - (rank if has_draws else -min(by_dim, default=0)))
         event = value.shape[value.dim() - event_dim :]
@@ -76,10 +78,12 @@ def site_arrays(
 
 
 def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> dict[str, SiteArray]:
-    """The sites of several parts, end to end.
+    """Return the sites of several parts, joined end to end.
 
-    :param str plate: the sites in this plate are joined along it, and the others are taken from the
+    :param parts: the arrays of each part, by site.
+    :param plate: the plate along which to join the sites in it. Other sites are taken from the
         first part. None joins all sites along the draws.
+    :returns: the arrays by site.
     """
     found = dict(parts[0])
     for name, (plates, _) in found.items():
@@ -91,38 +95,41 @@ def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> d
 
 
 def is_deterministic(node: Any) -> bool:
-    """Whether a site is a deterministic one."""
+    """Return whether a site is deterministic."""
     return bool(node["infer"].get("_deterministic"))
 
 
 def is_latent(node: Any) -> bool:
-    """Whether a site is latent, or deterministic."""
+    """Return whether a site is latent or deterministic."""
     is_observed = node["is_observed"] or node["infer"].get("was_observed")
     return not is_observed or is_deterministic(node)
 
 
 def is_observation(node: Any) -> bool:
-    """Whether a site is observed, or was before the model was freed; factors are not."""
+    """Return whether a site is observed, or was observed before :func:`free_model`.
+
+    Factors are not observations.
+    """
     return not is_latent(node) and not isinstance(node["fn"], Unit)
 
 
 def has_density(node: Any) -> bool:
-    """Whether a site is not masked out as a whole."""
+    """Return whether a site is not masked out as a whole."""
     return not is_masked_out(node)
 
 
 def log_prob(node: Any) -> Tensor:
-    """The log-probability, masked but not scaled."""
+    """Return the log-probability, masked but not scaled."""
     return scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"])
 
 
 def log_density(node: Any) -> Tensor:
-    """With the scales of a user, as SVI has it, but not those of subsampling."""
+    """Return the log-probability with the user's scales, but without subsampling scales."""
     return node["log_prob"] / math.prod(plate.subsampling_scale for plate in plates_of(node))
 
 
 def is_unmasked(node: Any) -> Tensor:
-    """Which elements count."""
+    """Return which elements are not masked out."""
     log_prob = node["log_prob"]
     mask = torch.ones_like(log_prob, dtype=torch.bool)
     for part in (node["mask"], mask_of(node["fn"])):

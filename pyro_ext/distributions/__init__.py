@@ -1,4 +1,4 @@
-"""Distributions; each a ``pyro.distributions.TorchDistribution``."""
+"""Distributions. Each is a ``pyro.distributions.TorchDistribution``."""
 
 from pyro_ext.distributions.discretized_logistic import (
     DiscretizedLogistic,

@@ -11,10 +11,10 @@ from pyro_ext.ops import accumulation_dtype
 
 
 class Independent(constraints.independent):
-    """A constraint on tensors whose last dims belong together, which may be empty."""
+    """A constraint that treats the last dims, which may be empty, as one value."""
 
     def check(self, value: Tensor) -> Tensor:
-        """Whether each is valid, without the last dims."""
+        """Return whether each value is valid, without the last dims."""
         valid = self.base_constraint.check(value)
         for _ in range(self.reinterpreted_batch_ndims):
             valid = valid.all(-1)
@@ -22,10 +22,11 @@ class Independent(constraints.independent):
 
 
 def one_of_pair(owner: str, **pair: Any) -> dict[str, Any]:
-    """The one of two alternative parameters that is given, by name.
+    """Return the given one of two alternative parameters, by name.
 
-    :param str owner: the distribution, for the message.
-    :param pair: the two parameters by name; None if not given.
+    :param owner: the name of the distribution, for errors.
+    :param pair: the two parameters by name; None for one that is not given.
+    :returns: a dict with one entry.
     :raises ValueError: unless exactly one is given.
     """
     given = {name: value for name, value in pair.items() if value is not None}
@@ -36,14 +37,15 @@ def one_of_pair(owner: str, **pair: Any) -> dict[str, Any]:
 
 
 def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> dict[str, Tensor]:
-    """Broadcasts parameters that have their components on the last dim.
+    """Broadcast parameters that have their components on the last dim.
 
-    :param str owner: the distribution, for the message.
-    :param int num_dims: the smallest number of dims that is expected.
+    :param owner: the name of the distribution, for errors.
+    :param num_dims: the smallest number of dims of a parameter.
     :param tensors: the parameters by name.
-    :returns: the same by name, of one shape.
-    :raises ValueError: where a parameter is no tensor, has too few dims or another number of
-        components, or where the shapes do not broadcast.
+    :returns: the broadcast parameters by name, all of one shape.
+    :raises TypeError: if a parameter is not a tensor.
+    :raises ValueError: if a parameter has too few dims or another number of components, or if the
+        shapes do not broadcast.
     """
     for name, x in tensors.items():
         dims = "(..., K)" if num_dims == 1 else "(..., 3, K)"
@@ -61,17 +63,17 @@ def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> di
         shape = torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
         raise ValueError(f"{owner}: expected shapes that broadcast, got {shapes}.") from None
-    # The backward of an idle expand costs a copy of the gradient.
+    # The backward pass of an unnecessary expand costs a copy of the gradient.
     return {name: x if x.shape == shape else x.expand(shape) for name, x in tensors.items()}
 
 
 def expand_parameters(old: Any, new: Any, batch_shape: Sequence[int], names: Iterable[str]) -> None:
-    """Sets a distribution up for a larger batch shape, with parameters that share memory.
+    """Set up a distribution with a larger batch shape, and with parameters that share memory.
 
-    :param old: the distribution.
-    :param new: the one to be set up.
-    :param batch_shape: its batch shape.
-    :param names: the parameters to be expanded.
+    :param old: the distribution to expand.
+    :param new: the distribution to set up.
+    :param batch_shape: the batch shape of ``new``.
+    :param names: the names of the parameters to expand.
     """
     batch_shape = torch.Size(batch_shape)
     for name in names:
@@ -82,11 +84,11 @@ def expand_parameters(old: Any, new: Any, batch_shape: Sequence[int], names: Ite
 
 
 def draw_components(weights: Tensor, shape: Sequence[int]) -> Tensor:
-    """Indices of components, drawn with normalised weights.
+    """Draw indices of components with normalised weights.
 
-    :param torch.Tensor weights: of shape ``(..., K)``.
-    :param shape: of the draws, which ends in the batch shape of ``weights``.
-    :returns: a tensor of ``shape`` with a last dim of size one.
+    :param weights: the weights, of shape ``(..., K)``.
+    :param shape: the shape of the draws. It ends in the batch shape of ``weights``.
+    :returns: a tensor of ``shape`` with an additional last dim of size one.
     """
     wide = accumulation_dtype(weights.device)
     below = weights.to(wide).cumsum(-1)[..., :-1]

@@ -16,27 +16,28 @@ from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels
 
 
 class DiscretizedLogistic(ScalarIntegerPixels):
-    r"""A logistic distribution that is rounded to the integers ``low..high``.
+    """A logistic distribution that is rounded to the integers ``low..high``.
 
     .. math::
 
-        P(x) = \sigma\Bigl(\frac{x + 1/2 - \mu}{s}\Bigr) - \sigma\Bigl(\frac{x - 1/2 - \mu}{s}\Bigr)
+    The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
+    rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
+    scale.
 
-    The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
-    rounding, for log scales from -80 to 80: no floor, no threshold, no clamp of the scale.
+    :param loc: the location, a tensor or number in the units of the pixels.
+    :param scale: the scale > 0, in the same units. Give exactly one of ``scale`` and ``log_scale``.
+    :param log_scale: the logarithm of the scale.
+    :param low: the smallest integer.
+    :param high: the largest integer, above ``low``.
+    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :raises TypeError: if ``low`` or ``high`` is not an integer.
+    :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, or if not
+        low < high. With validation, also if a scale is not positive, or if a value is not an
+        integer in ``low..high``.
 
     Sources: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improving Variational
     Inference with Inverse Autoregressive Flow; Salimans, Karpathy, Chen and Kingma (2017),
     PixelCNN++.
-
-    :param loc: the location, a tensor or number in the units of the pixels.
-    :param scale: the scale, positive, in the same units. Exactly one of ``scale`` and
-        ``log_scale`` is to be given.
-    :param log_scale: the logarithm of the scale.
-    :param int low: the smallest integer.
-    :param int high: the largest integer.
-    :raises ValueError: if both or neither of the pair are given, if not low < high, and, under
-        validation, if a scale is not positive or a value is no integer ``low..high``.
 
     >>> import torch
     >>> pixel = DiscretizedLogistic(torch.tensor([3.0, 20.0]), scale=1.5, low=0, high=16)
@@ -65,7 +66,7 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         owner = type(self).__name__
         given = one_of_pair(owner, scale=scale, log_scale=log_scale)
         if isinstance(loc, Tensor) and not loc.is_floating_point():
-            loc = loc.to(torch.get_default_dtype())  # a number beside it would be cut to integer
+            loc = loc.to(torch.get_default_dtype())  # an integer loc would truncate a number scale
         try:
             tensors = broadcast_all(loc, *given.values())
         except RuntimeError as error:
@@ -73,13 +74,18 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         self._set_up(dict(zip(["loc", *given], tensors, strict=True)), low, high, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """The same distribution for a larger batch shape; shares memory."""
+        """Return the same distribution with a larger batch shape. The parameters share memory.
+
+        :param batch_shape: the larger batch shape.
+        :returns: the expanded distribution.
+        """
         return self._expand_to(batch_shape, DiscretizedLogistic, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws that follow the masses: rounded, then clipped.
+        """Return draws that follow the masses. Logistic draws are rounded, then clipped.
 
-        :param sample_shape: shape of the draws, before the batch shape.
+        :param sample_shape: the shape of the draws, to the left of the batch shape.
+        :returns: a tensor of integers, in the dtype of the parameters.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         return self._draw(self.loc.detach().expand(shape), self._wide_scale())
@@ -90,32 +96,32 @@ class DiscretizedLogistic(ScalarIntegerPixels):
 
 
 class DiscretizedLogisticMixture(ScalarIntegerPixels):
-    r"""A mixture of logistic distributions that is rounded to the integers ``low..high``.
+    """A mixture of logistic distributions that is rounded to the integers ``low..high``.
 
     .. math::
 
-        P(x) = \sum_{k=1}^{K} \pi_k \Bigl[ \sigma\Bigl(\frac{x + 1/2 - \mu_k}{s_k}\Bigr)
-        - \sigma\Bigl(\frac{x - 1/2 - \mu_k}{s_k}\Bigr) \Bigr]
+    The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
+    rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
+    scale.
 
-    The edge bins ``low`` and ``high`` take the tails. Masses and their gradients are exact to
-    rounding, for log scales from -80 to 80: no floor, no threshold, no clamp of the scale.
+    :param logits: log weights of the components up to a constant, of shape ``(..., K)``. The dims
+        before K are the batch shape.
+    :param loc: the locations in the units of the pixels, of shape ``(..., K)``.
+    :param scale: the scales > 0 in the same units, of shape ``(..., K)``. Give exactly one of
+        ``scale`` and ``log_scale``.
+    :param log_scale: the logarithms of the scales, of shape ``(..., K)``.
+    :param low: the smallest integer.
+    :param high: the largest integer, above ``low``.
+    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
+    :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if the numbers
+        of components differ, or if not low < high. With validation, also if a scale is not
+        positive, or if a value is not an integer in ``low..high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.
 
-    :param torch.Tensor logits: log weights of the components up to a constant, ``(..., K)``; the
-        batch shape is what stands before K.
-    :param torch.Tensor loc: the locations in the units of the pixels, ``(..., K)``.
-    :param torch.Tensor scale: the scales, positive, in the same units, ``(..., K)``. Exactly one of
-        ``scale`` and ``log_scale`` is to be given.
-    :param torch.Tensor log_scale: the logarithms of the scales, ``(..., K)``.
-    :param int low: the smallest integer.
-    :param int high: the largest integer.
-    :raises ValueError: if both or neither of the pair are given, if the numbers of components
-        differ, if not low < high, and, under validation, if a scale is not positive or a value is
-        no integer ``low..high``.
-
-    A decoder's output for images of 28 x 28 pixels with 5 components:
+    A decoder's output for images of 28 x 28 pixels, with 5 components:
 
     >>> import torch
     >>> logits, loc, log_scale = torch.zeros(3, 10, 1, 28, 28, 5)
@@ -148,13 +154,18 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         self._set_up(parameters, low, high, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """The same distribution for a larger batch shape; shares memory."""
+        """Return the same distribution with a larger batch shape. The parameters share memory.
+
+        :param batch_shape: the larger batch shape.
+        :returns: the expanded distribution.
+        """
         return self._expand_to(batch_shape, DiscretizedLogisticMixture, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws that follow the masses: of a component, rounded, then clipped.
+        """Return draws that follow the masses. Draws of a component are rounded, then clipped.
 
-        :param sample_shape: shape of the draws, before the batch shape.
+        :param sample_shape: the shape of the draws, to the left of the batch shape.
+        :returns: a tensor of integers, in the dtype of the parameters.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         component = draw_components(self.logits.detach().to(self._dtype).softmax(-1), shape)

@@ -1,4 +1,4 @@
-"""What the distributions of integers ``low..high`` that are made of logistics share."""
+"""The base classes of the distributions of integers ``low..high`` that are made of logistics."""
 
 import numbers
 from abc import abstractmethod
@@ -17,12 +17,12 @@ from pyro_ext.distributions.components import Independent, expand_parameters
 from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
 from pyro_ext.ops.precision import promoted_dtype
 
-# The edges of bins beyond it, half-integers, are not exact in float32.
+# The edges of bins are half-integers. Beyond this size, they are not exact in float32.
 _LARGEST_INTEGER = 2**22
 
 
 class IntegerPixels(TorchDistribution):
-    """Base of the discretized logistic family; a subclass says what its mixture is."""
+    """The base class of the discretized logistic family. A subclass defines its mixture."""
 
     low: int
     high: int
@@ -58,9 +58,9 @@ class IntegerPixels(TorchDistribution):
 
     @abstractmethod
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``(..., K)``, locations and log scales ``(..., C, K)``, given the channels.
+        """Return logits ``(..., K)``, locations and log scales ``(..., C, K)``, given the channels.
 
-        The latter two may be of a wider dtype, not to lose digits on the way.
+        Locations and log scales may have a wider dtype, so that no digits are lost.
         """
         raise NotImplementedError
 
@@ -81,12 +81,13 @@ class IntegerPixels(TorchDistribution):
         return self.scale.log()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log mass.
+        """Return the log mass.
 
-        Without validation, an integer outside of ``low..high`` has ``-inf``, NaN has NaN, and
+        Without validation, an integer outside ``low..high`` gives ``-inf``, NaN gives NaN, and
         fractions are not checked.
 
-        :param torch.Tensor value: integers ``low..high`` of any dtype, uint8 included.
+        :param value: integers in ``low..high`` of any dtype, including uint8.
+        :returns: a tensor of the common shape of value and batch, without the event dims.
         """
         if isinstance(value, Tensor) and not value.is_floating_point():
             value = value.to(self._dtype)  # comparisons of uint8 with negative numbers wrap around
@@ -131,8 +132,8 @@ class IntegerPixels(TorchDistribution):
         return promoted_dtype(*(getattr(self, name) for name in self._given))
 
     def _draw(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Logistic draws, rounded and clipped, so that they follow the masses."""
-        # Wide: a draw that is rounded onto a tie between two integers favours the even one.
+        """Return logistic draws, rounded and clipped so that they follow the masses."""
+        # A narrow dtype rounds more draws to a tie between integers. A tie favours the even one.
         wide = accumulation_dtype(loc.device)
         uniform = torch.rand(loc.shape, dtype=wide, device=loc.device)
         draw = loc.to(wide) + scale * uniform.logit()
@@ -143,12 +144,16 @@ class IntegerPixels(TorchDistribution):
 
 
 class ScalarIntegerPixels(IntegerPixels):
-    """Those of one number, which can be summed over."""
+    """The base class of distributions of one integer, whose support can be enumerated."""
 
     has_enumerate_support = True
 
     def cdf(self, value: Tensor) -> Tensor:
-        """The probability of at most ``value``, which may be any real number."""
+        """Return the probability that a draw is at most ``value``.
+
+        :param value: real numbers that broadcast with the batch shape.
+        :returns: a tensor of the common shape.
+        """
         value = value.to(torch.promote_types(value.dtype, self._dtype))
         logits, loc, log_scale = self._mixture(value.unsqueeze(-1))
         edge = value.floor().unsqueeze(-1) + 0.5
@@ -158,12 +163,12 @@ class ScalarIntegerPixels(IntegerPixels):
 
     @property
     def mean(self) -> Tensor:
-        """The mean, by a sum over the support."""
+        """The mean, computed as a sum over the support."""
         return reduce(torch.add, ((x * mass).sum(0) for x, mass in self._masses()))
 
     @property
     def variance(self) -> Tensor:
-        """The variance, by a sum over the support."""
+        """The variance, computed as a sum over the support."""
         mean = self.mean
         squares = (((x - mean).square() * mass).sum(0) for x, mass in self._masses())
         return reduce(torch.add, squares)
@@ -178,16 +183,18 @@ class ScalarIntegerPixels(IntegerPixels):
         return values.gather(0, largest.max(0, keepdim=True).indices).squeeze(0)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All integers ``low..high`` along a new first dim.
+        """Return all integers ``low..high`` along a new first dim.
 
-        :param bool expand: whether to expand over the batch shape.
+        :param expand: whether to expand the result over the batch shape.
+        :returns: a tensor of shape ``(high - low + 1, *batch_shape)``, or with batch dims of size
+            1.
         """
         values = torch.arange(self.low, self.high + 1, dtype=self._dtype, device=self.loc.device)
         values = values.reshape(-1, *(1 for _ in self.batch_shape))
         return values.expand(-1, *self.batch_shape) if expand else values
 
     def _masses(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the support with their masses, few enough at a time to fit into memory."""
+        """Yield parts of the support with their masses. Each part is small enough for memory."""
         num_terms = max(1, self.loc.numel())
         for values in self.enumerate_support(expand=False).split(max(1, 2**20 // num_terms)):
             yield values, self._log_mass(values).exp()

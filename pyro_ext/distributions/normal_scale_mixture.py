@@ -30,20 +30,24 @@ class NormalScaleMixture(TorchDistribution):
 
     .. math:: p(x) = \sum_{k=1}^{K} \pi_k \, \mathcal{N}(x \mid 0, \sigma_k^2)
 
-    Draws are reparameterised in the scales and the weights, by implicit differentiation of the
-    distribution function F, :math:`dx = -dF / p(x)`, so that it can be a guide too. Densities are
-    evaluated in log space and in float64, whatever the dtype of the parameters.
+    Draws are reparameterised in the scales and the weights, so the distribution can also be a
+    guide. Their derivatives come from implicit differentiation of the distribution function F:
+    :math:`dx = -dF / p(x)`. Densities are evaluated in log space and in float64, for every dtype of
+    the parameters.
+
+    :param scales: the standard deviations > 0, of shape ``(..., K)``. The dims before K are the
+        batch shape.
+    :param probs: the weights of the components, >= 0, of shape ``(..., K)``. They are normalised to
+        sum to one. Give exactly one of ``probs`` and ``logits``.
+    :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``.
+    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :raises TypeError: if a parameter is not a tensor.
+    :raises ValueError: if not exactly one of ``probs`` and ``logits`` is given, or if the numbers
+        of components differ. With validation, also if a scale is not positive or a weight is
+        negative.
 
     Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, equation 7; Figurnov, Mohamed and Mnih (2018), Implicit Reparameterization Gradients.
-
-    :param torch.Tensor scales: the standard deviations, positive, of shape ``(..., K)``; the batch
-        shape is what stands before K.
-    :param torch.Tensor probs: the weights of the components, ``(..., K)``; normalised to sum to
-        one. Exactly one of ``probs`` and ``logits`` is to be given.
-    :param torch.Tensor logits: logarithms of the weights up to a constant, ``(..., K)``.
-    :raises ValueError: if both or neither of the pair are given, if the numbers of components
-        differ, and, under validation, if scales are not positive or weights are negative.
 
     The prior of Blundell et al., a wide and a narrow normal:
 
@@ -75,11 +79,12 @@ class NormalScaleMixture(TorchDistribution):
         given = broadcast_components(owner, scales=scales, **weights)
         self.scales = given["scales"]
         if "probs" in given:
-            # Negative weights stay so, and are refused.
+            # Negative weights stay negative, so that validation rejects them.
             self.probs = given["probs"] / given["probs"].abs().sum(-1, keepdim=True)
         else:
             self.logits = given["logits"] - given["logits"].logsumexp(-1, keepdim=True)
-        # As they were given: computing on what is expanded would cost as much as on the values.
+        # The parameters before expansion: computing with expanded ones would cost as much as with
+        # the values.
         self._given: tuple[Any, Any, Any] = scales, probs, logits
         super().__init__(self.scales.shape[:-1], validate_args=validate_args)
 
@@ -90,11 +95,15 @@ class NormalScaleMixture(TorchDistribution):
 
     @lazy_property
     def probs(self) -> Tensor:
-        """The weights, ``(..., K)``; they sum to one."""
+        """The weights, ``(..., K)``, which sum to one."""
         return self.logits.exp()
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """The same distribution for a larger batch shape; shares memory."""
+        """Return the same distribution with a larger batch shape. The parameters share memory.
+
+        :param batch_shape: the larger batch shape.
+        :returns: the expanded distribution.
+        """
         new = self._get_checked_instance(NormalScaleMixture, _instance)
         new._given = self._given
         expand_parameters(self, new, batch_shape, {"scales", "probs", "logits"} & vars(self).keys())
@@ -102,18 +111,19 @@ class NormalScaleMixture(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Zero."""
+        """The mean, which is zero."""
         return self.scales.new_zeros(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
-        """The weighted mean of the squared scales."""
+        """The variance: the weighted mean of the squared scales."""
         return (self.probs * self.scales.square()).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log density.
+        """Return the log density.
 
-        :param torch.Tensor value: real numbers that broadcast with the batch shape.
+        :param value: real numbers that broadcast with the batch shape.
+        :returns: a tensor of the common shape.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -123,7 +133,11 @@ class NormalScaleMixture(TorchDistribution):
         return log_prob if log_prob.shape == shape else log_prob.expand(shape)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """The probability of at most ``value``."""
+        """Return the probability that a draw is at most ``value``.
+
+        :param value: real numbers that broadcast with the batch shape.
+        :returns: a tensor of the common shape.
+        """
         if self._validate_args:
             self._validate_sample(value)
         scales, log_weights = self._wide_parameters()
@@ -133,9 +147,10 @@ class NormalScaleMixture(TorchDistribution):
         return found.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """A draw with its first derivatives in the scales and the weights.
+        """Return draws with their first derivatives in the scales and the weights.
 
-        :param sample_shape: shape of the draws, before the batch shape.
+        :param sample_shape: the shape of the draws, to the left of the batch shape.
+        :returns: a tensor that can be differentiated once.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         scales, log_weights = self._wide_parameters()
@@ -148,17 +163,17 @@ class NormalScaleMixture(TorchDistribution):
         return draw.to(self._dtype)
 
     def _first_order(self, draw: Tensor, scales: Tensor, log_weights: Tensor) -> Tensor:
-        """Zero, with the gradient of the draw for a fixed value of the distribution function."""
+        """Return zeros whose gradient is the gradient of the draw at a fixed quantile level."""
         with torch.no_grad():
             log_densities = normal_scale_mixture_log_densities(draw, scales, log_weights)
             log_density = log_densities.logsumexp(-1, keepdim=True)
             z = draw.unsqueeze(-1) / scales
             by_scale = (log_densities - log_density).exp() * z
-            # Of the two tails the smaller one: changes of the weights sum to zero.
+            # The weights' changes sum to zero, so either tail can be used. Use the smaller one.
             log_tail = torch.special.erfcx(z.abs() / math.sqrt(2)).log() - z.square() / 2
             log_tail = log_tail + log_weights - math.log(2)
             by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
-        # Weights of zero do not move.
+        # Weights of zero have no gradient.
         log_weights = log_weights.masked_fill(log_weights.isinf(), 0.0)
         message = "NormalScaleMixture.rsample can be differentiated once."
         zero = zero_with_derivative(by_scale, scales, message)
@@ -169,7 +184,7 @@ class NormalScaleMixture(TorchDistribution):
         return promoted_dtype(*(x for x in self._given if x is not None))
 
     def _wide_parameters(self) -> tuple[Tensor, Tensor]:
-        """Scales and normalised log weights as they were given, in the widest dtype."""
+        """Return scales and normalised log weights before expansion, in the widest dtype."""
         wide = accumulation_dtype(self.scales.device)
         scales, probs, logits = self._given
         if probs is not None:

@@ -16,33 +16,34 @@ from pyro_ext.ops import accumulation_dtype
 
 
 class RGBDiscretizedLogisticMixture(IntegerPixels):
-    r"""A mixture of discretized logistics for pixels of three channels that depend on each other.
+    """A mixture of discretized logistics for pixels of three channels that depend on each other.
 
     .. math::
 
-        P(r, g, b) = \sum_k \pi_k P_k(r) P_k(g \mid r) P_k(b \mid r, g)
+    Each factor is a logistic rounded to ``low..high``. The edge bins include the tails. With m =
+    (low + high) / 2, the location of green is shifted by c_0 (r - m), and the location of blue by
+    c_1 (r - m) + c_2 (g - m). All channels of a pixel share the component. This is the likelihood
+    of PixelCNN++. There, the pixels are rescaled to [-1, 1], and the network passes the
+    coefficients through tanh.
 
-    Each factor is a logistic rounded to ``low..high``, whose edge bins take the tails. With
-    m = (low + high) / 2, green's location gains c_0 (r - m), and blue's c_1 (r - m) + c_2 (g - m).
-    All channels of a pixel share the component. It is the likelihood of PixelCNN++, whose pixels
-    are rescaled to [-1, 1]; its network passes the coefficients through tanh.
+    :param logits: log weights of the components up to a constant, of shape ``(..., K)``. The dims
+        before K are the batch shape, and the event shape is (3,).
+    :param loc: the locations in the units of the pixels, of shape ``(..., 3, K)``.
+    :param scale: the scales > 0 in the same units, of shape ``(..., 3, K)``. Give exactly one of
+        ``scale`` and ``log_scale``.
+    :param log_scale: the logarithms of the scales, of shape ``(..., 3, K)``.
+    :param coeffs: the coefficients c_0, c_1, c_2, without a unit, of shape ``(..., 3, K)``. None
+        stands for zeros.
+    :param low: the smallest integer.
+    :param high: the largest integer, above ``low``.
+    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
+    :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if shapes do not
+        match, or if not low < high. With validation, also if a scale is not positive, or if a value
+        is not an integer in ``low..high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.
-
-    :param torch.Tensor logits: log weights of the components up to a constant, ``(..., K)``; the
-        batch shape is what stands before K, and the event shape is (3,).
-    :param torch.Tensor loc: the locations in the units of the pixels, ``(..., 3, K)``.
-    :param torch.Tensor scale: the scales, positive, in the same units, ``(..., 3, K)``. Exactly one
-        of ``scale`` and ``log_scale`` is to be given.
-    :param torch.Tensor log_scale: the logarithms of the scales, ``(..., 3, K)``.
-    :param torch.Tensor coeffs: the coefficients c_0, c_1, c_2, without a unit, ``(..., 3, K)``;
-        zeros if None.
-    :param int low: the smallest integer.
-    :param int high: the largest integer.
-    :raises ValueError: if both or neither of the pair are given, if shapes do not match, if not
-        low < high, and, under validation, if a scale is not positive or a value is no integer
-        ``low..high``.
 
     >>> logits, parameters = torch.zeros(4, 8, 8, 10), torch.zeros(3, 4, 8, 8, 3, 10)
     >>> loc, log_scale, coeffs = parameters
@@ -96,13 +97,18 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         self._set_up(parameters, low, high, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """The same distribution for a larger batch shape; shares memory."""
+        """Return the same distribution with a larger batch shape. The parameters share memory.
+
+        :param batch_shape: the larger batch shape.
+        :returns: the expanded distribution.
+        """
         return self._expand_to(batch_shape, RGBDiscretizedLogisticMixture, _instance)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws that follow the masses, channel after channel, each rounded and clipped.
+        """Return draws that follow the masses: channel by channel, each rounded and clipped.
 
-        :param sample_shape: shape of the draws, before the batch shape.
+        :param sample_shape: the shape of the draws, to the left of the batch shape.
+        :returns: a tensor of integers, in the dtype of the parameters.
         """
         shape = self._extended_shape(torch.Size(sample_shape))[:-1]
         weights = self.logits.detach().to(self._dtype).softmax(-1)
@@ -120,7 +126,7 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         return torch.stack([red, green, blue], -1)
 
     def _mixture(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Wide: the shifts are large, and the distances to a pixel small.
+        # A wide dtype, because the shifts are large and the distances to a pixel small.
         wide = accumulation_dtype(value.device)
         centered = value.to(wide) - (self.low + self.high) / 2
         red, green = centered[..., 0, None], centered[..., 1, None]
@@ -131,25 +137,25 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
 
     @property
     def mean(self) -> NoReturn:
-        """Not available."""
+        """Not available: there is no closed form."""
         self._raise_for_moments("mean")
 
     @property
     def variance(self) -> NoReturn:
-        """Not available."""
+        """Not available: there is no closed form."""
         self._raise_for_moments("variance")
 
     @property
     def mode(self) -> NoReturn:
-        """Not available."""
+        """Not available: there is no closed form."""
         self._raise_for_moments("mode")
 
     def cdf(self, value: Tensor) -> NoReturn:
-        """Not available."""
+        """Raise a NotImplementedError: there is no closed form."""
         self._raise_for_moments("cdf")
 
     def enumerate_support(self, expand: bool = True) -> NoReturn:
-        """Not available."""
+        """Raise a NotImplementedError: the support is too large."""
         self._raise_for_moments("enumerate_support")
 
     def _raise_for_moments(self, name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Modules that help other modules to work inside Pyro models and guides."""
+"""Bayesian neural networks, and modules that help other modules work inside Pyro programs."""
 
 from pyro_ext.nn.bayesian_module import BayesianModule
 from pyro_ext.nn.flipout import flipout

@@ -1,4 +1,4 @@
-"""A module's output for given parameters, with any number of leading dims."""
+"""Calls of a module with given parameters, which may have any number of leading dims."""
 
 import warnings
 from collections.abc import Callable
@@ -11,20 +11,21 @@ from torch.func import functional_call, vmap
 from pyro_ext._private.of_torch import pytree
 from pyro_ext._random_states import random_states, set_random_states
 
-#: A module's output for parameters with one leading dim.
+#: A function that maps one set of parameters to the module's output.
 Run = Callable[[dict[str, Tensor]], Any]
 
-# What vmap raises where it has no rule, for values that decide, and for outputs without tensors.
+# vmap raises these errors if it has no batching rule, if the control flow depends on values, or if
+# an output is not a tensor.
 _NOT_BATCHED = (RuntimeError, ValueError)
 
 
 class BatchedCall:
-    """Calls a module with one set of parameters, or with many at once.
+    """A call of a module with one set of parameters, or with many sets at once.
 
-    Many run under :func:`torch.func.vmap` where PyTorch has batching rules for all that the
-    module does, and one after the other where it has not; the first call finds out.
+    Many sets run under :func:`torch.func.vmap` if PyTorch has batching rules for everything that
+    the module does. Otherwise they run one after the other. The first call finds out which.
 
-    :param dict aliases: further names of parameters that submodules share.
+    :param aliases: the further names of parameters that submodules share, each with the main name.
     """
 
     def __init__(self, aliases: dict[str, str]) -> None:
@@ -34,21 +35,24 @@ class BatchedCall:
     def once(
         self, net: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """The output for one set of parameters."""
-        # By each name: Module.to() replaces buffers one by one, and parts those that are shared.
+        """Return the output for one set of parameters."""
+        # Pass every name, because Module.to() replaces each buffer, which ends their sharing.
         shared = {alias: values[name] for alias, name in self._aliases.items() if name in values}
         return functional_call(net, {**values, **shared}, args, kwargs)
 
     def __call__(
         self, net: nn.Module, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """The output, with the leading dims of the draws before those that the module gives.
+        """Return the output, with the leading dims of the draws on the left.
 
-        Leading dims of size 1 are fillers, and dropped.
+        Leading dims of size 1 are placeholders, and are dropped.
 
-        :param torch.nn.Module net: the module.
-        :param dict draws: tensors of shape ``(..., *shape)`` in place of those of the module.
-        :param tuple args: passed to the module, as are ``kwargs``.
+        :param net: the module.
+        :param draws: tensors of shape ``(..., *shape)``, by name, that replace tensors of the
+            module.
+        :param args: positional arguments of the module.
+        :param kwargs: keyword arguments of the module.
+        :returns: the output of the module.
         """
         shapes = {name: net.get_buffer(name).shape for name in draws}
         leading = torch.broadcast_shapes(
@@ -82,14 +86,17 @@ class BatchedCall:
             try:
                 return vmap(run, randomness="different")(batched)
             except _NOT_BATCHED:
-                pass  # the data decided otherwise, or the module itself fails
+                pass  # the control flow changed with the data, or the module itself fails
         output = _loop(run, batched)
         self._is_looped[kind] = True
         return output
 
 
 def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """What may decide whether a call can be batched: modes, dims, switches, types."""
+    """Return a key of everything that may decide whether a call can be batched.
+
+    The key has the training modes, the dims of tensors, the values of switches, and the types.
+    """
 
     def kind_of(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -101,12 +108,15 @@ def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
 
 
 def _try_batched(net: nn.Module, run: Run, batched: dict[str, Tensor]) -> tuple[bool, Any]:
-    """Whether a module runs under vmap, and its output; if not, nothing has changed."""
+    """Return whether a module runs under vmap, and its output.
+
+    If it does not, the random states and buffers are restored.
+    """
     states = random_states()
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
         with warnings.catch_warnings():
-            # Operators without a batching rule run in a slow loop of their own, and warn.
+            # Operators without a batching rule run in a slow loop, and warn.
             warnings.simplefilter("error", UserWarning)
             return True, vmap(run, randomness="different")(batched)
     except (*_NOT_BATCHED, UserWarning):
@@ -117,7 +127,7 @@ def _try_batched(net: nn.Module, run: Run, batched: dict[str, Tensor]) -> tuple[
 
 
 def _loop(run: Run, batched: dict[str, Tensor]) -> Any:
-    """One call after the other, their outputs stacked."""
+    """Return the stacked outputs of one call after the other."""
     num_draws = len(next(iter(batched.values())))
     outputs = [run({name: x[i] for name, x in batched.items()}) for i in range(num_draws)]
     return pytree.tree_map(

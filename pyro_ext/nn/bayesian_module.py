@@ -22,32 +22,38 @@ class BayesianModule(PyroModule):
 
     .. math:: \theta_j \sim p_j, \qquad \mathrm{output} = f_\theta(\mathrm{input})
 
-    Each parameter of the module is a latent site of the parameter's name, such as ``"0.weight"``;
-    a parameter that several submodules share is one site. Draws with leading dims, such as those
-    of K vectorised particles or of ``Predictive(parallel=True)``, give outputs with leading dims:
-    of shape ``(K, B, C)`` for ``(B, C)``. Leading dims of size 1, which keep the places of
-    plates, are dropped: with particles to the left of n plates, the module's own output should
-    have n batch dims. Call it outside of the plate of the data: inside, each data point would get
-    weights of its own. The draws run under ``torch.func.vmap`` where PyTorch can batch all that the
-    module does, and in a loop where it cannot, such as for LSTMs; the numbers are the same, but
-    for the masks of dropout.
+    Each parameter of the module is a latent site with the parameter's name, such as ``"0.weight"``.
+    A parameter that several submodules share is one site. Call the module outside the plate of the
+    data. Inside the plate, each data point would get its own weights.
 
-    The module is copied. The copy, as ``net``, keeps the values of the latent parameters as
-    buffers, so that its ``parameters()`` are the others, which are learnt by point estimates.
+    Draws may have leading dims, for example those of K vectorised particles or of
+    ``Predictive(parallel=True)``. The outputs then have them too: their shape is ``(K, B, C)``
+    instead of ``(B, C)``. Leading dims of size 1, which keep the places of plates, are dropped.
+    With particles to the left of n plates, the module's own output should therefore have n batch
+    dims.
+
+    The draws run under ``torch.func.vmap`` if PyTorch can batch everything that the module does.
+    Otherwise they run in a loop, for example for LSTMs. The results are the same, except for the
+    masks of dropout.
+
+    The module is copied. The copy, ``net``, keeps the values of the latent parameters as buffers.
+    Its ``parameters()`` are therefore only the other parameters, which are learnt as point
+    estimates.
+
+    :param net: the module, with initialised parameters. It must not be a ``PyroModule``.
+    :param prior: a Pyro distribution that expands to the shape of every parameter, or a function of
+        a name and a parameter that returns a distribution. Its tensors are moved to the parameter's
+        dtype and device. A function is called at each draw, so it can draw hyperparameters. These
+        are latent sites, and the guide must draw them as well.
+    :param sites: the latent parameters: ``"all"``, a collection of names, or a function from a name
+        to a bool.
+    :raises TypeError: if an argument or the result of a prior function has the wrong type.
+    :raises ValueError: if the module has no parameter, or none that ``sites`` matches; if a
+        parameter is not initialised or not real; or if a prior does not match the shape of a
+        parameter, is discrete, or has a support that does not contain the parameter's value.
 
     Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks.
-
-    :param torch.nn.Module net: the module; no ``PyroModule``, and initialised.
-    :param prior: a Pyro distribution that expands to the shape of every parameter, or a function
-        of a name and a parameter that returns one. Its tensors follow the parameter's dtype and
-        device. A function is called at each draw, so that it can draw hyperparameters: latent
-        sites for which the guide needs draws as well.
-    :param sites: which parameters are latent: ``"all"``, a collection of names, or a function
-        from a name to a bool.
-    :raises ValueError: if the module has no parameter, or none that ``sites`` matches; if a prior
-        does not match the shape of a parameter, is discrete, or has a support without the values
-        that the parameter has.
 
     >>> import pyro.distributions as dist, torch
     >>> from pyro.infer import SVI, Trace_ELBO
@@ -77,7 +83,7 @@ class BayesianModule(PyroModule):
             raise TypeError(
                 f"BayesianModule: net must be a plain torch.nn.Module, but it is {describe(net)}."
             )
-        if not callable(prior):  # a distribution can be called too
+        if not callable(prior):  # a distribution is callable too
             raise TypeError(
                 "BayesianModule: prior must be a Pyro distribution or a function of a name and a "
                 f"parameter, but it is {describe(prior)}."
@@ -86,7 +92,7 @@ class BayesianModule(PyroModule):
         self.latent_names = _latent_names(net, sites)
         for name in self.latent_names:
             parameter = net.get_parameter(name)
-            with poutine.block():  # hyperparameters are drawn with the parameters
+            with poutine.block():  # hides hyperparameters that the prior draws
                 check_support(prior_of(prior, name, parameter), name, parameter)
         self.prior = prior
         self.net, aliases = _with_buffers(net, self.latent_names)
@@ -97,9 +103,11 @@ class BayesianModule(PyroModule):
         return {**self.__dict__, "_priors": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Draws the latent parameters, and calls the module with them.
+        """Draw the latent parameters, and call the module with them.
 
-        :param args: passed to the module, as are ``kwargs``.
+        :param args: positional arguments of the module.
+        :param kwargs: keyword arguments of the module.
+        :returns: the output of the module.
         """
         draws = {
             name: pyro.sample(self.site_name(name), self.prior_of(name))
@@ -108,17 +116,32 @@ class BayesianModule(PyroModule):
         return run_module(self._call, self.net, draws, args, kwargs)
 
     def site_name(self, name: str) -> str:
-        """The site of a latent parameter: its name, after that of this module if it has one."""
+        """Return the site name of a latent parameter.
+
+        If this module has a name, the site name is the module's name and the parameter's name,
+        separated by a dot. Otherwise it is the parameter's name.
+
+        :param name: the name of the parameter in the module.
+        :returns: the site name.
+        """
         own_name = name_of(self)
         return f"{own_name}.{name}" if own_name else name
 
     def value_of(self, name: str) -> Tensor:
-        """The value that a latent parameter had in the module."""
-        # Not by attribute, which registers the other parameters in a running program.
+        """Return the value that a latent parameter had in the module.
+
+        :param name: the name of the parameter in the module.
+        :returns: a tensor of the parameter's shape.
+        """
+        # Attribute access would register the other parameters in a running program.
         return children_of(self)["net"].get_buffer(name)
 
     def prior_of(self, name: str) -> TorchDistributionMixin:
-        """The prior of a latent parameter."""
+        """Return the prior of a latent parameter.
+
+        :param name: the name of the parameter in the module.
+        :returns: a distribution whose event shape is the parameter's shape.
+        """
         value = self.value_of(name)
         if not isinstance(self.prior, TorchDistributionMixin) or not is_fixed(self.prior):
             return prior_of(self.prior, name, value)
@@ -132,7 +155,7 @@ class BayesianModule(PyroModule):
 def run_module(
     call: BatchedCall, net: nn.Module, draws: dict[str, Tensor], args: Any, kwargs: Any
 ) -> Any:
-    """Calls a module with drawn parameters: an effect, for handlers to do so in another way."""
+    """Call a module with drawn parameters. This is an effect, so handlers can replace it."""
     return call(net, draws, args, kwargs)
 
 
@@ -179,9 +202,9 @@ def _latent_names(
 
 
 def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, dict[str, str]]:
-    """A copy with some parameters made buffers, and further names of those that are shared.
+    """Return a copy with some parameters turned into buffers, and the further names of shared ones.
 
-    What is latent is not to be learnt.
+    Latent parameters become buffers so that they are not learnt.
     """
     net = copy.deepcopy(net)
     first_names = {id(net.get_parameter(name)): name for name in names}

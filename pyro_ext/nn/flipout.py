@@ -6,27 +6,31 @@ from pyro_ext.nn.per_example_noise import Layer, NoisePerExample
 
 
 class flipout(NoisePerExample):
-    r"""Flips the signs of the weights' noise at random for each example.
+    r"""A context manager that flips the signs of the weights' noise at random for each example.
 
     .. math:: W_n = \mu + (W - \mu) \circ r_n s_n^\top, \qquad r_n, s_n \in \{-1, 1\}
 
-    Under a guide of independent normals each example's weights have the distribution of W, and are
-    uncorrelated with those of other examples: the gradient of the ELBO has the same mean and less
-    variance. It is for linear layers and convolutions of all kinds, also where positions of an
-    example share the weights; other layers use the weights that were drawn. A context manager
-    around steps of SVI or evaluations; the model has a :class:`BayesianModule`. Not for nonlinear
-    bounds: Pyro's ``RenyiELBO`` with several particles in a loop cannot be told, and is wrong.
+    Use it around SVI steps or evaluations of a model with a :class:`BayesianModule`. It applies to
+    linear layers and to convolutions of all kinds, also where positions of an example share the
+    weights. Other layers use the drawn weights.
 
-    Examples are along the first dim of the module's first input and of the layers' inputs. The
-    loss must be a sum over examples, each of which depends on its own part of the layers alone.
+    Under a guide of independent normals, each example's weights have the distribution of W. They
+    are uncorrelated with the weights of other examples. The gradient of the ELBO therefore has the
+    same mean and lower variance.
+
+    The examples must be along the first dim of the module's first input and of the layers' inputs.
+    The loss must be a sum over examples. Each term must depend only on its own part of the layers.
+    Do not use it with nonlinear bounds. The multi-sample bounds of this package raise an error.
+    Pyro's ``RenyiELBO`` with several particles in a loop cannot be detected, and gives wrong
+    results.
+
+    :raises ValueError: in a run: if there is more than one draw of the weights at a time; if the
+        guide does not draw the weights from independent normals; if the first dim of a layer's
+        input does not hold the examples; if the module has neither linear layers nor convolutions;
+        or for multi-sample bounds with K > 1.
 
     Source: Wen, Vicol, Ba, Tran and Grosse (2018), Flipout: Efficient Pseudo-Independent Weight
     Perturbations on Mini-Batches.
-
-    :raises ValueError: when run: for more than one draw of the weights at a time; for weights that
-        the guide does not draw from independent normals; for a layer whose input has something
-        else in its first dim; for a module without linear layers and convolutions; for
-        multi-sample bounds with K > 1.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, TraceMeanField_ELBO
@@ -52,10 +56,14 @@ class flipout(NoisePerExample):
     )
 
     def output(self, layer: Layer) -> Tensor:
-        """The output of a layer: that of the means, and that of the noise with signs flipped."""
+        """Return the output for the mean weights, plus the output for the noise with flipped signs.
+
+        :param layer: one use of a layer.
+        :returns: a tensor with the shape of the layer's output.
+        """
         x, weight, bias = layer.input, layer.weight, layer.bias
         mean = layer.function(x, weight.loc, None if bias is None else bias.loc)
-        # Features are last in a linear layer, and after the examples in a convolution.
+        # Features are the last dim of a linear layer, and the second dim of a convolution.
         dim = 1 if layer.is_convolution else -1
         output = mean
         if weight.scale is not None:
@@ -71,7 +79,7 @@ class flipout(NoisePerExample):
 
 
 def _signs(noise: dict[str, Tensor], name: str, x: Tensor, dim: int) -> Tensor:
-    """Random signs for each example and feature, the same at all positions and at each use."""
+    """Return random signs for each example and feature, equal at all positions and in all uses."""
     if name not in noise:
         size = x.shape[0], x.shape[dim]
         signs = torch.randint(0, 2, size, device=x.device, dtype=x.dtype)

@@ -7,21 +7,22 @@ from pyro_ext._arguments import check_integer, check_type
 
 
 class LeadingDims(nn.Module):
-    """Lets a module that takes one batch dim take any number of leading dims.
+    """A wrapper that gives a module with one batch dim any number of leading dims.
 
-    The leading dims of the inputs are broadcast together and flattened into one, the module runs
-    once, and the dims are restored on its outputs. A convolution then takes ``(K, B, C, H, W)``,
-    K particles of B images.
+    The leading dims of the inputs are broadcast together and flattened into one. The module runs
+    once, and its outputs get the leading dims back. A convolution can then take
+    ``(K, B, C, H, W)``: K particles of B images.
 
-    A module that couples the entries of its batch, such as BatchNorm in training mode, couples
-    the particles too: :meth:`pyro_ext.infer.MultiSampleELBO.check` finds it.
+    A module that couples the entries of its batch, such as BatchNorm in training mode, also couples
+    the particles. :meth:`pyro_ext.infer.MultiSampleELBO.check` detects this.
 
-    :param torch.nn.Module module: takes tensors of shape ``(batch, *event)`` and returns a tensor,
+    :param module: the module. It takes tensors of shape ``(batch, *event)``, and returns a tensor,
         or a tuple or list of tensors, of shape ``(batch, ...)``.
-    :param int event_dim: the number of dims on the right of an input that make up one example: 1
+    :param event_dim: the number of dims >= 0 on the right of an input that make up one example: 1
         for vectors, 3 for images.
-    :raises ValueError: if ``event_dim`` is negative; when called, if an input has fewer dims or
-        if the module changes the size of the batch.
+    :raises TypeError: if an argument, an input or an output has the wrong type.
+    :raises ValueError: if ``event_dim`` is negative. A call raises it if an input has fewer dims,
+        if the leading dims do not broadcast, or if the module changes the size of the batch.
 
     >>> net = LeadingDims(nn.Conv2d(3, 8, kernel_size=3, padding=1), event_dim=3)
     >>> net(torch.zeros(5, 2, 3, 16, 16)).shape
@@ -36,7 +37,11 @@ class LeadingDims(nn.Module):
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Calls the module on the flattened inputs."""
+        """Call the module on the flattened inputs.
+
+        :param inputs: tensors of shape ``(..., *event)``.
+        :returns: the outputs of the module, with the leading dims of the inputs.
+        """
         for position, x in enumerate(inputs):
             check_type("LeadingDims", f"input {position}", x, Tensor, "a tensor")
             if x.dim() < self.event_dim:
@@ -73,5 +78,5 @@ class LeadingDims(nn.Module):
         return output.reshape(*leading, *output.shape[1:])
 
     def extra_repr(self) -> str:
-        """The options that ``repr`` shows."""
+        """Return the options that ``repr`` shows."""
         return f"event_dim={self.event_dim}"

@@ -6,27 +6,30 @@ from pyro_ext.nn.per_example_noise import Layer, NoisePerExample
 
 
 class local_reparameterization(NoisePerExample):
-    r"""Draws the outputs of linear layers for each example, in place of their weights.
+    r"""A context manager that draws the outputs of linear layers instead of their weights.
 
     .. math:: y_n \sim \mathcal{N}\Bigl(\textstyle\sum_i x_{ni} \mu_i + \mu_b,\;
         \textstyle\sum_i x_{ni}^2 \sigma_i^2 + \sigma_b^2\Bigr)
 
-    Under a guide of independent normals each example's output has the distribution that it has
-    with drawn weights, but noise of its own: the gradient of the ELBO has the same mean and less
-    variance. Other layers use the weights that were drawn. A context manager around steps of SVI
-    or evaluations; the model has a :class:`BayesianModule`. Not for nonlinear bounds: Pyro's
-    ``RenyiELBO`` with several particles in a loop cannot be told, and is wrong.
+    Use it around SVI steps or evaluations of a model with a :class:`BayesianModule`. Layers that
+    are not linear use the drawn weights.
 
-    The loss must be a sum over examples, each of which depends on its own row in the layers
-    alone: not so where layers are followed by a product with an adjacency matrix, say.
+    Under a guide of independent normals, each example's output has the same distribution as with
+    drawn weights, but its own noise. The gradient of the ELBO therefore has the same mean and lower
+    variance.
+
+    The loss must be a sum over examples. Each term must depend only on its own row in the layers.
+    For example, a product with an adjacency matrix after the layers violates this. Do not use it
+    with nonlinear bounds. The multi-sample bounds of this package raise an error. Pyro's
+    ``RenyiELBO`` with several particles in a loop cannot be detected, and gives wrong results.
+
+    :raises ValueError: in a run: if there is more than one draw of the weights at a time; if the
+        guide does not draw the weights from independent normals; if weights are shared, because a
+        layer has several rows for one example or is used twice; if the module has no linear layers;
+        or for multi-sample bounds with K > 1.
 
     Source: Kingma, Salimans and Welling (2015), Variational Dropout and the Local
     Reparameterization Trick.
-
-    :raises ValueError: when run: for more than one draw of the weights at a time; for weights that
-        the guide does not draw from independent normals; where weights are shared, by a layer
-        with several rows for an example or one that is used twice; for a module without linear
-        layers; for multi-sample bounds with K > 1.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, TraceMeanField_ELBO
@@ -44,7 +47,11 @@ class local_reparameterization(NoisePerExample):
     functions = (F.linear,)
 
     def output(self, layer: Layer) -> Tensor:
-        """The output of a layer: a draw, given the means and variances of its weights."""
+        """Return a draw of the output of a layer, given the means and variances of its weights.
+
+        :param layer: one use of a layer.
+        :returns: a tensor with the shape of the layer's output.
+        """
         if layer.input.dim() != 2:
             self.refuse(
                 f"expected one row for each example in the layer of '{layer.name}', got an input "
@@ -64,7 +71,7 @@ class local_reparameterization(NoisePerExample):
             variance = layer.function(x.square(), weight.scale.square(), None)
         if bias is not None and bias.scale is not None:
             variance = variance + bias.scale.square()
-        # A row of zeros has no noise, and the root no derivative there.
+        # A row of zeros has no noise, and the square root has no derivative there.
         is_zero = variance == 0
         scale = variance.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
         return mean + scale * torch.randn_like(mean)

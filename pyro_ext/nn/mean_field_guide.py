@@ -18,23 +18,23 @@ from pyro_ext.nn.bayesian_module import BayesianModule
 
 
 class MeanFieldGuide(PyroModule):
-    r"""Independent normals for the latent parameters of a :class:`BayesianModule`.
+    r"""A guide of independent normals for the latent parameters of a :class:`BayesianModule`.
 
     .. math:: \theta = \mu + \log(1 + e^\rho) \, \epsilon, \qquad \epsilon \sim \mathcal{N}(0, 1)
 
-    The parameters mu and rho are in :attr:`locs` and :attr:`rhos`, named as in the module. A site
-    whose prior has a constrained support is the transform of such a normal.
+    The parameters mu and rho are in :attr:`locs` and :attr:`rhos`, under the names of the module.
+    If the prior of a site has a constrained support, the normal is transformed to that support.
+
+    :param module: the module. It may be a part of the model. Other latent sites of the model, such
+        as hyperparameters, need their own guide.
+    :param init_scale: the initial standard deviation, > 0.
+    :param init_loc: the initial means: a function of a name and of the value that the parameter had
+        in the module. None starts at that value.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if ``init_scale`` is not positive, or if ``init_loc`` returns another shape.
 
     Source: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, section 3.2.
-
-    :param BayesianModule module: the module; it may be a part of the model. Further latent sites of
-        the model, such as hyperparameters, need a guide of their own.
-    :param float init_scale: the standard deviation to begin with, positive.
-    :param init_loc: the means to begin with: a function of a name and of the value that the
-        parameter had in the module. None for that value itself.
-    :raises ValueError: if ``module`` is something else, if ``init_scale`` is not positive, or if
-        ``init_loc`` gives another shape.
 
     >>> import pyro.distributions as dist
     >>> module = BayesianModule(nn.Linear(3, 2), prior=dist.Normal(0.0, 1.0))
@@ -55,11 +55,11 @@ class MeanFieldGuide(PyroModule):
         super().__init__()
         check_type("MeanFieldGuide", "module", module, BayesianModule, "a BayesianModule")
         check_positive("MeanFieldGuide", "init_scale", init_scale)
-        # In a tuple, for the module not to be a part of the guide.
+        # The tuple keeps the module from becoming a submodule of the guide.
         self._module = (module,)
-        #: The means, on the unconstrained space: a module with the names of the latent ones.
+        #: The means in unconstrained space: a module with the names of the latent parameters.
         self.locs = nn.Module()
-        #: The inverse softplus of the standard deviations, likewise.
+        #: The inverse softplus of the standard deviations: a module with the same names.
         self.rhos = nn.Module()
         rho = init_scale + math.log(-math.expm1(-init_scale))
         self._supports = {}
@@ -78,14 +78,19 @@ class MeanFieldGuide(PyroModule):
             _register(self.rhos, name, torch.full_like(loc, rho))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws the latent parameters.
+        """Draw the latent parameters.
 
-        :param args: not used, as are ``kwargs``.
+        :param args: not used.
+        :param kwargs: not used.
+        :returns: the draws, by site name.
         """
         return {name: pyro.sample(name, fn) for name, fn in self.distributions().items()}
 
     def distributions(self) -> dict[str, TorchDistributionMixin]:
-        """The sites and their distributions, with gradients to :attr:`locs` and :attr:`rhos`."""
+        """Return the distribution of each site, with gradients to :attr:`locs` and :attr:`rhos`.
+
+        :returns: the distributions, by site name.
+        """
         (module,) = self._module
         locs, rhos = dict(self.locs.named_parameters()), dict(self.rhos.named_parameters())
         found = {}
@@ -100,7 +105,7 @@ class MeanFieldGuide(PyroModule):
 
 
 def _register(tree: nn.Module, name: str, value: Tensor) -> None:
-    """Adds a parameter under a dotted name."""
+    """Add a parameter under a dotted name."""
     *path, last = name.split(".")
     for part in path:
         if part not in children_of(tree):

@@ -1,4 +1,4 @@
-"""What the effect handlers share that give each example weights of its own."""
+"""The base of the effect handlers that give each example its own weights."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pyro_ext._private.of_torch import pytree
 
 
 class NormalDraw(NamedTuple):
-    """A draw from a normal; the standard deviation is None for a value that is not drawn."""
+    """A draw from a normal. The standard deviation is None for a value that is not drawn."""
 
     value: Tensor
     loc: Tensor
@@ -23,10 +23,10 @@ class NormalDraw(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One use of a layer: ``function(input, weight, bias)`` is its output for given weights.
+    """One use of a layer. ``function(input, weight, bias)`` returns its output for given weights.
 
-    ``noise`` and ``bias_noise`` are empty at the first use of the weight and of the bias, and the
-    same dict at all their uses.
+    All uses of a weight share the dict ``noise``, and all uses of a bias the dict ``bias_noise``.
+    The dicts are empty at the first use.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Layer(NamedTuple):
 
 
 class NoisePerExample(Messenger):
-    """Base class: knows the guide's normals, and replaces the layers that use draws of them.
+    """The base class of handlers that replace the layers which use draws from the guide's normals.
 
-    A subclass says which functions of torch are its layers, and gives the output of one.
+    A subclass lists its layers, which are functions of torch, and computes the output of a layer.
     """
 
     functions: ClassVar[tuple[Callable[..., Tensor], ...]]
 
-    #: For estimators: a nonlinear bound needs the density of the weights that were used.
+    #: Read by estimators: a nonlinear bound would need the density of each example's weights.
     needs_linear_objective = True
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ class NoisePerExample(Messenger):
 
     @abstractmethod
     def output(self, layer: Layer) -> Tensor:
-        """The output of a layer."""
+        """Return the output of a layer."""
         raise NotImplementedError
 
     def refuse(self, message: str) -> NoReturn:
-        """Raises a ValueError in the name of the handler."""
+        """Raise a ValueError that begins with the name of the handler."""
         raise ValueError(f"{type(self).__name__}: {message}")
 
     def __exit__(self, *exception: Any) -> None:
@@ -74,7 +74,7 @@ class NoisePerExample(Messenger):
         if msg["is_observed"] or not isinstance(value, Tensor):
             return
         if name in self._draws and _is_same(self._draws[name][0], value):
-            return  # the model, replayed against the guide
+            return  # the model's site, replayed from the guide
         while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
             fn = fn.base_dist
         normal = None
@@ -84,7 +84,7 @@ class NoisePerExample(Messenger):
         self._draws[name] = value, normal
 
     def _is_conditional(self, fn: torch.distributions.Normal) -> bool:
-        """Whether the graph of a normal's parameters reaches another draw."""
+        """Return whether the autograd graph of a normal's parameters reaches another draw."""
         draws = {value.grad_fn for value, _ in self._draws.values()} - {None}
         pending, seen = [fn.loc.grad_fn, fn.scale.grad_fn], set(draws)
         while pending:
@@ -111,7 +111,7 @@ class NoisePerExample(Messenger):
                 f"expected one draw of '{name}' at a time, of shape {tuple(shape)}, got "
                 f"{tuple(value.shape)}: use one particle, or vectorize_particles=False."
             )
-        # By value: autoguides draw a site under another name.
+        # Compare by value, because autoguides draw a site under another name.
         for drawn, normal in self._draws.values():
             if normal is not None and _is_same(drawn, value):
                 return normal._replace(value=value)
@@ -119,7 +119,7 @@ class NoisePerExample(Messenger):
 
 
 class _Layers(TorchFunctionMode):
-    """Intercepts the layers of a module that use drawn weights."""
+    """A mode that intercepts the layers of a module that use drawn weights."""
 
     def __init__(
         self,
@@ -150,12 +150,12 @@ class _Layers(TorchFunctionMode):
                 return self._replace(func, *args, **kwargs)
         output = func(*args, **kwargs)
         has_tensor = any(isinstance(x, Tensor) for x in pytree.tree_leaves(output))
-        if has_tensor:  # and not a shape or a dtype
+        if has_tensor:  # the output is not just a shape or a dtype
             self.used_elsewhere |= {self.names[key] for key in drawn}
         return output
 
     def check_use(self) -> None:
-        """Raises unless layers were replaced, and their weights used in them alone."""
+        """Raise a ValueError unless layers were replaced and nothing else uses their weights."""
         if not self.noise:
             kinds = ", ".join(function.__name__ for function in self.handler.functions)
             self.handler.refuse(
@@ -212,14 +212,14 @@ class _Layers(TorchFunctionMode):
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are one, or views of the same shape."""
+    """Return whether two tensors are the same, or views of the same memory with the same shape."""
     if x is y:
         return True
     return (x.shape, x.stride()) == (y.shape, y.stride()) and x.data_ptr() == y.data_ptr()
 
 
 def _batch_size(handler: NoisePerExample, args: tuple[Any, ...], kwargs: Any) -> int:
-    """The number of examples: the first size of the module's first input."""
+    """Return the number of examples: the first size of the module's first input."""
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor) and x.dim() > 0:
             return x.shape[0]

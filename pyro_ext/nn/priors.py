@@ -16,12 +16,14 @@ Prior = TorchDistributionMixin | Callable[[str, Tensor], TorchDistributionMixin]
 
 
 def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMixin:
-    """The prior of one parameter: expanded to its shape, and in its dtype and on its device.
+    """Return the prior of one parameter, expanded to its shape, in its dtype and on its device.
 
     :param prior: a distribution, or a function of the name and the parameter that returns one.
-    :param str name: the parameter's name, for errors.
-    :param torch.Tensor parameter: the parameter.
-    :raises ValueError: if it is no distribution, or if the shapes do not match.
+    :param name: the parameter's name, for errors.
+    :param parameter: the parameter.
+    :returns: a distribution whose event shape is the parameter's shape.
+    :raises TypeError: if the prior is not a distribution.
+    :raises ValueError: if the shapes do not match.
     """
     fn: Any = prior if isinstance(prior, TorchDistributionMixin) else prior(name, parameter)
     where = f"the prior of '{name}'"
@@ -39,12 +41,12 @@ def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMix
 
 
 def is_fixed(fn: Any) -> bool:
-    """Whether a distribution holds no tensor that is being learnt."""
+    """Return whether no tensor of a distribution requires a gradient."""
     return not any(x.requires_grad for x in _tensors(fn))
 
 
 def check_support(fn: TorchDistributionMixin, name: str, parameter: Tensor) -> None:
-    """Raises a ValueError unless the parameter's own values lie in the support of its prior."""
+    """Raise a ValueError unless the parameter's value lies in the support of its prior."""
     support: Any = fn.support
     if support.is_discrete or not bool(support.check(parameter.detach()).all()):
         raise ValueError(
@@ -61,7 +63,7 @@ def _expands(fn: TorchDistributionMixin, batch_shape: torch.Size) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a distribution, or of a part of one."""
+    """Yield the tensors of a distribution, or of a part of one."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -72,7 +74,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A distribution, or a part of one, with floating-point tensors like a parameter."""
+    """Return a distribution, or a part of one, on the device of a parameter.
+
+    Floating-point tensors also get the parameter's dtype.
+    """
     if isinstance(value, Tensor):
         return value.to(parameter) if value.is_floating_point() else value.to(parameter.device)
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Pure tensor mathematics; imports torch alone."""
+"""Pure tensor functions. They use torch, but not Pyro."""
 
 import warnings
 from typing import Any

@@ -1,20 +1,22 @@
 """The log mass of mixtures of discretized logistics, with gradients derived by hand.
 
-For a bin [x - 1/2, x + 1/2] let t = exp(-log_scale), c = (x - loc) t, and let n = |c| - t / 2 be
-the signed distance of loc to the nearer edge of the bin, and n + t that to the farther one. With
-the masses p = sigmoid(n) and q = sigmoid(-n - t) beyond these edges,
+For a bin [x - 1/2, x + 1/2], let t = exp(-log_scale) and c = (x - loc) t. In units of the scale,
+the signed distance from loc to the nearer edge of the bin is n = |c| - t / 2. The distance to the
+farther edge is n + t. With the masses p = sigmoid(n) and q = sigmoid(-n - t) beyond these edges,
 
     mass                 = 1 - p - q = (1 - p) (1 - q) (1 - exp(-t))
     d log mass / d loc   = tanh(c) (p + q - 2 p q) t
     d log mass / d log s = n p - (n + t) q - t / (exp(t) - 1).
 
-An edge bin takes its tail: there is no farther edge, and t is infinite where it stands alone.
+A bin at an end of the range includes the tail, and has no farther edge. For this bin, q and exp(-t)
+are zero, tanh(c) is -1 or 1, and n stays finite.
+
 With m = min(p, 1 - p) and Q = m + q - m q,
 
-    log mass = min(-n, 0) + log r,    r = (1 - exp(-t)) (1 - Q),
+    log mass = min(-n, 0) + log r,    r = (1 - exp(-t)) (1 - Q).
 
-and 1 - r = exp(-t) + (1 - exp(-t)) Q has positive terms only. Where r is near one, the log of the
-rounded r is corrected by how much 1 - r differs from that sum.
+The sum 1 - r = exp(-t) + (1 - exp(-t)) Q has only positive terms. Where r is near one, the log of
+the rounded r is corrected by the difference between 1 - r and this sum.
 """
 
 import math
@@ -27,10 +29,10 @@ from torch import Tensor
 from pyro_ext.ops.once_differentiable import is_traced, is_transformed, may_need_gradient
 from pyro_ext.ops.precision import promoted_dtype
 
-#: How many terms (points x channels x components) are worked on at a time on a CPU.
+#: The number of terms (points x channels x components) that are computed at once on a CPU.
 BLOCK_SIZE = 2**18
 
-# exp(-LARGE) is zero in every dtype, and LARGE x 0 is zero, which inf x 0 is not.
+# exp(-LARGE) is zero in every dtype. LARGE x 0 is zero as well, but inf x 0 is NaN.
 _LARGE = 1e4
 
 
@@ -43,30 +45,28 @@ def discretized_logistic_mixture_log_prob(
     high: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""The log mass of integers under a mixture of discretized logistics.
+    """Return the log mass of integers under a mixture of discretized logistics.
 
     .. math::
 
-        \log \sum_k \pi_k \prod_c \Bigl[ \sigma\Bigl(\frac{x_c + 1/2 - \mu_{ck}}{s_{ck}}\Bigr)
-        - \sigma\Bigl(\frac{x_c - 1/2 - \mu_{ck}}{s_{ck}}\Bigr) \Bigr]
+    The bins of ``low`` and ``high`` include the tails. All C channels of a point share the
+    component.
 
-    The bins of ``low`` and ``high`` take the tails. All C channels of a point share the component.
+    :param value: integers of shape ``(..., C)`` and any dtype. Values outside ``low..high`` give
+        ``-inf``, and NaN gives NaN. Fractions are not checked.
+    :param logits: unnormalised log weights of the components, of shape ``(..., K)``.
+    :param loc: locations of shape ``(..., C, K)``, in the units of ``value``.
+    :param log_scale: logarithms of the scales, of shape ``(..., C, K)``.
+    :param low: the smallest integer.
+    :param high: the largest integer, at least ``low``.
+    :param dtype: the dtype of the result and of most of the arithmetic. By default, it is the
+        common dtype of the parameters, at least float32. A wider ``loc`` or ``log_scale`` keeps its
+        dtype in two places where digits cancel: the distances to the edges, and the scale.
+    :returns: a tensor of the common batch shape. It can be differentiated once in ``logits``,
+        ``loc`` and ``log_scale``.
+    :raises ValueError: if the shapes do not match, or if ``low > high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++.
-
-    :param torch.Tensor value: integers of shape ``(..., C)`` and any dtype. Outside of
-        ``low..high`` the result is ``-inf``; NaN gives NaN; fractions are not checked.
-    :param torch.Tensor logits: unnormalised log weights of the components, ``(..., K)``.
-    :param torch.Tensor loc: locations, in the units of ``value``, ``(..., C, K)``.
-    :param torch.Tensor log_scale: logarithms of the scales, ``(..., C, K)``.
-    :param int low: the smallest integer.
-    :param int high: the largest integer.
-    :param torch.dtype dtype: of the result and of most of the arithmetic; by default that of the
-        parameters together, at least float32. A wider ``loc`` or ``log_scale`` is kept for what
-        cancels: the distances to the edges, and the scale.
-    :returns: a tensor of the common batch shape. Its gradient in ``logits``, ``loc`` and
-        ``log_scale`` can be taken once.
-    :raises ValueError: where the shapes do not match, or where ``low > high``.
 
     >>> value = torch.arange(4.0).unsqueeze(-1)
     >>> parameters = torch.zeros(2), torch.tensor([[0.3, 2.0]]), torch.zeros(1, 2)
@@ -97,7 +97,7 @@ def discretized_logistic_mixture_log_prob(
 
 
 def _common_shape(value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> torch.Size:
-    """The batch shape, the number of channels and that of components."""
+    """Return the common shape: the batch shape, the number of channels and of components."""
     try:
         if min(value.dim(), logits.dim(), loc.dim() - 1, log_scale.dim() - 1) < 1:
             raise RuntimeError("too few dims")
@@ -113,12 +113,12 @@ def _common_shape(value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor)
 
 
 def _expand(x: Tensor, shape: Sequence[int]) -> Tensor:
-    # The backward of an idle expand costs a copy of the gradient.
+    # The backward pass of an unnecessary expand costs a copy of the gradient.
     return x if x.shape == shape else x.expand(shape)
 
 
 class _LogProb(torch.autograd.Function):
-    """One pass for log p and, if needed, its gradients, which is all that is saved."""
+    """The log mass and, if needed, its gradients, which are computed in the same pass and saved."""
 
     @staticmethod
     def forward(
@@ -168,11 +168,14 @@ class _LogProb(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The gradient of log p times that of the loss; it refuses to pass for a constant."""
+    """The gradient of the log mass times the gradient of the loss.
+
+    It raises an error if it is differentiated. Autograd would otherwise treat it as a constant.
+    """
 
     @staticmethod
     def forward(grad: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-        # Components come first in a saved gradient and last in a parameter.
+        # Components are the first dim of a saved gradient, and the last dim of a parameter.
         gradient = gradient.movedim(0, -1)
         grad = grad.reshape(grad.shape + (1,) * (gradient.dim() - grad.dim()))
         if is_traced() or is_transformed(grad):
@@ -202,7 +205,7 @@ def _batch_first(info: Any, x: Tensor, dim: int | None) -> Tensor:
 
 
 class _Bins(NamedTuple):
-    """What depends on the value alone, each of shape ``(N, C)``."""
+    """The bins of the values: all quantities that depend only on the value, of shape ``(N, C)``."""
 
     lower: Tensor
     center: Tensor
@@ -211,13 +214,17 @@ class _Bins(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor, low: int, high: int) -> "_Bins":
-        """The bins of some integers: infinite beyond the edges, where ``edge`` is not zero."""
+        """Return the bins of some integers.
+
+        At ``low`` and ``high`` the outer edge is infinite, and ``edge`` is not zero.
+        """
         is_low, is_high = value == low, value == high
         return cls(
             (value - 0.5).masked_fill(is_low, -math.inf),
             value.masked_fill(is_low, -math.inf).masked_fill(is_high, math.inf),
             (value + 0.5).masked_fill(is_high, math.inf),
-            # The distance to a nearer edge is at least -LARGE, that to a farther one then LARGE.
+            # The distance to the nearer edge is at least -LARGE. With this shift, the distance to
+            # the farther edge is at least LARGE.
             (is_low | is_high).to(value.dtype).mul(-2 * _LARGE),
         )
 
@@ -225,7 +232,7 @@ class _Bins(NamedTuple):
 def _evaluate_in_blocks(
     bins: _Bins, logits: Tensor, loc: Tensor, log_scale: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, ...]:
-    """The same as :func:`_evaluate`, with intermediate results that fit into a cache."""
+    """Return the results of :func:`_evaluate`, computed in blocks that fit into a cache."""
     N, C, K = loc.shape
     shapes = ((N,), (K, N), (K, N, C), (K, N, C)) if needs_gradient else ((N,), (0,), (0,), (0,))
     out = tuple(logits.new_empty(shape) for shape in shapes)
@@ -251,7 +258,7 @@ def _evaluate(
     needs_gradient: bool,
     out: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log mass of shape ``(N,)`` and its gradients, with components first."""
+    """Return the log mass, of shape ``(N,)``, and its gradients, with components first."""
     log_mass, by_loc, by_log_scale = _evaluate_components(
         bins, loc, log_scale, logits.dtype, needs_gradient
     )
@@ -261,7 +268,7 @@ def _evaluate(
     weights = logits.exp()
     total = weights.sum(0)
     weights.mul_(total.reciprocal())
-    # Near mass one, the complement is what is known to all digits.
+    # Near mass one, only the complement is accurate to all digits.
     complement = joint.expm1().mul_(weights).sum(0)
     joint.add_(logits)
     largest = joint.amax(0)
@@ -283,16 +290,16 @@ def _evaluate(
 def _evaluate_components(
     bins: _Bins, loc: Tensor, log_scale: Tensor, dtype: torch.dtype, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log mass of each component and channel, ``(K, N, C)``, and its derivatives.
+    """Return the log mass of each component and channel, ``(K, N, C)``, and its derivatives.
 
-    Each operation is a pass over memory, so that most of them are done in place.
+    Each operation is a pass over memory, so most of them work in place.
     """
     by_loc = by_log_scale = loc.new_empty(0)
     loc = _components_first(loc)
     t = _components_first(log_scale).neg_().exp_().to(dtype)
     if needs_gradient:
         slope = (bins.center - loc).to(dtype).mul_(t).tanh_().mul_(t)
-    # Each edge is subtracted by itself: |c| - t / 2 would cancel.
+    # Subtract each edge separately: digits would cancel in |c| - t / 2.
     nearer = (bins.lower - loc).clamp_(min=loc.sub_(bins.upper)).to(dtype)
     del loc
     nearer.mul_(t).clamp_(min=-_LARGE)
@@ -318,5 +325,5 @@ def _evaluate_components(
 
 
 def _components_first(x: Tensor) -> Tensor:
-    # Several times faster than a transposed copy.
+    # This is several times faster than a transposed copy.
     return torch.stack(x.unbind(-1))

@@ -8,32 +8,33 @@ from torch import Tensor
 from pyro_ext.ops.once_differentiable import zero_with_derivative
 from pyro_ext.ops.precision import accumulation_dtype
 
-#: The largest number of subsets of one size that :func:`jackknife` will visit: C(2048, 2) fits.
+#: The largest number of subsets of one size that :func:`jackknife` visits. C(2048, 2) is below it.
 MAX_SUBSETS = 2**21
 
-# Subsets are visited in blocks of about this many numbers, which bounds the memory.
+# Subsets are visited in blocks of about this many numbers, to bound the memory.
 _BLOCK_NUMEL = 2**20
-_PAIR_BLOCK_NUMEL = 2**17  # several passes over one block stay in the cache
+_PAIR_BLOCK_NUMEL = 2**17  # several passes over a block stay in the cache
 
 
 class TooManySubsetsError(ValueError):
-    """Raised when a jackknife would have to visit more than :data:`MAX_SUBSETS` subsets."""
+    """The error for a jackknife with more than :data:`MAX_SUBSETS` subsets of one size."""
 
 
 def jackknife_coefficients(num_particles: int, order: int) -> list[float]:
-    r"""The weights of the leave-j-out means in the jackknife of order m.
+    r"""Return the weights of the leave-j-out means in the jackknife of order m.
 
     .. math:: c(K, m, j) = \frac{(-1)^j (K - j)^m}{(m - j)!\, j!}, \qquad j = 0, \dots, m
 
-    They sum to one, and they are huge: order 2 at K = 256 has 32768 and -65025.
+    They sum to one, and they can be huge: for order 2 and K = 256, two of them are 32768 and
+    -65025.
 
-    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
-    Autoencoders and Jackknife Variational Inference.
-
-    :param int num_particles: the number of particles K >= 1.
-    :param int order: the order m, ``0 <= m < K``.
-    :returns: the m + 1 coefficients, each correctly rounded.
+    :param num_particles: the number of particles K >= 1.
+    :param order: the order m, ``0 <= m < K``.
+    :returns: a list of the m + 1 coefficients, each correctly rounded.
     :raises ValueError: if ``order`` is outside ``0..K-1``.
+
+    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted Autoencoders
+    and Jackknife Variational Inference.
 
     >>> jackknife_coefficients(10, 1)
     [10.0, -9.0]
@@ -50,29 +51,25 @@ def jackknife_coefficients(num_particles: int, order: int) -> list[float]:
 
 
 def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
-    r"""The jackknife estimate of the log mean weight, over dim 0, with bias O(K^-(m+1)).
+    """Return the jackknife estimate of the log mean weight over dim 0, with bias O(K^-(m+1)).
 
     .. math::
 
-        \sum_{j=0}^{m} c(K, m, j)\, \bar L_{K-j}, \qquad
-        \bar L_{K-j} = \binom{K}{j}^{-1} \sum_{|S| = j}
-            \log \frac{1}{K - j} \sum_{i \notin S} e^{\ell_i}
+    It is an estimate, not a bound. All subsets are visited, in blocks, at a cost of O(K^m). The
+    arithmetic is in float64 for every dtype of ``log_w``. Within a subset, no digits cancel: the
+    weights are sorted, and a removed set consists of a prefix and of further weights. Each further
+    weight is smaller than the largest weight that remains.
 
-    It is an estimate, not a bound. All the subsets are visited, in blocks, at a cost of
-    O(K^m); the arithmetic is in float64 whatever the dtype of ``log_w``. Within a subset nothing
-    cancels: with the weights sorted, a removed set takes a prefix and then others, each of them
-    smaller than the largest weight that remains.
-
-    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted
-    Autoencoders and Jackknife Variational Inference.
-
-    :param torch.Tensor log_w: log weights of shape ``(K, ...)``; entries may be ``-inf``.
-    :param int order: the order m, ``0 <= m < K``; m = 0 is :func:`log_mean_exp`.
-    :returns: a tensor of shape ``(...)`` and the dtype of ``log_w``. NaN where fewer than m + 1
-        log weights are finite, for then a leave-m-out mean is the logarithm of zero. Its
-        gradient with respect to ``log_w`` sums to one over dim 0; it can be taken once.
+    :param log_w: log weights of shape ``(K, ...)``. Entries may be ``-inf``.
+    :param order: the order m, ``0 <= m < K``. Order 0 is :func:`log_mean_exp`.
+    :returns: a tensor of shape ``(...)`` in the dtype of ``log_w``. It is NaN where fewer than
+        m + 1 log weights are finite, because a leave-m-out mean is then the logarithm of zero. It
+        can be differentiated once, and its gradient in ``log_w`` sums to one over dim 0.
     :raises ValueError: if ``order`` is outside ``0..K-1``.
     :raises TooManySubsetsError: if C(K, j) exceeds :data:`MAX_SUBSETS` for a j <= m.
+
+    Source: Nowozin (2018), Debiasing Evidence Approximations: On Importance-weighted Autoencoders
+    and Jackknife Variational Inference.
 
     >>> jackknife(torch.tensor([0.0, 1.0, 2.0]), order=1)
     tensor(1.4776)
@@ -90,22 +87,20 @@ def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
 def jackknife_derivatives(
     log_w: Tensor, order: int = 1
 ) -> tuple[Float[Tensor, "K *rest"], Float[Tensor, "K *rest"]]:
-    r"""First and pure second derivatives of :func:`jackknife` in each log weight.
+    r"""Return the first and pure second derivatives of :func:`jackknife` in each log weight.
 
     With :math:`v_{k,S} = w_k / \sum_{i \notin S} w_i`,
 
     .. math::
 
-        f_k = \sum_j c_j \tbinom{K}{j}^{-1} \sum_{S \not\ni k} v_{k,S}, \qquad
-        f_{kk} = \sum_j c_j \tbinom{K}{j}^{-1} \sum_{S \not\ni k} v_{k,S} (1 - v_{k,S})
-
-    Source: differentiating Nowozin (2018), equation of the generalised jackknife.
-
-    :param torch.Tensor log_w: log weights of shape ``(K, ...)``.
-    :param int order: the order m, ``0 <= m < K``.
-    :returns: :math:`f_k` and :math:`f_{kk}`, each of the shape and dtype of ``log_w``.
+    :param log_w: log weights of shape ``(K, ...)``.
+    :param order: the order m, ``0 <= m < K``.
+    :returns: :math:`f_k` and :math:`f_{kk}`, each with the shape and dtype of ``log_w``.
     :raises ValueError: if ``order`` is outside ``0..K-1``.
     :raises TooManySubsetsError: if C(K, j) exceeds :data:`MAX_SUBSETS` for a j <= m.
+
+    Source: the derivatives of the generalised jackknife in Nowozin (2018), Debiasing Evidence
+    Approximations: On Importance-weighted Autoencoders and Jackknife Variational Inference.
 
     >>> first, second = jackknife_derivatives(torch.zeros(4), order=1)
     >>> first
@@ -135,14 +130,17 @@ def _check(log_w: Tensor, order: int) -> None:
 def _evaluate(
     log_w: Float[Tensor, "K *rest"], order: int, num_powers: int
 ) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "powers K *rest"]]:
-    """The value, and the sums f_k over shares and, as the second power, f_k - f_kk over squares."""
+    """Return the estimate, and the weighted sums of each particle's shares and of their powers.
+
+    The first power gives f_k. The second power, if there is one, gives f_k - f_kk.
+    """
     K, batch_shape = log_w.shape[0], log_w.shape[1:]
     wide = log_w.reshape(K, batch_shape.numel()).to(accumulation_dtype(log_w.device))
     ranked, ranking = wide.sort(dim=0, descending=True)
     log_total = ranked.logsumexp(0)
     ranked = ranked - log_total
 
-    # sum_j c_j = 1, so that only the differences of the leave-j-out means meet the coefficients.
+    # The large coefficients sum to one, so they need to multiply only differences of the means.
     value = log_total - math.log(K)
     shares = ranked.new_zeros(num_powers, *ranked.shape)
     suffixes = [_suffix(ranked, t) for t in range(order + 1)]
@@ -158,7 +156,7 @@ def _evaluate(
 def _suffix(
     ranked: Float[Tensor, "K n"], t: int
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "rest n"]]:
-    """The log of the sum from the t-th weight on, and the shares in it."""
+    """Return the log of the sum from the t-th weight on, and the share of each weight in it."""
     log_suffix = ranked[t:].logsumexp(0)
     return log_suffix, (ranked[t:] - log_suffix).exp()
 
@@ -166,14 +164,16 @@ def _suffix(
 def _leave_out(
     suffixes: Sequence[tuple[Tensor, Tensor]], j: int, num_powers: int
 ) -> tuple[Tensor, Tensor]:
-    """Means over all removed sets S of size j, for log weights sorted descending with sum 1.
+    """Return means over all removed sets S of size j.
 
-    Returns mean_S log(mean of the rest) - log(mean of all), of shape (B,), and the means over S
-    of v_iS, v_iS^2, ..., of shape (num_powers, K, B), where v_iS is particle i's share of the
-    rest, or 0 if it was removed.
+    The log weights are sorted in descending order, and the weights sum to 1. The first result is
+    the mean over S of log(mean of the rest) - log(mean of all), of shape (B,). The second is the
+    mean over S of v_iS, v_iS^2, ..., of shape (num_powers, K, B). Here v_iS is particle i's share
+    of the rest, or 0 if it was removed.
 
-    The sets are grouped by the longest prefix 0..t-1 that they remove: particle t stays, the
-    other j - t removed ones come after it, so that they are no larger than what remains.
+    The sets are grouped by the longest prefix 0..t-1 that they remove. Particle t stays, and the
+    other j - t removed particles come after it. Each of their weights is therefore no larger than
+    the sum that remains.
     """
     K, B = suffixes[0][1].shape
     log_rest = suffixes[0][1].new_zeros(B)
@@ -192,10 +192,11 @@ def _leave_out(
 
 
 def _sums_over_subsets(share: Tensor, r: int, num_powers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the r-subsets S of n particles, with rest_S = 1 - the shares of S.
+    """Return sums over the r-subsets S of n particles, where rest_S is 1 minus the shares in S.
 
-    Returns the sums of log rest_S, of shape (B,); of 1 / rest_S and its powers over all subsets,
-    of shape (num_powers, 1, B), and over those that contain each particle, (num_powers, n, B).
+    The first result is the sum of log rest_S, of shape (B,). The second is the sum of 1 / rest_S
+    and its powers, of shape (num_powers, 1, B). The third has the same sums over only the subsets
+    that contain each particle, of shape (num_powers, n, B).
     """
     n, B = share.shape
     log_rest, lost = share.new_zeros(B), share.new_zeros(num_powers, n, B)
@@ -217,14 +218,17 @@ def _sums_over_subsets(share: Tensor, r: int, num_powers: int) -> tuple[Tensor, 
 
 
 def _sums_over_pairs(share: Tensor, num_powers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_sums_over_subsets` for pairs, by blocks of the triangle above the diagonal."""
+    """Return the results of :func:`_sums_over_subsets` for pairs.
+
+    The pairs are visited in blocks of the triangle above the diagonal.
+    """
     n, B = share.shape
     log_rest, in_pairs = share.new_zeros(B), share.new_zeros(num_powers, n, B)
     size = max(1, _PAIR_BLOCK_NUMEL // max(1, n * B))
     for start in range(0, n, size):
         rows, columns = share[start : start + size], share[start:]
         negative = (rows.unsqueeze(1) + columns).neg_()
-        # On the diagonal and below are no pairs; there the logarithm is 0 and the inverse 1.
+        # Entries on or below the diagonal are not pairs: their log becomes 0, and their inverse 1.
         no_pairs = torch.ones(len(rows), len(columns), device=share.device).tril_().bool()
         negative.masked_fill_(no_pairs.unsqueeze(-1), 0.0)
         log_rest += torch.log1p(negative).sum((0, 1))
@@ -235,17 +239,17 @@ def _sums_over_pairs(share: Tensor, num_powers: int) -> tuple[Tensor, Tensor, Te
 
 
 def _powers(x: Tensor, num_powers: int) -> Tensor:
-    """The first one or two powers of a tensor, along a new dim on the left."""
+    """Return the first one or two powers of a tensor, along a new dim on the left."""
     return torch.stack([x, x.square()]) if num_powers == 2 else x.unsqueeze(0)
 
 
 def _subset_blocks(n: int, r: int, like: Tensor) -> Iterator[Tensor]:
-    """The r-subsets of 0..n-1 as the columns of (r, block) index tensors."""
-    subsets = torch.full((1, 1), -1, device=like.device)  # one empty subset
+    """Yield the r-subsets of 0..n-1 as the columns of index tensors of shape (r, block)."""
+    subsets = torch.full((1, 1), -1, device=like.device)  # the empty subset
     for size in range(1, r + 1):
         last = subsets[-1]
         count = n - 1 - last
-        # The children of a subset end in last + 1, ..., n - 1. Its first child has this rank.
+        # The children of a subset end in last + 1, ..., n - 1. Its first child is at this position.
         rank = count.cumsum(0) - count
         total = math.comb(n, size)
         grown = torch.cat([subsets, (last + 1 - rank).unsqueeze(0)])

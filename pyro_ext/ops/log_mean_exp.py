@@ -8,16 +8,16 @@ from pyro_ext.ops.precision import accumulation_dtype
 
 
 def log_mean_exp(log_w: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
-    r"""The logarithm of the mean of weights that are given by their logarithms.
+    r"""Return the log of the mean weight, computed from log weights.
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^K e^{\ell_k}
 
-    Its gradient is the normalised weights, :math:`\mathrm{softmax}(\ell)`, which sum to one.
+    The gradient equals the normalised weights, :math:`\mathrm{softmax}(\ell)`, which sum to one.
 
-    :param torch.Tensor log_w: log weights, of any shape and floating dtype; entries may be
-        ``-inf``. Where all of them are, the value is ``-inf`` and the gradient is NaN.
-    :param int dim: the dimension of size K over which the mean is taken.
-    :returns: a tensor of the shape of ``log_w`` without ``dim``.
+    :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``. If all of
+        them are, the value is ``-inf`` and the gradient is NaN.
+    :param dim: the dim of size K >= 1 over which the mean is taken.
+    :returns: a tensor with the shape of ``log_w`` without ``dim``.
     :raises ValueError: if ``dim`` has size zero.
 
     >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
@@ -33,19 +33,19 @@ def log_mean_exp(log_w: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..
 def leave_one_out_log_mean_exp(
     log_w: Float[Tensor, "*shape"], dim: int = 0
 ) -> Float[Tensor, "*shape"]:
-    r"""For each weight, the logarithm of the mean of all the others.
+    r"""Return, for each weight, the log of the mean of all other weights.
 
     .. math:: L_{-k} = \log \frac{1}{K-1} \sum_{i \ne k} e^{\ell_i}
 
-    Nothing cancels: the largest weight is left out by a sum of its own, and any other weight
-    is at most one half of the total.
+    No digits cancel. The mean without the largest weight is a separate sum, and any other weight is
+    at most half of the total.
+
+    :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``.
+    :param dim: the dim of size K >= 2 along which one weight at a time is left out.
+    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where all other log weights are.
+    :raises ValueError: if ``dim`` has fewer than two entries.
 
     Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
-
-    :param torch.Tensor log_w: log weights, of any shape and floating dtype; ``-inf`` is allowed.
-    :param int dim: the dimension of size K >= 2 along which one weight at a time is left out.
-    :returns: a tensor of the shape of ``log_w``; ``-inf`` where all the others are ``-inf``.
-    :raises ValueError: if ``dim`` has fewer than two entries.
 
     >>> log_w = torch.tensor([0.0, 0.0, 500.0])
     >>> leave_one_out_log_mean_exp(log_w)
@@ -58,7 +58,7 @@ def leave_one_out_log_mean_exp(
     position = wide.argmax(dim, keepdim=True)
     largest = torch.zeros_like(wide, dtype=torch.bool).scatter(dim, position, True)
     total = relative.logsumexp(dim, keepdim=True)
-    # Masked before the exponential, so that the branch not taken has no NaN in its gradient.
+    # Mask before the exponential. Otherwise the branch not taken has NaN in its gradient.
     share = (relative - total).masked_fill(largest | (wide == -math.inf), -math.inf).exp()
     others = top + total + torch.log1p(-share)
     without_largest = wide.masked_fill(largest, -math.inf).logsumexp(dim, keepdim=True)
@@ -67,16 +67,16 @@ def leave_one_out_log_mean_exp(
 
 
 def leave_one_out_mean(log_w: Float[Tensor, "*shape"], dim: int = 0) -> Float[Tensor, "*shape"]:
-    r"""For each log weight, the mean of all the other log weights.
+    r"""Return, for each log weight, the mean of all other log weights.
 
     .. math:: \bar\ell_{-k} = \frac{1}{K-1} \sum_{i \ne k} \ell_i
 
-    Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
-
-    :param torch.Tensor log_w: log weights, of any shape and floating dtype; ``-inf`` is allowed.
-    :param int dim: the dimension of size K >= 2 along which one entry at a time is left out.
-    :returns: a tensor of the shape of ``log_w``; ``-inf`` where any other entry is ``-inf``.
+    :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``.
+    :param dim: the dim of size K >= 2 along which one entry at a time is left out.
+    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where any other entry is.
     :raises ValueError: if ``dim`` has fewer than two entries.
+
+    Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
 
     >>> leave_one_out_mean(torch.tensor([1.0, 2.0, 6.0]))
     tensor([4.0000, 3.5000, 1.5000])

@@ -1,4 +1,4 @@
-"""The log density of a mixture of normals with mean zero, without a dim of components."""
+"""The log density of a mixture of normals with mean zero, without a dim for the components."""
 
 import math
 from typing import Any
@@ -11,18 +11,24 @@ from torch.nn.functional import softplus
 
 from pyro_ext.ops.once_differentiable import is_traced, is_transformed
 
-#: How many values are worked on at a time on a CPU.
+#: The number of values that are computed at once on a CPU.
 BLOCK_SIZE = 2**17
 
 
 def normal_scale_mixture_log_densities(
     value: Tensor, scales: Float[Tensor, "*#batch K"], log_weights: Float[Tensor, "*#batch K"]
 ) -> Float[Tensor, "... K"]:
-    """The log of each component's weighted density, ``(..., K)``, in the dtype of the scales.
+    r"""Return the log of each component's weighted density, in the dtype of the scales.
 
-    :param torch.Tensor value: real numbers of shape ``(...)``.
-    :param torch.Tensor scales: standard deviations of shape ``(..., K)``.
-    :param torch.Tensor log_weights: log weights of shape ``(..., K)``, in the same dtype.
+    .. math:: \log \pi_k + \log \mathcal{N}(x \mid 0, \sigma_k^2)
+
+    :param value: real numbers of shape ``(...)``.
+    :param scales: standard deviations > 0, of shape ``(..., K)``.
+    :param log_weights: log weights of shape ``(..., K)``, in the dtype of ``scales``.
+    :returns: a tensor of shape ``(..., K)``.
+
+    >>> normal_scale_mixture_log_densities(torch.zeros(5), torch.ones(2), torch.zeros(2)).shape
+    torch.Size([5, 2])
     """
     z = value.to(scales.dtype).unsqueeze(-1) / scales
     return _constants(scales, log_weights) - z.square() / 2
@@ -31,17 +37,18 @@ def normal_scale_mixture_log_densities(
 def normal_scale_mixture_log_prob(
     value: Tensor, scales: Tensor, log_weights: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    r"""The log density of a mixture of normals with mean zero.
+    r"""Return the log density of a mixture of normals with mean zero.
 
     .. math:: \log \sum_k \pi_k \, \mathcal{N}(x \mid 0, \sigma_k^2)
 
-    Values that share one set of fixed components, such as the weights of a network under a prior,
-    take one pass over memory that gives the derivative as well.
+    There is a fast path for values that share one set of fixed components, such as the weights of a
+    network under a prior. It takes one pass over memory, which gives the derivative as well.
 
-    :param torch.Tensor value: real numbers of shape ``(...)``.
-    :param torch.Tensor scales: standard deviations of shape ``(..., K)``, in a wide dtype.
-    :param torch.Tensor log_weights: normalised log weights of shape ``(..., K)``, likewise.
-    :param torch.dtype dtype: of the result.
+    :param value: real numbers of shape ``(...)``.
+    :param scales: standard deviations > 0, of shape ``(..., K)``, in a wide dtype.
+    :param log_weights: normalised log weights of shape ``(..., K)``, in the dtype of ``scales``.
+    :param dtype: the dtype of the result.
+    :returns: a tensor of the common shape of value and components, without K.
 
     >>> scales, log_weights = torch.tensor([1.0, 0.1]).double(), torch.tensor([0.5, 0.5]).log()
     >>> x = torch.tensor([0.0, 1.0])
@@ -66,7 +73,7 @@ def _constants(
 class _SharedLogProb(torch.autograd.Function):
     """The log density for scales and log weights of shape ``(K,)``, and its derivative.
 
-    Higher derivatives are those of the plain formula.
+    Higher derivatives come from the plain formula.
     """
 
     @staticmethod
@@ -75,10 +82,10 @@ class _SharedLogProb(torch.autograd.Function):
     ) -> Tensor:
         flat = value.reshape(-1)
         log_prob = torch.empty_like(flat, dtype=dtype)
-        # Half precision would overflow before the product with a small gradient.
+        # Half precision could overflow before the product with a small gradient.
         wide = torch.promote_types(flat.dtype, torch.float32)
         derivative = torch.empty_like(flat, dtype=wide) if ctx.needs_input_grad[0] else None
-        # From the widest to the narrowest, and those without weight last.
+        # The widest component comes first, and components without weight come last.
         order = scales.masked_fill(log_weights == -math.inf, 0.0).argsort(descending=True)
         scales, log_weights = scales[order], log_weights[order]
         constants = _constants(scales, log_weights).unbind()
@@ -109,10 +116,10 @@ class _SharedLogProb(torch.autograd.Function):
 def _evaluate(
     x: Tensor, constants: tuple[Tensor, ...], precisions: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The log density of a block, and the mean precision of the components given the value.
+    """Return the log density of a block, and the mean precision of the components given the value.
 
-    Components are added one by one, the widest first: where a narrower one adds much, both log
-    densities are moderate, and nothing cancels.
+    Components are added one by one, the widest first. Where a narrower component adds much, both
+    log densities are moderate, and no digits cancel.
     """
     square = x.square()
     log_prob = torch.addcmul(constants[0], square, precisions[0], value=-0.5)
@@ -121,6 +128,6 @@ def _evaluate(
         excess = torch.addcmul(constant, square, precision, value=-0.5).sub_(log_prob)
         log_prob.add_(softplus(excess, threshold=40.0))
         mean_precision = torch.lerp(mean_precision, precision, excess.sigmoid_())
-    # There each log density is -inf, and their difference NaN.
+    # At infinity each log density is -inf, and the difference of two is NaN.
     log_prob.masked_fill_(square.isinf(), -math.inf)
     return log_prob, mean_precision.clone() if len(precisions) == 1 else mean_precision

@@ -1,4 +1,4 @@
-"""What functions with gradients of their own need to know and to refuse."""
+"""Helpers for functions that define their own gradients."""
 
 from typing import Any, NoReturn
 
@@ -10,36 +10,55 @@ from pyro_ext._private.of_torch import is_in_transform
 
 
 def is_traced() -> bool:
-    """Whether operations are recorded by ``torch.compile`` or ``make_fx``."""
+    """Return whether ``torch.compile`` or ``make_fx`` is recording operations."""
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether a tensor is that of a transform of ``torch.func``, or of batched gradients."""
+    """Return whether a tensor is part of a ``torch.func`` transform or of batched gradients."""
     return not is_traced() and is_in_transform(x)
 
 
 def may_need_gradient(*tensors: Tensor) -> bool:
-    """Whether a gradient may be asked for; under ``vmap`` no tensor tells."""
+    """Return whether autograd may ask for a gradient in some tensors.
+
+    Under ``vmap`` a tensor does not show whether it requires a gradient, so the answer is then
+    True.
+
+    :param tensors: tensors of any shape.
+    :returns: whether gradients are enabled and a tensor requires one or is transformed.
+
+    >>> may_need_gradient(torch.ones(2)), may_need_gradient(torch.ones(2, requires_grad=True))
+    (False, True)
+    """
     return torch.is_grad_enabled() and any(x.requires_grad or is_transformed(x) for x in tensors)
 
 
 def once_differentiable(gradient: Tensor, x: Tensor, message: str) -> Tensor:
-    """A gradient that refuses to pass for a constant where it is differentiated again.
+    """Return a first derivative that raises an error when it is differentiated again.
 
-    :param torch.Tensor gradient: the values of a first derivative.
-    :param torch.Tensor x: what it depends on.
-    :param str message: of the NotImplementedError.
+    Without this, autograd would treat the derivative as a constant.
+
+    :param gradient: the values of the first derivative, of any shape.
+    :param x: the tensor on which the derivative depends.
+    :param message: the message of the error.
+    :returns: a tensor with the values of ``gradient``.
+    :raises NotImplementedError: in a backward pass through the result.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> once_differentiable(2 * x.detach(), x, "x^2 can be differentiated once.").item()
+    6.0
     """
     return _Once.apply(gradient, x, message)
 
 
 def zero_with_derivative(derivative: Tensor, x: Tensor, message: str) -> Tensor:
-    """Zeros that depend on a tensor by a given derivative, element by element.
+    """Return zeros that have a given derivative in a tensor, element by element.
 
-    :param torch.Tensor derivative: of the shape of the result.
-    :param torch.Tensor x: a tensor that broadcasts to that shape, in the same dtype.
-    :param str message: of the NotImplementedError where it is differentiated twice.
+    :param derivative: the derivative, of the shape of the result.
+    :param x: a tensor that broadcasts to that shape, in the same dtype.
+    :param message: the message of the NotImplementedError if the result is differentiated twice.
+    :returns: a tensor of zeros.
     """
     return _Zero.apply(derivative, x.expand(derivative.shape), message)
 

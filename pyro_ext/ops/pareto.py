@@ -6,28 +6,29 @@ from torch import Tensor
 
 from pyro_ext.ops.precision import accumulation_dtype
 
-#: The smallest number of draws with five in the tail, which :func:`pareto_k` needs.
+#: The smallest number of draws for :func:`pareto_k`, which needs five draws in the tail.
 MIN_DRAWS = 21
 
 
 def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
-    r"""The Pareto shape :math:`\hat k` of the largest importance weights.
+    r"""Return the Pareto shape :math:`\hat k` of the largest importance weights.
 
-    A generalised Pareto distribution is fitted to the :math:`\min(S / 5, 3 \sqrt S)` largest of
-    S weights by the empirical Bayes estimate of Zhang and Stephens, with a weak prior at 1/2.
-    Weights have about :math:`1 / \hat k` finite moments; above 0.7 an importance-sampling
-    estimate is not to be trusted at any affordable S.
+    A generalised Pareto distribution is fitted to the :math:`\min(S / 5, 3 \sqrt S)` largest of S
+    weights. The fit is the empirical Bayes estimate of Zhang and Stephens, with a weak prior at
+    1/2. Weights have about :math:`1 / \hat k` finite moments. Above 0.7, do not trust an
+    importance-sampling estimate at any affordable S.
+
+    :param log_w: log weights of any shape and floating dtype.
+    :param dim: the dim of size S that holds the draws.
+    :returns: a tensor with the shape of ``log_w`` without ``dim``, in the widest dtype of the
+        device. It is ``inf`` if fewer than five weights lie in the tail, because nothing can then
+        be fitted; this is always the case for S < 21. It is ``-inf`` if all weights of the tail are
+        equal to the largest weight, because the weights are then bounded. It is NaN if all weights
+        are zero.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;
     Zhang and Stephens (2009), A New and Efficient Estimation Method for the Generalized Pareto
     Distribution.
-
-    :param torch.Tensor log_w: log weights, of any shape and floating dtype.
-    :param int dim: the dimension of size S that holds the draws.
-    :returns: a tensor of the shape of ``log_w`` without ``dim``, in the widest dtype of the
-        device. ``inf`` where fewer than five weights lie in the tail (S < 21 for one), so that
-        nothing can be fitted; ``-inf`` where the tail is an atom: the largest weight is shared
-        by all of the tail, hence the weights are bounded; NaN where all weights are zero.
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> uniform = torch.rand(100_000, generator=generator, dtype=torch.float64)
@@ -42,19 +43,20 @@ def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def tail_size(num_samples: int) -> int:
-    """How many of the largest weights :func:`pareto_k` looks at."""
+    """Return how many of the largest weights :func:`pareto_k` uses."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
 def pareto_k_of_largest(largest: Float[Tensor, "*rest T"]) -> Float[Tensor, "*rest"]:
-    """The Pareto shape, as :func:`pareto_k` has it, from the largest weights alone.
+    """Return the Pareto shape of :func:`pareto_k`, given only the largest weights.
 
-    :param torch.Tensor largest: log weights in descending order along the last dim, the one after
-        the tail included, in a wide dtype.
+    :param largest: log weights in a wide dtype, in descending order along the last dim. They are
+        the weights of the tail and the next smaller one.
+    :returns: a tensor with the shape of ``largest`` without the last dim.
     """
     relative = largest - largest[..., :1]
-    # Weights below the smallest normal number have lost digits: they do not belong to the tail,
-    # nor do ties with the cutoff.
+    # The tail excludes ties with the cutoff. It also excludes weights below the smallest normal
+    # number, which have lost digits.
     cutoff = relative[..., -1:].clamp(min=math.log(torch.finfo(largest.dtype).tiny))
     in_tail = (relative[..., :-1] > cutoff).flip(-1)
     exceedance = (relative[..., :-1].exp() - cutoff.exp()).flip(-1)
@@ -68,9 +70,12 @@ def pareto_k_of_largest(largest: Float[Tensor, "*rest T"]) -> Float[Tensor, "*re
 def _generalized_pareto_shape(
     x: Float[Tensor, "*rest T"], valid: Bool[Tensor, "*rest T"], n: Float[Tensor, "*rest"]
 ) -> Float[Tensor, "*rest"]:
-    """Shape for the ``n`` ascending values at the end of the last dim of ``x``, where ``valid``."""
+    """Return the Pareto shape of the last ``n`` values along the last dim of ``x``.
+
+    These values are in ascending order, and ``valid`` marks them.
+    """
     size = x.shape[-1]
-    n_column = n.clamp(min=1).unsqueeze(-1)  # rows without a tail are overwritten by the caller
+    n_column = n.clamp(min=1).unsqueeze(-1)  # the caller overwrites rows without a tail
     quartile_rank = (n_column / 4 + 0.5).floor().clamp(min=1)
     quartile = x.gather(-1, (size - n_column + quartile_rank).long() - 1)
     index = torch.arange(1, 31 + math.isqrt(size), dtype=x.dtype, device=x.device)
@@ -81,7 +86,7 @@ def _generalized_pareto_shape(
         return torch.log1p(-theta * x).where(valid, 0.0).sum(-1, keepdim=True) / n_column
 
     k_on_grid = torch.cat([mean_log(column) for column in theta.split(1, dim=-1)], dim=-1)
-    # theta = 0 is the exponential distribution, the limit of k = 0.
+    # theta = 0 is the limit k = 0, the exponential distribution.
     rate = torch.where(theta == 0, n_column / x.where(valid, 0.0).sum(-1, True), -theta / k_on_grid)
     log_likelihood = n_column * (rate.log() - k_on_grid - 1)
     weights = log_likelihood.where(index <= grid_size, -math.inf).softmax(-1)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype of a device: float64, or float32 where there is no float64.
+    """Return the widest floating dtype of a device: float64, or float32 if there is no float64.
 
-    :param torch.device device: the device on which a sum is accumulated.
+    :param device: the device on which a sum is accumulated.
     :returns: ``torch.float64``, or ``torch.float32`` on Apple's ``mps``.
 
     >>> accumulation_dtype(torch.device("cpu"))
@@ -17,5 +17,5 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 
 
 def promoted_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of some tensors together, at least float32."""
+    """Return the common dtype of some tensors, at least float32."""
     return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)

@@ -1,4 +1,4 @@
-"""Statistics of importance weights that come in chunks."""
+"""Statistics of importance weights that arrive in chunks."""
 
 import copy
 import math
@@ -12,19 +12,21 @@ from pyro_ext.ops.log_mean_exp import log_mean_exp
 from pyro_ext.ops.pareto import MIN_DRAWS, pareto_k_of_largest, tail_size
 from pyro_ext.ops.precision import accumulation_dtype
 
-#: The largest number of blocks whose means are kept for the jackknife; even, to be merged in pairs.
+#: The largest number of blocks whose means are kept for the jackknife. It is even, because blocks
+#: are merged in pairs.
 MAX_BLOCKS = 1024
-#: How many of the largest weights are kept at least, in case more draws follow than were planned.
+#: At least this many of the largest weights are kept, in case more draws follow than planned.
 MIN_TAIL = 256
 
 
 class LogMoments:
-    """Running mean and spread of numbers that are given by the logarithms of their sizes.
+    """The running mean and spread of numbers that are given by the logs of their absolute values.
 
-    :ivar largest: the largest log size so far, to which the moments are relative.
-    :ivar mean: the mean divided by ``largest.exp()``.
-    :ivar squares: the sum of squared deviations from the mean, divided by its square.
-    :ivar num_samples: how many numbers there were.
+    :ivar largest: the largest log absolute value so far. The moments are relative to it.
+    :ivar mean: the mean, divided by ``largest.exp()``.
+    :ivar squares: the sum of squared deviations from the mean, divided by ``largest.exp()``
+        squared.
+    :ivar num_samples: the count of numbers so far.
 
     Source: Chan, Golub and LeVeque (1983), Algorithms for Computing the Sample Variance.
 
@@ -41,10 +43,10 @@ class LogMoments:
     def update(
         self, log_size: Float[Tensor, "n *rest"], sign: Float[Tensor, "n *rest"] | float = 1.0
     ) -> None:
-        """Adds numbers.
+        """Add numbers.
 
-        :param torch.Tensor log_size: the logarithms of their absolute values, ``(n, ...)``.
-        :param torch.Tensor sign: their signs, likewise.
+        :param log_size: the logs of the absolute values, of shape ``(n, ...)``.
+        :param sign: the signs, -1 or 1, of the same shape, or one sign for all numbers.
         """
         if self.num_samples == 0:
             self.largest = log_size.new_full(log_size.shape[1:], -math.inf)
@@ -68,22 +70,23 @@ class LogMoments:
 
 
 class WeightStatistics:
-    r"""Mean, spread, tail and jackknife of importance weights, given in chunks.
+    r"""The mean, spread, tail and jackknife of importance weights that arrive in chunks.
 
-    What is kept for each data point is a few sums, the :math:`3 \sqrt S` largest weights (256 at
-    least), and the means of at most 1,024 blocks of draws; hence memory that hardly grows with S. A
-    block is one draw until there are more than that, then two, then four, and so on.
+    Three things are kept for each data point: a few sums, the :math:`3 \sqrt S` largest weights (at
+    least 256), and the means of at most 1,024 blocks of draws. Memory therefore hardly grows with
+    S. At first, a block is one draw. Whenever there would be more than 1,024 blocks, the block size
+    doubles.
 
-    The jackknife is taken over the block means in place of the draws. They are independent weights
-    with the same mean, so that it removes the same terms of the bias: with G blocks of b draws the
-    r-th term is of order :math:`S^{-r}`, as for single draws, because the cumulants of a block's
-    mean fall with b as those of the mean of all draws fall with S. What is left is
-    :math:`O(S^{-(m + 1)})` for order m.
+    The jackknife uses the block means instead of the draws. They are independent weights with the
+    same mean, so the jackknife removes the same terms of the bias. With G blocks of b draws, the
+    r-th term is of order :math:`S^{-r}`, as for single draws. The reason is that the cumulants of a
+    block mean fall with b in the same way in which the cumulants of the mean of all draws fall with
+    S. The remaining bias is :math:`O(S^{-(m + 1)})` for order m.
 
     An update replaces the tensors and lists of an instance, and changes none in place. A shallow
-    copy can therefore be updated by itself.
+    copy can therefore be updated independently.
 
-    :param int num_samples: the number of draws S that is planned, which sizes the tail.
+    :param num_samples: the planned number of draws S, which determines the size of the tail.
 
     >>> statistics = WeightStatistics(num_samples=4)
     >>> for chunk in torch.tensor([[0.0, 0.0], [1.0, 3.0]]).double().log():
@@ -102,13 +105,16 @@ class WeightStatistics:
         self._blocks: list[Tensor] = []
 
     def plan(self, num_samples: int) -> None:
-        """Keeps enough of the largest weights, from now on, for another number of draws."""
+        """Keep enough of the largest weights, from now on, for a new planned number of draws.
+
+        :param num_samples: the planned number of draws.
+        """
         self._tail_size = max(self._tail_size, MIN_TAIL, tail_size(num_samples))
 
     def update(self, log_w: Float[Tensor, "n *rest"]) -> None:
-        """Adds draws.
+        """Add draws.
 
-        :param torch.Tensor log_w: log weights of shape ``(n, ...)``.
+        :param log_w: log weights of shape ``(n, ...)``.
         """
         log_w = log_w.to(accumulation_dtype(log_w.device))
         if self.num_samples == 0:
@@ -137,7 +143,7 @@ class WeightStatistics:
         self._blocks = [*self._blocks, whole]
 
     def _largest(self, number: int) -> Tensor:
-        """The largest weights, in descending order."""
+        """Return the largest weights, in descending order."""
         tail = torch.cat(self._tail)
         return tail.topk(min(number, len(tail)), dim=0, sorted=True).values
 
@@ -165,18 +171,17 @@ class WeightStatistics:
 
     @property
     def pareto_k(self) -> Tensor:
-        """The Pareto shape of the largest weights, as :func:`pareto_k` has it."""
+        """The Pareto shape of the largest weights, as in :func:`pareto_k`."""
         if self.num_samples < MIN_DRAWS:
             return torch.full_like(self._moments.mean, math.inf)
         size = min(tail_size(self.num_samples), self._tail_size)
         return pareto_k_of_largest(self._largest(size + 1).movedim(0, -1))
 
     def jackknife(self, order: int) -> Tensor:
-        """The jackknife estimate of the log evidence, over blocks where draws are many.
+        """Return the jackknife estimate of the log evidence, over blocks if there are many draws.
 
-        NaN where there are too few draws.
-
-        :param int order: the order m, smaller than the number of draws.
+        :param order: the order m >= 0, smaller than the number of draws.
+        :returns: the estimate; NaN if there are too few draws.
         """
         num_blocks = sum(map(len, self._blocks))
         if num_blocks <= order:
