@@ -57,7 +57,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "tutorials",
     "filename_pattern": r"\.py$",
     "within_subsection_order": "gallery.position",
-    "reset_argv": f"gallery.{'smoke_arguments' if tags.has('smoke') else 'arguments'}",  # noqa: F821
+    "reset_argv": f"gallery.{'smoke_arguments' if tags.has('smoke') else 'arguments'}",
     "abort_on_example_error": True,
     "show_memory": False,
 }

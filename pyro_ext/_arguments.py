@@ -1,6 +1,7 @@
 """Checks of arguments, and descriptions of wrong values for error messages."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,17 @@ def describe(value: Any) -> str:
     vowels = "AEFHILMNORSX" if name.isupper() else "AEIOUaeiou"  # "an SVI", but "a Sequential"
     size = f" of length {len(value)}" if isinstance(value, (list, tuple, dict, set)) else ""
     return f"{'an' if name[0] in vowels else 'a'} {name}{size}"
+
+
+def abbreviate(values: Iterable[Any], most: int = 5) -> str:
+    """Return the first values of a list, and the number of the others, for an error message.
+
+    :param values: names or numbers.
+    :param most: the largest number of values to list.
+    """
+    values = list(values)
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return f"{values[:most]}{more}"
 
 
 def check_type(
@@ -60,12 +72,10 @@ def check_real(owner: str, name: str, value: Any, low: float, high: float) -> No
     :raises TypeError: if it is not a number.
     :raises ValueError: if it is outside the interval.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, but it is {describe(value)}.")
+    _check_number(owner, name, value)
     if not low <= value <= high:
-        raise ValueError(
-            f"{owner}: {name} must be between {low:g} and {high:g}, but it is {value}."
-        )
+        interval = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{owner}: {name} must be {interval}, but it is {value}.")
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
@@ -74,6 +84,11 @@ def check_positive(owner: str, name: str, value: Any) -> None:
     :raises TypeError: if it is not a number.
     :raises ValueError: if it is not positive, or not finite.
     """
-    check_real(owner, name, value, 0.0, math.inf)
-    if value in (0, math.inf):
+    _check_number(owner, name, value)
+    if not 0 < value < math.inf:
         raise ValueError(f"{owner}: {name} must be positive and finite, but it is {value}.")
+
+
+def _check_number(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, but it is {describe(value)}.")

@@ -21,7 +21,7 @@ def arviz() -> Any:
             import arviz
         except ImportError as error:
             raise ImportError(
-                "pyro_ext.diagnostics needs ArviZ: pip install 'arviz>=0.23'"
+                "pyro_ext.diagnostics: ArviZ is not installed. Run pip install 'arviz>=0.23'."
             ) from error
 
     return arviz
@@ -40,13 +40,13 @@ def to_container(
 ) -> Any:
     """Return an InferenceData (ArviZ 0.23) or a DataTree (1.x).
 
-    :param groups: the variables of each group, by the name of the group. Groups in
-        :data:`DATA_GROUPS` have no sample dims, and others have ``(chain, draw)`` on the left. A
-        variable that is a tuple of names and values has exactly the named dims.
-    :param dims: the names of a variable's dims without the sample dims, by variable. Dims without a
-        name are called ``<variable>_dim_<i>``.
-    :param coords: the labels of a dim, by dim. Dims without labels get integers. In groups of
-        predictions, dims whose labels do not fit get integers too.
+    :param groups: a dict from the name of a group to its variables. Groups in :data:`DATA_GROUPS`
+        have no sample dims, and others have ``(chain, draw)`` on the left. A variable that is a
+        tuple of names and values has exactly the named dims.
+    :param dims: a dict from the name of a variable to the names of its dims, without the sample
+        dims. Dims without a name are called ``<variable>_dim_<i>``.
+    :param coords: a dict from the name of a dim to its labels. Dims without labels get integers. In
+        groups of predictions, dims whose labels do not fit get integers too.
     :param attributes: the attributes of each group.
     :returns: the container.
     """
@@ -81,16 +81,17 @@ def _dataset(
         shape = values.shape[len(sample_dims) :]
         if len(own) > len(shape):
             raise ValueError(
-                f"dims of '{name}': expected at most {len(shape)} names for the shape {shape}, got "
-                f"{list(own)}."
+                f"from_pyro_svi: dims has {len(own)} names for '{name}', whose shape is {shape}. "
+                f"Pass at most {len(shape)}."
             )
         unnamed = (f"{name}_dim_{i}" for i in range(len(own), len(shape)))
         names = (*sample_dims, *own, *unnamed)
         for dim, size in zip(names, values.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 raise ValueError(
-                    f"dim '{dim}': expected one size in a group, got {sizes[dim]} and {size} (in "
-                    f"'{name}'). Give one of them another name by dims=."
+                    f"from_pyro_svi: dim '{dim}' has size {size} in '{name}', but size "
+                    f"{sizes[dim]} in another variable of the group '{group}'. Give one of them "
+                    "another name by dims=."
                 )
         arrays[name] = (names, values)
     labels = {}
@@ -98,8 +99,10 @@ def _dataset(
         labels[dim] = np.asarray(coords.get(dim, np.arange(size)))
         if len(labels[dim]) != size:
             if not group.startswith("predictions"):
-                found = len(labels[dim])
-                raise ValueError(f"coords of '{dim}': expected {size} labels, got {found}.")
+                raise ValueError(
+                    f"from_pyro_svi: coords has {len(labels[dim])} labels for '{dim}', whose size "
+                    f"is {size}. Pass {size} labels."
+                )
             labels[dim] = np.arange(size)
     return xr.Dataset(arrays, labels, dict(attributes))
 
@@ -111,7 +114,9 @@ def group(container: Any, name: str) -> Any:
     """
     has_it = name in container.children if has_data_tree() else hasattr(container, name)
     if not has_it:
-        raise ValueError(f"expected a group '{name}' in the data, got {group_names(container)}.")
+        raise ValueError(
+            f"The data have no group '{name}'. Their groups are {group_names(container)}."
+        )
     found = container[name]
     return found.to_dataset() if has_data_tree() else found
 

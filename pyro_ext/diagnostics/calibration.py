@@ -31,7 +31,7 @@ class Calibration:
             outside = np.abs(fractions - 0.5).mean()
             direction = "too narrow" if outside > 0.25 else "too wide"
             spread = self._verdict(self.uniformity_p_values[name], direction, "of the right width")
-            lines.append(f"  {name:12} {bias}; {spread}")
+            lines.append(f"  {name:12} the guide is {bias} and {spread}")
         return "\n".join(lines)
 
     @staticmethod
@@ -46,7 +46,7 @@ class Calibration:
 
         This needs matplotlib.
 
-        :param ax: an array of matplotlib axes, one for each site. None makes new ones.
+        :param ax: an array of matplotlib axes, one for each site. With None, new axes are created.
         :returns: the array of axes.
         """
         import matplotlib.pyplot as plt
@@ -66,7 +66,7 @@ class Calibration:
 
 
 def tested(fractions: dict[str, np.ndarray]) -> Calibration:
-    """Return the calibration for given fractions by site, with the p-values of the tests."""
+    """Return the calibration for given fractions of each site, with the p-values of the tests."""
     from scipy import stats
 
     symmetry, uniformity = {}, {}

@@ -35,15 +35,15 @@ class Diagnosis:
         plates.
     :ivar ess: the effective sample size of the joint weights.
     :ivar elbo: the mean log weight, in nats.
-    :ivar log_evidence: the log mean weight, in nats. With common plates, it is computed for each of
-        their elements and summed.
+    :ivar log_evidence: the log mean weight, in nats. With common plates, it is the sum of the log
+        mean weights of their elements.
     :ivar jackknife: the log evidence with the first term of its bias removed, in nats.
     :ivar num_samples: the number of draws.
     :ivar loss_change: the decrease of the mean loss from the third to the last quarter of the
         curve; NaN without losses.
     :ivar loss_change_error: the standard error of ``loss_change``, by batch means.
     :ivar predictive_p_values: for each observed site and statistic, the probability that the
-        statistic is larger for drawn observations than for the data. Ties count half.
+        statistic is larger for drawn observations than for the data. A tie counts as one half.
     """
 
     pareto_k: float
@@ -68,35 +68,35 @@ class Diagnosis:
             bad, n = int((self.pareto_k_local > 0.7).sum()), self.pareto_k_local.size
             lines.append(f"  data points  Pareto k is above 0.7 for {bad} of {n}")
         lines.append(
-            f"  evidence     {self.log_evidence:.3f} nats, ELBO {self.elbo:.3f}: a gap of "
-            f"{self.evidence_gap:.3f} (jackknife {self.jackknife - self.elbo:.3f})"
+            f"  evidence     log evidence {self.log_evidence:.3f}, ELBO {self.elbo:.3f}, gap "
+            f"{self.evidence_gap:.3f} nats (by jackknife {self.jackknife - self.elbo:.3f})"
         )
         if not math.isnan(self.loss_change):
             lines.append(f"  loss         {self._on_loss()}")
         for site, values in self.predictive_p_values.items():
             extreme = {k: p for k, p in values.items() if min(p, 1 - p) < 0.025}
             figures = ", ".join(f"{name} {p:.3f}" for name, p in (extreme or values).items())
-            verdict = "the model misses" if extreme else "the model reproduces the data"
-            lines.append(f"  {site:12} {verdict} (p: {figures})")
+            verdict = "does not reproduce the data" if extreme else "reproduces the data"
+            lines.append(f"  {site:12} the model {verdict} (p-values: {figures})")
         return "\n".join(lines)
 
     def _on_weights(self) -> str:
         figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
         if self.pareto_k_local is not None and (self.pareto_k_local <= 0.7).all():
-            return f"fits each data point's posterior where its draws went {figures}"
+            return f"fits the posterior of each data point where its draws are {figures}"
         if self.pareto_k <= 0.5:
-            return f"fits the posterior where its draws went {figures}"
+            return f"fits the posterior where its draws are {figures}"
         if self.pareto_k <= 0.7:
-            return f'is usable with resample="psis" {figures}'
+            return f'can be used with importance weights, resample="psis" {figures}'
         return f"misses a part of the posterior: do not trust it {figures}"
 
     def _on_loss(self) -> str:
-        figures = f"{self.loss_change:.4g} +- {self.loss_change_error:.2g}"
+        error = f"+- {self.loss_change_error:.2g} over the last quarter"
         if self.loss_change > 2 * self.loss_change_error:
-            return f"still falls, by {figures} over the last quarter: train further"
+            return f"still falls, by {self.loss_change:.4g} {error}: train longer"
         if self.loss_change < -2 * self.loss_change_error:
-            return f"rises, by {figures} over the last quarter: lower the learning rate"
-        return f"has settled (a change of {figures} over the last quarter)"
+            return f"rises, by {-self.loss_change:.4g} {error}: lower the learning rate"
+        return f"has settled (it fell by {self.loss_change:.4g} {error})"
 
 
 @renamed_arguments(svi="model", batch_size="chunk_size")
@@ -116,9 +116,10 @@ def diagnose(
 
     .. math:: w_s = \frac{p(x, z_s)}{q(z_s)}, \qquad z_s \sim q
 
-    If the guide q were the posterior, all importance weights would be equal. Their Pareto k
-    measures how far the guide is from the posterior where the draws matter. The log mean weight
-    minus the mean log weight is a lower bound of :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
+    If the guide q were the posterior, all importance weights would be equal. The Pareto k
+    measures how far the guide is from the posterior in the region of the largest weights. The log
+    mean weight minus the mean log weight is a lower bound of
+    :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
@@ -127,10 +128,11 @@ def diagnose(
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
         this function.
     :param num_samples: the number of draws, >= 2.
-    :param losses: the losses of at least 8 SVI steps, to check the convergence. None skips this
-        check.
-    :param statistics: functions of arrays ``(..., observation)`` for the predictive p-values, by
-        name. The default is mean, standard deviation, smallest and largest.
+    :param losses: the losses of at least 8 SVI steps, to check the convergence. Without losses,
+        this check is left out.
+    :param statistics: the statistics of the predictive p-values: a dict from a name to a function.
+        The function reduces the last dim of an array, which runs over the observations. The default
+        is mean, standard deviation, smallest and largest value.
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
         1 for programs that cannot take the extra dim of vectorised draws.
     :param kwargs: further keyword arguments of model and guide.
@@ -185,7 +187,10 @@ def _loss_change(losses: Sequence[float] | Tensor | None) -> tuple[float, float]
         return math.nan, math.nan
     curve = np.asarray(losses, dtype=np.float64)
     if curve.ndim != 1 or len(curve) < 8:
-        raise ValueError(f"{NAME}: expected 8 losses or more, got the shape {curve.shape}.")
+        raise ValueError(
+            f"{NAME}: losses must be a sequence of at least 8 numbers, but its shape is "
+            f"{curve.shape}."
+        )
     quarter = len(curve) // 4
     before, after = curve[-2 * quarter : -quarter], curve[-quarter:]
     # Neighbouring losses are correlated. The means of batches are less correlated.

@@ -38,6 +38,7 @@ from pyro_ext.tracing.sites import lies_in
 class DrawSource:
     """A source of draws from a fitted model and guide.
 
+    :param owner: the name of the calling function, for errors.
     :param programs: the model and guide.
     :param chunk_size: the number of draws at once.
 
@@ -47,7 +48,8 @@ class DrawSource:
     """
 
     @torch.no_grad()
-    def __init__(self, programs: Programs, chunk_size: int) -> None:
+    def __init__(self, owner: str, programs: Programs, chunk_size: int) -> None:
+        self.owner = owner
         self.programs = programs
         self.chunk_size = chunk_size
         self._tracer = ParticleTracer(is_linear=True, remedy="chunk_size=1")
@@ -67,12 +69,16 @@ class DrawSource:
         ]
         subsampled = {p.name: p for s in sites for p in s.plates if p.subsampling_scale != 1}
         if len(subsampled) > 1:
-            raise ValueError(f"expected at most one subsampled plate, got {sorted(subsampled)}.")
+            first, second, *_ = sorted(subsampled)
+            raise ValueError(
+                f"{owner}: plates '{first}' and '{second}' are both subsampled. Subsample at most "
+                "one plate."
+            )
         self.row_plate = next(iter(subsampled.values()), None)
         if self.row_plate is not None and self.row_plate.dim is None:
             raise ValueError(
-                f"plate '{self.row_plate.name}': expected a vectorised plate, or no subsampling, "
-                "got a sequential one that is subsampled."
+                f"{owner}: plate '{self.row_plate.name}' is subsampled and sequential. Make it a "
+                "vectorised plate, or do not subsample it."
             )
         of_data = {p.name for s in sites if s.is_observed for p in s.plates}
         of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
@@ -126,9 +132,9 @@ class DrawSource:
                 continue
             if not torch.equal(value, other):
                 raise ValueError(
-                    f"deterministic site '{name}': expected a value with the dim of the draws on "
-                    f"the left, got shape {tuple(value.shape)} for 2 and for 3 draws, which it "
-                    "mixes. Reduce over dims counted from the right, or pass chunk_size=1."
+                    f"{self.owner}: deterministic site '{name}' mixes the draws: it has shape "
+                    f"{tuple(value.shape)} for 2 and for 3 draws, without a dim of draws on the "
+                    "left. Reduce over dims counted from the right, or pass chunk_size=1."
                 )
             self._constants.add(name)
 
@@ -171,7 +177,8 @@ class DrawSource:
         for name, array in groups["posterior"].items():
             if np.isnan(array.values).any():
                 raise ValueError(
-                    f"expected draws without NaN, got NaN at site '{name}': the fit has diverged."
+                    f"{self.owner}: site '{name}' has NaN draws, so the fit has diverged. Train "
+                    "again, for example with a lower learning rate."
                 )
         return groups
 
@@ -188,9 +195,9 @@ class DrawSource:
         before, self._data = self._data, data
         if before and all(data[site].data_ptr() == before[site].data_ptr() for site in data):
             raise ValueError(
-                f"plate '{name}' is subsampled: expected observations that follow the indices it "
-                f"yields, got the same tensor for other rows at {sorted(data)}. Use the indices, "
-                "or pass all rows and no subsample_size."
+                f"{self.owner}: plate '{name}' is subsampled, but site '{min(before)}' observes "
+                "the same tensor for other rows. Use the indices that the plate yields, or pass "
+                "all rows and no subsample_size."
             )
 
     def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
@@ -225,17 +232,17 @@ def draw_source(
     size = min(num_samples, 100) if chunk_size is None else chunk_size
     check_integer(owner, "chunk_size", size, 1)
     try:
-        return DrawSource(programs, size)
+        return DrawSource(owner, programs, size)
     except TypeError as error:
         raise ValueError(
-            f"{owner}: the arguments do not fit the model and guide, which were given "
+            f"{owner}: the arguments do not fit the model and guide ({error}). You passed "
             f"{len(programs.args)} positional arguments and the keyword arguments "
-            f"{sorted(programs.kwargs)}: {error}"
+            f"{sorted(programs.kwargs)}."
         ) from error
     except (RuntimeError, ValueError) as error:
         error.add_note(
-            f"{owner}: if the sizes do not fit, the guide may have been fitted to other data than "
-            "these arguments. Programs that cannot take several draws at once run with "
+            f"{owner}: if sizes do not match, the guide may have been fitted to other data. Pass "
+            "the data of the fit. If model and guide cannot take several draws at once, pass "
             "chunk_size=1."
         )
         raise

@@ -7,6 +7,7 @@ import pyro
 import torch
 from pyro.infer import SVI
 
+from pyro_ext._arguments import describe
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import arviz, to_container
 from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
@@ -51,14 +52,15 @@ def from_pyro_svi(
 
     If plates enclose all random sites, such as the local latents of a VAE, these plates are the
     common plates. ``sample_stats`` then has ``log_weight_local`` and ``pareto_k_local`` for each of
-    their elements. The dims have the names of the plates. A subsampled plate is visited block by
-    block until all of its rows are there.
+    their elements. The dims have the names of the plates. If a plate is subsampled, its rows are
+    visited block by block, so that its dim has all rows.
 
     With ``resample="psis"``, the draws are resampled with their Pareto-smoothed importance weights.
     Each element of the common plates is resampled separately. Without common plates, the draws are
-    resampled jointly. Resampling corrects the guide's error if the Pareto k is below 0.7. It leaves
-    out results that do not exist for a single element: deterministic sites outside the common
-    plates, and the joint ``log_p``, ``log_q`` and ``log_weight``.
+    resampled jointly. Resampling corrects the guide's error if the Pareto k is below 0.7. After
+    resampling by elements, the container leaves out results that do not exist for a single element:
+    deterministic sites outside the common plates, and the joint ``log_p``, ``log_q`` and
+    ``log_weight``.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It may also be a
         list of SVIs or (model, guide) tuples, one per chain.
@@ -68,18 +70,21 @@ def from_pyro_svi(
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
         this function.
     :param num_samples: the number of draws of each chain, >= 2.
-    :param prior: whether to draw from the prior; or arrays ``(draw, ...)`` by site.
-    :param posterior_predictive: whether to draw observations; or arrays ``(draw, ...)`` by site.
+    :param prior: whether to draw from the prior; or a dict from site name to an array
+        ``(draw, ...)``.
+    :param posterior_predictive: whether to draw observations; or a dict from site name to an array
+        ``(draw, ...)``.
     :param log_likelihood: whether to export the log-likelihood.
     :param predictions: the positional arguments of the model for new data. For other keyword
         arguments as well, pass a tuple of the positional arguments and a dict of the keyword
-        arguments. For each posterior draw, the model draws the observations, and the latent sites
-        in their plates. You can also pass arrays ``(draw, ...)`` by site.
-    :param constant_data: arrays by name.
-    :param coords: the labels of a dim, by dim.
-    :param dims: the names of a site's dims, by site. Give either all dims except chain and draw,
-        which replace the names of the plates, or only the event dims. Event dims are otherwise
-        called ``<site>_dim_<i>``.
+        arguments. For each posterior draw, the model draws new observations. It also draws the
+        latent sites in the plates of the observations. You can also pass a dict from site name to
+        an array ``(draw, ...)``.
+    :param constant_data: a dict from a name of your choice to an array.
+    :param coords: a dict from the name of a dim to its labels.
+    :param dims: a dict from site name to the names of the site's dims. Give the names of the event
+        dims only, or of all dims except chain and draw. In the second case they replace the names
+        of the plates. By default, event dims are called ``<site>_dim_<i>``.
     :param resample: None, or ``"psis"`` to resample the draws.
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
         1 for programs that cannot take the extra dim of vectorised draws.
@@ -106,7 +111,9 @@ def from_pyro_svi(
     """
     arviz()
     if resample not in (None, "psis"):
-        raise ValueError(f"{NAME}: expected resample to be None or 'psis', got {resample!r}.")
+        raise ValueError(
+            f"{NAME}: resample must be None or 'psis', but it is {describe(resample)}."
+        )
     runs = [(model, guide)]
     if isinstance(model, list):
         args = args if guide is NOT_GIVEN else (guide, *args)
@@ -151,7 +158,7 @@ def _posterior(
     """Return the draws of the guide with their statistics, resampled if requested."""
     groups = source.draw(num_samples, predictive=predictive)
     if not groups["log_p"].keys() - groups["posterior"].keys():
-        raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
+        raise ValueError(f"{NAME}: the model has no observed site. Observe a site with obs=.")
     statistics = sample_statistics(groups, source.common)
     if resample:
         resample_draws(groups, statistics, source.common)

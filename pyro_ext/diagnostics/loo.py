@@ -6,7 +6,7 @@ import torch
 from pyro.infer import SVI
 from tqdm.auto import tqdm
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import check_integer, describe
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
 from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
@@ -37,12 +37,17 @@ def loo(
 
     .. math::
 
+        \widehat{\mathrm{elpd}}_n = \log \frac{\sum_s r_{sn} \, p(x_n \mid \theta_s)}
+            {\sum_s r_{sn}}, \qquad
+        r_{sn} \propto \frac{p(\theta_s, x)}{q(\theta_s)} \frac{1}{p(x_n \mid \theta_s)}, \qquad
+        \theta_s \sim q
+
     The ratios r are Pareto-smoothed. Here :math:`\theta` stands for the global latent sites only.
     If there are local latent sites too,
     :math:`p(x_n \mid \theta) = \int p(x_n, z_n \mid \theta) \, dz_n` is estimated for each draw, by
     importance sampling from the guide. Using :math:`p(x_n \mid z_n, \theta)` instead would be
     wrong, because :math:`z_n` was inferred from the point :math:`x_n` that is left out. The ratios
-    would be unusable, and the result too good.
+    would be unusable, and the result would be too high.
 
     Without global latent sites, there is nothing from which to leave out a point: parameters that
     were learnt as point estimates depend on all data. In this case, use
@@ -57,11 +62,12 @@ def loo(
     :param num_samples: the number of draws of the global latent sites, >= 2.
     :param num_local_samples: the number of draws of the local latent sites for each global draw,
         >= 2.
-    :param var_name: the name of the observed site. None is enough if there is only one. With local
-        latent sites, all observed sites in their plate count as one.
+    :param var_name: the name of the observed site. You can leave it out if there is only one. With
+        local latent sites, all observed sites in their plate count as one.
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
         1 for programs that cannot take the extra dim of vectorised draws.
-    :param progress_bar: whether to show a progress bar. There is one only with local latent sites.
+    :param progress_bar: whether to show a progress bar. It appears only for models with local
+        latent sites.
     :param kwargs: further keyword arguments of model and guide.
     :returns: the result type of ``arviz.loo(..., pointwise=True)``, which ``arviz.compare`` takes.
         It includes the Pareto k of each observation.
@@ -93,9 +99,9 @@ def loo(
     source = draw_source(NAME, programs, num_samples, chunk_size)
     if source.common:
         raise ValueError(
-            f"{NAME}: expected global latent sites, got latent sites in the plates "
-            f"{list(source.common)} alone. Parameters that were learnt as points leave nothing to "
-            "average: use pyro_ext.infer.estimate_evidence on held-out data."
+            f"{NAME}: the model has no global latent sites, only latent sites in the plates "
+            f"{list(source.common)}. Parameters that were learnt as point estimates leave nothing "
+            "to average. Use pyro_ext.infer.estimate_evidence on held-out data."
         )
     if source.local_plates:
         log_weight, log_likelihood = _integrated(
@@ -120,9 +126,10 @@ def _of_observations(
     if var_name is None and len(found) == 1:
         (var_name,) = found
     if var_name not in found:
+        names = ", ".join(sorted(found)[:8]) + (", ..." if len(found) > 8 else "")
         raise ValueError(
-            f"{NAME}: expected var_name to be one of the observed sites {sorted(found)}, got "
-            f"{var_name!r}."
+            f"{NAME}: var_name must be one of the observed sites ({names}), but it is "
+            f"{describe(var_name)}."
         )
     array, is_unmasked = found[var_name], groups["is_unmasked"][var_name].values[0]
     if not is_unmasked.all():
@@ -138,12 +145,17 @@ def _integrated(
 
     There is one integral for each draw of the global latent sites.
     """
-    if len(source.local_plates) > 1 or source.row_plate:
+    if source.row_plate:
         raise ValueError(
-            f"{NAME}: expected local latent sites in one plate, with all of its rows, got the "
-            f"plates {list(source.local_plates)}{', subsampled' if source.row_plate else ''}."
+            f"{NAME}: plate '{source.row_plate.name}' is subsampled. With local latent sites, pass "
+            "all of its rows and no subsample_size."
         )
-    (plate,) = source.local_plates
+    plate, *others = source.local_plates
+    if others:
+        raise ValueError(
+            f"{NAME}: plates '{plate}' and '{others[0]}' both hold local latent sites and data. "
+            "Use one plate for them."
+        )
     tracer = ParticleTracer(
         num_local_samples,
         vectorize=source.chunk_size > 1,

@@ -28,7 +28,7 @@ def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dic
     :param programs: the model, with the new arguments.
     :param groups: the posterior draws, and the observed sites.
     :param chunk_size: the number of draws at once.
-    :returns: the drawn observations, by site.
+    :returns: a dict from site name to the drawn observations.
     """
     posterior, names = groups["posterior"], groups["observed_data"]
     free = free_model(programs.model)

@@ -48,16 +48,17 @@ def simulation_based_calibration(
 
     The true values :math:`z^*` come from the prior, and the data from :math:`p(x \mid z^*)`. The
     fraction of the posterior below :math:`z^*` is then uniform. If a guide is biased, the fractions
-    are asymmetric. If it is too narrow, they lie at both ends. If it is too wide, they lie in the
-    middle.
+    are asymmetric. If a guide is too narrow, they lie near 0 and 1. If a guide is too wide, they
+    lie near 1/2.
 
     :param model: the model: a callable with Pyro primitives. Its observations are simulated,
         whatever data its arguments contain. Its parameters keep their values.
     :param make_guide: a function that returns a guide, such as
         ``lambda model, data: AutoNormal(model)``. Its arguments are a model, which observes the
-        simulated data, and the simulated observations by site. If vectorised, both have the
-        simulations in a plate to the left of all others. Use ``vectorize=False`` for a guide that
-        draws the latent sites of all simulations jointly, such as AutoMultivariateNormal.
+        simulated data, and a dict from site name to the simulated observations. With
+        ``vectorize=True``, both have the simulations in a plate to the left of all others. Use
+        ``vectorize=False`` for a guide that draws the latent sites of all simulations jointly, such
+        as AutoMultivariateNormal.
     :param args: positional arguments of model and guide.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
@@ -157,13 +158,14 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
             continue
         if isinstance(node["fn"], Unit):
             raise ValueError(
-                f"{NAME}: expected a model that can be simulated from, got the factor '{name}'."
+                f"{NAME}: the model has the factor '{name}', so it cannot be simulated from. "
+                "Remove the factor, or write it as a sample site."
             )
         for frame in node["cond_indep_stack"]:
             if (frame.full_size or frame.size) != frame.size:
                 raise ValueError(
-                    f"{NAME}: expected plates without subsampling, got '{frame.name}' with "
-                    f"{frame.size} of {frame.full_size} rows."
+                    f"{NAME}: plate '{frame.name}' is subsampled ({frame.size} of "
+                    f"{frame.full_size} rows). Use all rows and no subsample_size."
                 )
         value = node["value"].detach()
         if node["infer"].get("was_observed"):
@@ -174,7 +176,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
             mask = mask.reshape(mask.shape + (1,) * node["fn"].event_dim)
             truth[name] = value if mask.all() else value.double().where(mask, math.nan)
     if not observations:
-        raise ValueError(f"{NAME}: expected an observed site in the model, got none.")
+        raise ValueError(f"{NAME}: the model has no observed site. Observe a site with obs=.")
     return truth, observations
 
 
@@ -198,11 +200,16 @@ def _ranks(programs: Programs, truth: dict[str, Tensor], num_samples: int) -> di
             trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
             for name, value in truth.items():
                 draw = trace.nodes[name]["value"] if name in trace.nodes else None
-                if draw is None or draw.shape != value.shape:
-                    found = "no such site" if draw is None else f"shape {tuple(draw.shape)}"
+                if draw is None:
                     raise ValueError(
-                        f"{NAME}: expected the guide to draw site '{name}' with shape "
-                        f"{tuple(value.shape)}, got {found}."
+                        f"{NAME}: the guide does not draw site '{name}' of the model. Add it to "
+                        "the guide."
+                    )
+                if draw.shape != value.shape:
+                    raise ValueError(
+                        f"{NAME}: the guide draws site '{name}' with shape {tuple(draw.shape)}, "
+                        f"but the model draws it with shape {tuple(value.shape)}. Use the model's "
+                        f"shape. With vectorize=True, it has the plate '{PLATE}' on the left."
                     )
                 below[name] += draw < value
                 ties[name] += draw == value

@@ -55,7 +55,7 @@ def site_arrays(
     :param is_wanted: a function that returns whether to take a site.
     :param read: a function that returns a tensor of a site; None for its value.
     :param constants: the names of deterministic sites without the dim of the draws.
-    :returns: the arrays by site.
+    :returns: a dict from site name to array.
     """
     arrays = {}
     node: Any
@@ -80,10 +80,10 @@ def site_arrays(
 def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> dict[str, SiteArray]:
     """Return the sites of several parts, joined end to end.
 
-    :param parts: the arrays of each part, by site.
+    :param parts: for each part, a dict from site name to array.
     :param plate: the plate along which to join the sites in it. Other sites are taken from the
-        first part. None joins all sites along the draws.
-    :returns: the arrays by site.
+        first part. With None, all sites are joined along the draws.
+    :returns: a dict from site name to array.
     """
     found = dict(parts[0])
     for name, (plates, _) in found.items():

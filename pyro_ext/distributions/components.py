@@ -22,17 +22,20 @@ class Independent(constraints.independent):
 
 
 def one_of_pair(owner: str, **pair: Any) -> dict[str, Any]:
-    """Return the given one of two alternative parameters, by name.
+    """Return the one of two alternative parameters that was given.
 
     :param owner: the name of the distribution, for errors.
-    :param pair: the two parameters by name; None for one that is not given.
+    :param pair: a dict from the names of the two parameters to their values; None for a value that
+        is not given.
     :returns: a dict with one entry.
     :raises ValueError: unless exactly one is given.
     """
     given = {name: value for name, value in pair.items() if value is not None}
     if len(given) != 1:
-        found = " and ".join(given) if given else "neither"
-        raise ValueError(f"{owner}: expected exactly one of {' and '.join(pair)}, got {found}.")
+        found = "both are" if given else "neither is"
+        raise ValueError(
+            f"{owner}: exactly one of {' and '.join(pair)} must be given, but {found}."
+        )
     return given
 
 
@@ -41,8 +44,8 @@ def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> di
 
     :param owner: the name of the distribution, for errors.
     :param num_dims: the smallest number of dims of a parameter.
-    :param tensors: the parameters by name.
-    :returns: the broadcast parameters by name, all of one shape.
+    :param tensors: a dict from name to parameter.
+    :returns: a dict from name to broadcast parameter, all of one shape.
     :raises TypeError: if a parameter is not a tensor.
     :raises ValueError: if a parameter has too few dims or another number of components, or if the
         shapes do not broadcast.
@@ -51,18 +54,23 @@ def broadcast_components(owner: str, num_dims: int = 1, **tensors: Tensor) -> di
         dims = "(..., K)" if num_dims == 1 else "(..., 3, K)"
         check_type(owner, name, x, Tensor, f"a tensor of shape {dims}")
         if x.dim() < num_dims:
-            found = f"shape {tuple(x.shape)}"
-            raise ValueError(f"{owner}: expected {name} to be a tensor of {dims}, got {found}.")
+            raise ValueError(
+                f"{owner}: {name} must be a tensor of shape {dims}, but its shape is "
+                f"{tuple(x.shape)}."
+            )
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     K = next(iter(shapes.values()))[-1]
     if K == 0 or any(shape[-1] != K for shape in shapes.values()):
         raise ValueError(
-            f"{owner}: expected the same number of components, at least one, got {shapes}."
+            f"{owner}: the parameters must have the same number of components, at least one, in "
+            f"their last dim, but their shapes are {shapes}."
         )
     try:
         shape = torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
-        raise ValueError(f"{owner}: expected shapes that broadcast, got {shapes}.") from None
+        raise ValueError(
+            f"{owner}: the shapes of the parameters do not broadcast: {shapes}."
+        ) from None
     # The backward pass of an unnecessary expand costs a copy of the gradient.
     return {name: x if x.shape == shape else x.expand(shape) for name, x in tensors.items()}
 

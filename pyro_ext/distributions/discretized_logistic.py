@@ -16,9 +16,11 @@ from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels
 
 
 class DiscretizedLogistic(ScalarIntegerPixels):
-    """A logistic distribution that is rounded to the integers ``low..high``.
+    r"""A logistic distribution that is rounded to the integers ``low..high``.
 
     .. math::
+
+        P(x) = \sigma\Bigl(\frac{x + 1/2 - \mu}{s}\Bigr) - \sigma\Bigl(\frac{x - 1/2 - \mu}{s}\Bigr)
 
     The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
     rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
@@ -29,7 +31,8 @@ class DiscretizedLogistic(ScalarIntegerPixels):
     :param log_scale: the logarithm of the scale.
     :param low: the smallest integer.
     :param high: the largest integer, above ``low``.
-    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :param validate_args: whether to check parameters and values. By default, Pyro's global setting
+        decides.
     :raises TypeError: if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, or if not
         low < high. With validation, also if a scale is not positive, or if a value is not an
@@ -70,7 +73,8 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         try:
             tensors = broadcast_all(loc, *given.values())
         except RuntimeError as error:
-            raise ValueError(f"{owner}: expected shapes that broadcast. {error}") from None
+            names = " and ".join(["loc", *given])
+            raise ValueError(f"{owner}: the shapes of {names} do not broadcast. {error}") from None
         self._set_up(dict(zip(["loc", *given], tensors, strict=True)), low, high, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
@@ -96,9 +100,12 @@ class DiscretizedLogistic(ScalarIntegerPixels):
 
 
 class DiscretizedLogisticMixture(ScalarIntegerPixels):
-    """A mixture of logistic distributions that is rounded to the integers ``low..high``.
+    r"""A mixture of logistic distributions that is rounded to the integers ``low..high``.
 
     .. math::
+
+        P(x) = \sum_{k=1}^{K} \pi_k \Bigl[ \sigma\Bigl(\frac{x + 1/2 - \mu_k}{s_k}\Bigr)
+        - \sigma\Bigl(\frac{x - 1/2 - \mu_k}{s_k}\Bigr) \Bigr]
 
     The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
     rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
@@ -112,7 +119,8 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
     :param log_scale: the logarithms of the scales, of shape ``(..., K)``.
     :param low: the smallest integer.
     :param high: the largest integer, above ``low``.
-    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :param validate_args: whether to check parameters and values. By default, Pyro's global setting
+        decides.
     :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if the numbers
         of components differ, or if not low < high. With validation, also if a scale is not

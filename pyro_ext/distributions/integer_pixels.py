@@ -39,8 +39,9 @@ class IntegerPixels(TorchDistribution):
             setattr(self, name, int(bound))
         if not -_LARGEST_INTEGER <= self.low < self.high <= _LARGEST_INTEGER:
             raise ValueError(
-                f"{type(self).__name__}: expected low < high, both at most {_LARGEST_INTEGER} in "
-                f"size, got low={self.low} and high={self.high}."
+                f"{type(self).__name__}: low must be less than high, and neither may exceed "
+                f"{_LARGEST_INTEGER} in absolute value, but low is {self.low} and high is "
+                f"{self.high}."
             )
         for name, x in parameters.items():
             setattr(self, name, x)
@@ -121,10 +122,10 @@ class IntegerPixels(TorchDistribution):
                 raise
             hint = ""
             if value.min() >= 0 and value.max() <= 1:
-                hint = f" Values in [0, 1] are not rescaled: expected {self.low}..{self.high}."
+                hint = f" Values in [0, 1] are not rescaled. Map them to {self.low}..{self.high}."
             raise ValueError(
-                f"{type(self).__name__}: expected pixels to be integers in "
-                f"{self.low}..{self.high}, got {value[~valid][0].item()}.{hint}"
+                f"{type(self).__name__}: pixels must be integers in {self.low}..{self.high}, but "
+                f"one is {value[~valid][0].item()}.{hint}"
             ) from None
 
     @property

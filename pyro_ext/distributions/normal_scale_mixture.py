@@ -40,7 +40,8 @@ class NormalScaleMixture(TorchDistribution):
     :param probs: the weights of the components, >= 0, of shape ``(..., K)``. They are normalised to
         sum to one. Give exactly one of ``probs`` and ``logits``.
     :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``.
-    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :param validate_args: whether to check parameters and values. By default, Pyro's global setting
+        decides.
     :raises TypeError: if a parameter is not a tensor.
     :raises ValueError: if not exactly one of ``probs`` and ``logits`` is given, or if the numbers
         of components differ. With validation, also if a scale is not positive or a weight is
@@ -175,7 +176,10 @@ class NormalScaleMixture(TorchDistribution):
             by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
         # Weights of zero have no gradient.
         log_weights = log_weights.masked_fill(log_weights.isinf(), 0.0)
-        message = "NormalScaleMixture.rsample can be differentiated once."
+        message = (
+            "NormalScaleMixture.rsample can only be differentiated once. Second derivatives are "
+            "not available."
+        )
         zero = zero_with_derivative(by_scale, scales, message)
         return (zero + zero_with_derivative(by_log_weight, log_weights, message)).sum(-1)
 

@@ -16,9 +16,11 @@ from pyro_ext.ops import accumulation_dtype
 
 
 class RGBDiscretizedLogisticMixture(IntegerPixels):
-    """A mixture of discretized logistics for pixels of three channels that depend on each other.
+    r"""A mixture of discretized logistics for pixels of three channels that depend on each other.
 
     .. math::
+
+        P(r, g, b) = \sum_k \pi_k P_k(r) P_k(g \mid r) P_k(b \mid r, g)
 
     Each factor is a logistic rounded to ``low..high``. The edge bins include the tails. With m =
     (low + high) / 2, the location of green is shifted by c_0 (r - m), and the location of blue by
@@ -32,11 +34,12 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     :param scale: the scales > 0 in the same units, of shape ``(..., 3, K)``. Give exactly one of
         ``scale`` and ``log_scale``.
     :param log_scale: the logarithms of the scales, of shape ``(..., 3, K)``.
-    :param coeffs: the coefficients c_0, c_1, c_2, without a unit, of shape ``(..., 3, K)``. None
-        stands for zeros.
+    :param coeffs: the coefficients c_0, c_1, c_2, without a unit, of shape ``(..., 3, K)``; zeros
+        by default.
     :param low: the smallest integer.
     :param high: the largest integer, above ``low``.
-    :param validate_args: whether to check parameters and values. None uses Pyro's global setting.
+    :param validate_args: whether to check parameters and values. By default, Pyro's global setting
+        decides.
     :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if shapes do not
         match, or if not low < high. With validation, also if a scale is not positive, or if a value
@@ -87,7 +90,8 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         for name, x in by_channel.items():
             if x.shape[-2] != 3:
                 raise ValueError(
-                    f"{owner}: expected {name} of shape (..., 3, K), got {tuple(x.shape)}."
+                    f"{owner}: {name} must be a tensor of shape (..., 3, K), but its shape is "
+                    f"{tuple(x.shape)}."
                 )
         broadcast_components(owner, logits=logits)
         parameters = broadcast_components(
@@ -160,7 +164,7 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
 
     def _raise_for_moments(self, name: str) -> NoReturn:
         raise NotImplementedError(
-            f"RGBDiscretizedLogisticMixture.{name}: green and blue depend on a red that is rounded "
-            f"and clipped, so that there is no closed form, and the support has "
-            f"{self.high - self.low + 1}^3 values. Expected sample() and averages of draws."
+            f"RGBDiscretizedLogisticMixture.{name} is not available. Green and blue depend on a "
+            "red that is rounded and clipped, so there is no closed form, and the support has "
+            f"{self.high - self.low + 1}^3 values. Average draws of sample() instead."
         )

@@ -48,8 +48,8 @@ class BatchedCall:
         Leading dims of size 1 are placeholders, and are dropped.
 
         :param net: the module.
-        :param draws: tensors of shape ``(..., *shape)``, by name, that replace tensors of the
-            module.
+        :param draws: a dict from the name of a tensor of the module to its replacement, of shape
+            ``(..., *shape)``.
         :param args: positional arguments of the module.
         :param kwargs: keyword arguments of the module.
         :returns: the output of the module.
@@ -110,7 +110,7 @@ def _kind(net: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
 def _try_batched(net: nn.Module, run: Run, batched: dict[str, Tensor]) -> tuple[bool, Any]:
     """Return whether a module runs under vmap, and its output.
 
-    If it does not, the random states and buffers are restored.
+    If the module does not run under vmap, the random states and buffers are restored.
     """
     states = random_states()
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]

@@ -27,10 +27,11 @@ class BayesianModule(PyroModule):
     data. Inside the plate, each data point would get its own weights.
 
     Draws may have leading dims, for example those of K vectorised particles or of
-    ``Predictive(parallel=True)``. The outputs then have them too: their shape is ``(K, B, C)``
-    instead of ``(B, C)``. Leading dims of size 1, which keep the places of plates, are dropped.
-    With particles to the left of n plates, the module's own output should therefore have n batch
-    dims.
+    ``Predictive(parallel=True)``. The outputs then have these leading dims too: their shape is
+    ``(K, B, C)`` instead of ``(B, C)``. Vectorised draws have dims of size 1 at the
+    positions of the plates; these dims are removed from the outputs. If the model has n nested
+    plates, the output of ``net`` for one draw must have n batch dims. The particle dim is then to
+    the left of the plates.
 
     The draws run under ``torch.func.vmap`` if PyTorch can batch everything that the module does.
     Otherwise they run in a loop, for example for LSTMs. The results are the same, except for the
@@ -165,40 +166,47 @@ def _latent_names(
     names = [name for name, _ in net.named_parameters()]
     if not names:
         raise ValueError(
-            f"BayesianModule: expected a module with parameters, and {type(net).__name__} has none."
+            f"BayesianModule: {type(net).__name__} has no parameters. Pass a module that has some."
         )
     for name, parameter in net.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
-                f"BayesianModule: expected initialised parameters, and '{name}' has no shape yet: "
-                "call the module once before."
+                f"BayesianModule: parameter '{name}' has no shape yet. Call the module on data "
+                "before you pass it."
             )
         if not parameter.is_floating_point():
             raise ValueError(
-                f"BayesianModule: expected real parameters, and '{name}' is {parameter.dtype}."
+                f"BayesianModule: parameter '{name}' has dtype {parameter.dtype}. All parameters "
+                "must have a real floating-point dtype."
             )
     if isinstance(sites, str):
         if sites != "all":
             raise ValueError(
-                "BayesianModule: expected sites to be 'all', a collection of names or a function "
-                f"of a name, got {sites!r}."
+                f"BayesianModule: sites is {describe(sites)}. Pass 'all', a list of parameter "
+                "names, or a function from a name to a bool."
             )
         return tuple(names)
     if not callable(sites):
         unknown = sorted(set(sites) - set(names))
         if unknown:
             raise ValueError(
-                f"BayesianModule: expected sites to name parameters, of which the module has "
-                f"{names}, got {unknown} among them."
+                f"BayesianModule: sites names {_listed(unknown)}, but the parameters are "
+                f"{_listed(names)}. Pass names of parameters."
             )
     choose = sites if callable(sites) else set(sites).__contains__
     chosen = tuple(name for name in names if choose(name))
     if not chosen:
         raise ValueError(
-            f"BayesianModule: expected sites to match parameters, of which the module has {names}, "
-            "and it matches none."
+            f"BayesianModule: sites matches none of the parameters {_listed(names)}. Choose at "
+            "least one."
         )
     return chosen
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    """Return the first names of a list, and the number of the others, for an error message."""
+    num_left = len(names) - most
+    return f"{names[:most]}" + (f" and {num_left} more" if num_left > 0 else "")
 
 
 def _with_buffers(net: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, dict[str, str]]:

@@ -11,18 +11,18 @@ class flipout(NoisePerExample):
     .. math:: W_n = \mu + (W - \mu) \circ r_n s_n^\top, \qquad r_n, s_n \in \{-1, 1\}
 
     Use it around SVI steps or evaluations of a model with a :class:`BayesianModule`. It applies to
-    linear layers and to convolutions of all kinds, also where positions of an example share the
+    linear layers and to convolutions of all kinds. All positions of an example may share the
     weights. Other layers use the drawn weights.
 
     Under a guide of independent normals, each example's weights have the distribution of W. They
     are uncorrelated with the weights of other examples. The gradient of the ELBO therefore has the
-    same mean and lower variance.
+    same mean as without flipout, and a lower variance.
 
     The examples must be along the first dim of the module's first input and of the layers' inputs.
-    The loss must be a sum over examples. Each term must depend only on its own part of the layers.
-    Do not use it with nonlinear bounds. The multi-sample bounds of this package raise an error.
-    Pyro's ``RenyiELBO`` with several particles in a loop cannot be detected, and gives wrong
-    results.
+    The loss must be a sum over examples. Each term must depend only on its own example's part of
+    the layers' outputs. Do not use flipout with nonlinear bounds. The multi-sample bounds of this
+    package raise an error. Pyro's ``RenyiELBO`` with several particles in a loop cannot be
+    detected, and gives wrong results.
 
     :raises ValueError: in a run: if there is more than one draw of the weights at a time; if the
         guide does not draw the weights from independent normals; if the first dim of a layer's

@@ -46,15 +46,16 @@ class LeadingDims(nn.Module):
             check_type("LeadingDims", f"input {position}", x, Tensor, "a tensor")
             if x.dim() < self.event_dim:
                 raise ValueError(
-                    f"LeadingDims: expected a tensor of at least event_dim={self.event_dim} dims, "
-                    f"got shape {tuple(x.shape)} as input {position}."
+                    f"LeadingDims: input {position} has shape {tuple(x.shape)}, which has fewer "
+                    f"dims than event_dim={self.event_dim}. Pass an input with more dims, or a "
+                    "smaller event_dim."
                 )
         shapes = [x.shape[: x.dim() - self.event_dim] for x in inputs]
         try:
             leading = torch.broadcast_shapes(*shapes)
         except RuntimeError as error:
             raise ValueError(
-                "LeadingDims: expected inputs whose leading dims broadcast, got "
+                "LeadingDims: the leading dims of the inputs do not broadcast: "
                 f"{[tuple(shape) for shape in shapes]}."
             ) from error
         events = [x.shape[x.dim() - self.event_dim :] for x in inputs]
@@ -72,8 +73,8 @@ class LeadingDims(nn.Module):
         check_type("LeadingDims", name, output, Tensor, "a tensor, or a tuple or list of tensors")
         if output.dim() == 0 or output.shape[0] != leading.numel():
             raise ValueError(
-                f"LeadingDims: expected {type(self.module).__name__} to keep the batch of "
-                f"{leading.numel()} as its first dim, got shape {tuple(output.shape)}."
+                f"LeadingDims: {name} has shape {tuple(output.shape)}. The module must keep the "
+                f"batch of {leading.numel()} as its first dim."
             )
         return output.reshape(*leading, *output.shape[1:])
 

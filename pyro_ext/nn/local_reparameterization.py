@@ -15,13 +15,14 @@ class local_reparameterization(NoisePerExample):
     are not linear use the drawn weights.
 
     Under a guide of independent normals, each example's output has the same distribution as with
-    drawn weights, but its own noise. The gradient of the ELBO therefore has the same mean and lower
-    variance.
+    drawn weights, but its own noise. The gradient of the ELBO therefore has the same mean as with
+    drawn weights, and a lower variance.
 
-    The loss must be a sum over examples. Each term must depend only on its own row in the layers.
-    For example, a product with an adjacency matrix after the layers violates this. Do not use it
-    with nonlinear bounds. The multi-sample bounds of this package raise an error. Pyro's
-    ``RenyiELBO`` with several particles in a loop cannot be detected, and gives wrong results.
+    The loss must be a sum over examples. Each term must depend only on its own example's row of the
+    layers' outputs. For example, a product with an adjacency matrix after the layers violates this
+    condition. Do not use local reparameterisation with nonlinear bounds. The multi-sample bounds of
+    this package raise an error. Pyro's ``RenyiELBO`` with several particles in a loop cannot be
+    detected, and gives wrong results.
 
     :raises ValueError: in a run: if there is more than one draw of the weights at a time; if the
         guide does not draw the weights from independent normals; if weights are shared, because a
@@ -54,14 +55,14 @@ class local_reparameterization(NoisePerExample):
         """
         if layer.input.dim() != 2:
             self.refuse(
-                f"expected one row for each example in the layer of '{layer.name}', got an input "
-                f"of shape {tuple(layer.input.shape)}, whose positions share the weights: use "
+                f"the layer of '{layer.name}' has an input of shape {tuple(layer.input.shape)}, "
+                "not one row for each example. All positions of an example share the weights. Use "
                 "flipout."
             )
         if layer.noise or layer.bias_noise:
             self.refuse(
-                f"expected the layer of '{layer.name}' to be used once, and its uses share the "
-                "weights: use flipout."
+                f"the layer of '{layer.name}' is used more than once, and its uses share the "
+                "weights. Use flipout."
             )
         layer.noise["is_used"] = layer.bias_noise["is_used"] = True
         x, weight, bias = layer.input, layer.weight, layer.bias

@@ -29,7 +29,7 @@ class MeanFieldGuide(PyroModule):
         as hyperparameters, need their own guide.
     :param init_scale: the initial standard deviation, > 0.
     :param init_loc: the initial means: a function of a name and of the value that the parameter had
-        in the module. None starts at that value.
+        in the module. With None, each mean starts at that value.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if ``init_scale`` is not positive, or if ``init_loc`` returns another shape.
 
@@ -70,8 +70,8 @@ class MeanFieldGuide(PyroModule):
             loc = value if init_loc is None else init_loc(name, value)
             if loc.shape != value.shape:
                 raise ValueError(
-                    f"MeanFieldGuide: expected init_loc to give shape {tuple(value.shape)} for "
-                    f"'{name}', got {tuple(loc.shape)}."
+                    f"MeanFieldGuide: init_loc returns shape {tuple(loc.shape)} for '{name}'. "
+                    f"Return a tensor of the parameter's shape, {tuple(value.shape)}."
                 )
             loc = biject_to(self._supports[name]).inv(loc.detach().to(value))
             _register(self.locs, name, loc.clone())
@@ -82,14 +82,14 @@ class MeanFieldGuide(PyroModule):
 
         :param args: not used.
         :param kwargs: not used.
-        :returns: the draws, by site name.
+        :returns: a dict from site name to draw.
         """
         return {name: pyro.sample(name, fn) for name, fn in self.distributions().items()}
 
     def distributions(self) -> dict[str, TorchDistributionMixin]:
         """Return the distribution of each site, with gradients to :attr:`locs` and :attr:`rhos`.
 
-        :returns: the distributions, by site name.
+        :returns: a dict from site name to distribution.
         """
         (module,) = self._module
         locs, rhos = dict(self.locs.named_parameters()), dict(self.rhos.named_parameters())

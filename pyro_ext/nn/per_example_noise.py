@@ -15,7 +15,7 @@ from pyro_ext._private.of_torch import pytree
 
 
 class NormalDraw(NamedTuple):
-    """A draw from a normal. The standard deviation is None for a value that is not drawn."""
+    """A draw from a normal. Values that are not drawn have None as standard deviation."""
 
     value: Tensor
     loc: Tensor
@@ -108,8 +108,8 @@ class NoisePerExample(Messenger):
         shape = net.get_buffer(name).shape
         if value.shape != shape:
             self.refuse(
-                f"expected one draw of '{name}' at a time, of shape {tuple(shape)}, got "
-                f"{tuple(value.shape)}: use one particle, or vectorize_particles=False."
+                f"'{name}' has several draws at once, with shape {tuple(value.shape)} instead of "
+                f"{tuple(shape)}. Use one particle, or vectorize_particles=False."
             )
         # Compare by value, because autoguides draw a site under another name.
         for drawn, normal in self._draws.values():
@@ -159,12 +159,13 @@ class _Layers(TorchFunctionMode):
         if not self.noise:
             kinds = ", ".join(function.__name__ for function in self.handler.functions)
             self.handler.refuse(
-                f"expected a module with layers that it applies to ({kinds}), found none."
+                f"the module has no latent weights in a supported layer ({kinds}). Run it without "
+                f"{type(self.handler).__name__}."
             )
         for name in sorted(self.used_elsewhere & set(self.noise)):
             self.handler.refuse(
-                f"expected '{name}' to be used in its layer alone, and another operation uses its "
-                "draw too, which would not have the same noise."
+                f"'{name}' is also used outside its layer, where it would not have the same noise. "
+                "Use it only in its layer."
             )
 
     def _replace(
@@ -180,8 +181,8 @@ class _Layers(TorchFunctionMode):
         num_dims = max(input.dim(), 2) if func is F.linear else weight.dim()
         if input.dim() != num_dims or input.shape[0] != self.batch_size:
             self.handler.refuse(
-                f"expected the layer of '{drawn[0]}' to have the {self.batch_size} examples in the "
-                f"first dim of its input, got an input of shape {tuple(input.shape)}."
+                f"the layer of '{drawn[0]}' has an input of shape {tuple(input.shape)}. Pass an "
+                f"input of {num_dims} dims with the {self.batch_size} examples in the first dim."
             )
         noise = {name: self.noise.setdefault(name, {}) for name in drawn}
         return self.handler.output(
@@ -204,9 +205,9 @@ class _Layers(TorchFunctionMode):
         normal = self.normals[name]
         if normal is None:
             self.handler.refuse(
-                f"expected a guide that draws '{name}', in the same run, from a normal with "
-                "independent entries that depends on no other draw, as MeanFieldGuide and "
-                "AutoNormal do."
+                f"the guide does not draw '{name}', in this run, from a normal with independent "
+                "entries that depends on no other draw. Use a guide that does, such as "
+                "MeanFieldGuide or AutoNormal."
             )
         return normal
 
@@ -223,4 +224,4 @@ def _batch_size(handler: NoisePerExample, args: tuple[Any, ...], kwargs: Any) ->
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor) and x.dim() > 0:
             return x.shape[0]
-    handler.refuse("expected a module whose first input has the examples in its first dim.")
+    handler.refuse("the module has no input tensor. Pass the examples in its first dim.")

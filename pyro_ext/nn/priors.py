@@ -33,9 +33,9 @@ def prior_of(prior: Prior, name: str, parameter: Tensor) -> TorchDistributionMix
     batch_shape, event_shape = parameter.shape[:num_batch_dims], parameter.shape[num_batch_dims:]
     if num_batch_dims < 0 or event_shape != fn.event_shape or not _expands(fn, batch_shape):
         raise ValueError(
-            f"BayesianModule: expected a prior that expands to shape {tuple(parameter.shape)} of "
-            f"parameter '{name}', got one of batch shape {tuple(fn.batch_shape)} and event shape "
-            f"{tuple(fn.event_shape)}."
+            f"BayesianModule: the prior of '{name}' has batch shape {tuple(fn.batch_shape)} and "
+            f"event shape {tuple(fn.event_shape)}. Pass a prior that expands to the parameter's "
+            f"shape, {tuple(parameter.shape)}."
         )
     return fn.expand(batch_shape).to_event(num_batch_dims)
 
@@ -48,10 +48,14 @@ def is_fixed(fn: Any) -> bool:
 def check_support(fn: TorchDistributionMixin, name: str, parameter: Tensor) -> None:
     """Raise a ValueError unless the parameter's value lies in the support of its prior."""
     support: Any = fn.support
-    if support.is_discrete or not bool(support.check(parameter.detach()).all()):
+    if support.is_discrete:
         raise ValueError(
-            f"BayesianModule: expected a prior whose support holds the values of parameter "
-            f"'{name}', got {fn} with support {support}."
+            f"BayesianModule: the prior of '{name}' is discrete. Pass a continuous distribution."
+        )
+    if not bool(support.check(parameter.detach()).all()):
+        raise ValueError(
+            f"BayesianModule: the support of the prior of '{name}' does not contain the values of "
+            "the parameter. Pass a prior with a wider support, or change the values."
         )
 
 

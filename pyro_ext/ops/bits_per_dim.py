@@ -11,7 +11,7 @@ def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
     :param log_prob: log p(x) in nats: a tensor of any shape, or a float.
     :param num_dims: the number of dimensions D >= 1. For an image, it is the number of sub-pixels:
         height x width x channels.
-    :returns: a tensor of the same shape, in bits. Smaller is better.
+    :returns: a tensor of the same shape as ``log_prob``, in bits. Smaller is better.
     :raises ValueError: if ``num_dims`` is less than one.
 
     >>> import torch
@@ -19,5 +19,5 @@ def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
     tensor(4.0875)
     """
     if num_dims < 1:
-        raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}.")
+        raise ValueError(f"bits_per_dim: num_dims must be at least 1, but it is {num_dims}.")
     return log_prob / (-num_dims * math.log(2))

@@ -45,9 +45,12 @@ def discretized_logistic_mixture_log_prob(
     high: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the log mass of integers under a mixture of discretized logistics.
+    r"""Return the log mass of integers under a mixture of discretized logistics.
 
     .. math::
+
+        \log \sum_k \pi_k \prod_c \Bigl[ \sigma\Bigl(\frac{x_c + 1/2 - \mu_{ck}}{s_{ck}}\Bigr)
+        - \sigma\Bigl(\frac{x_c - 1/2 - \mu_{ck}}{s_{ck}}\Bigr) \Bigr]
 
     The bins of ``low`` and ``high`` include the tails. All C channels of a point share the
     component.
@@ -76,7 +79,8 @@ def discretized_logistic_mixture_log_prob(
     """
     if low > high:
         raise ValueError(
-            f"discretized_logistic_mixture_log_prob: expected low <= high, got {low} and {high}."
+            f"discretized_logistic_mixture_log_prob: low={low} is above high={high}. Pass low <= "
+            "high."
         )
     if dtype is None:
         dtype = promoted_dtype(logits, loc, log_scale)
@@ -105,10 +109,10 @@ def _common_shape(value: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor)
         return torch.broadcast_shapes((*value.shape, 1), of_logits, loc.shape, log_scale.shape)
     except RuntimeError:
         raise ValueError(
-            "discretized_logistic_mixture_log_prob: expected value of shape (..., C), logits of "
-            "shape (..., K), loc and log_scale of shape (..., C, K), got "
-            f"{tuple(value.shape)}, {tuple(logits.shape)}, {tuple(loc.shape)} and "
-            f"{tuple(log_scale.shape)}."
+            f"discretized_logistic_mixture_log_prob: the shapes of value {tuple(value.shape)}, "
+            f"logits {tuple(logits.shape)}, loc {tuple(loc.shape)} and log_scale "
+            f"{tuple(log_scale.shape)} do not match. Pass value of shape (..., C), logits of shape "
+            "(..., K), and loc and log_scale of shape (..., C, K)."
         ) from None
 
 
@@ -189,7 +193,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> NoReturn:
         raise NotImplementedError(
-            "discretized_logistic_mixture_log_prob can be differentiated once."
+            "discretized_logistic_mixture_log_prob can only be differentiated once. Second "
+            "derivatives are not available."
         )
 
     @staticmethod

@@ -41,8 +41,8 @@ def jackknife_coefficients(num_particles: int, order: int) -> list[float]:
     """
     if not 0 <= order < num_particles:
         raise ValueError(
-            f"jackknife: expected 0 <= order < num_particles, "
-            f"got order={order} with num_particles={num_particles}."
+            f"jackknife: order must be at least 0 and less than num_particles={num_particles}, "
+            f"but it is {order}."
         )
     return [
         (-1) ** j * (num_particles - j) ** order / (math.factorial(order - j) * math.factorial(j))
@@ -51,9 +51,13 @@ def jackknife_coefficients(num_particles: int, order: int) -> list[float]:
 
 
 def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
-    """Return the jackknife estimate of the log mean weight over dim 0, with bias O(K^-(m+1)).
+    r"""Return the jackknife estimate of the log mean weight over dim 0, with bias O(K^-(m+1)).
 
     .. math::
+
+        \sum_{j=0}^{m} c(K, m, j)\, \bar L_{K-j}, \qquad
+        \bar L_{K-j} = \binom{K}{j}^{-1} \sum_{|S| = j}
+            \log \frac{1}{K - j} \sum_{i \notin S} e^{\ell_i}
 
     It is an estimate, not a bound. All subsets are visited, in blocks, at a cost of O(K^m). The
     arithmetic is in float64 for every dtype of ``log_w``. Within a subset, no digits cancel: the
@@ -77,8 +81,8 @@ def jackknife(log_w: Tensor, order: int = 1) -> Tensor:
     _check(log_w, order)
     value, (first,) = _evaluate(log_w.detach(), order, num_powers=1)
     message = (
-        "jackknife can be differentiated once; for its pure second derivatives, "
-        "use jackknife_derivatives."
+        "jackknife can only be differentiated once. For its pure second derivatives, use "
+        "jackknife_derivatives."
     )
     zero = zero_with_derivative(first.to(log_w.dtype), log_w, message)
     return value.to(log_w.dtype) + zero.sum(0)
@@ -92,6 +96,9 @@ def jackknife_derivatives(
     With :math:`v_{k,S} = w_k / \sum_{i \notin S} w_i`,
 
     .. math::
+
+        f_k = \sum_j c_j \tbinom{K}{j}^{-1} \sum_{S \not\ni k} v_{k,S}, \qquad
+        f_{kk} = \sum_j c_j \tbinom{K}{j}^{-1} \sum_{S \not\ni k} v_{k,S} (1 - v_{k,S})
 
     :param log_w: log weights of shape ``(K, ...)``.
     :param order: the order m, ``0 <= m < K``.
@@ -114,16 +121,16 @@ def jackknife_derivatives(
 def _check(log_w: Tensor, order: int) -> None:
     if log_w.dim() == 0 or not log_w.is_floating_point():
         raise ValueError(
-            f"jackknife: expected floating log weights of shape (K, ...), "
-            f"got {log_w.dtype} of shape {tuple(log_w.shape)}."
+            "jackknife: log_w must be a floating-point tensor of shape (K, ...), but it has dtype "
+            f"{log_w.dtype} and shape {tuple(log_w.shape)}."
         )
     K = log_w.shape[0]
     jackknife_coefficients(K, order)
     num_subsets = max(math.comb(K, j) for j in range(order + 1))
     if num_subsets > MAX_SUBSETS:
         raise TooManySubsetsError(
-            f"jackknife: order={order} over {K} particles has {num_subsets} subsets of one size, "
-            f"more than MAX_SUBSETS = {MAX_SUBSETS}; expected a smaller order or fewer particles."
+            f"jackknife: order={order} with {K} particles has {num_subsets} subsets of one size. "
+            f"The limit is MAX_SUBSETS = {MAX_SUBSETS}. Use a smaller order or fewer particles."
         )
 
 

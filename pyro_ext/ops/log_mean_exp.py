@@ -14,8 +14,8 @@ def log_mean_exp(log_w: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..
 
     The gradient equals the normalised weights, :math:`\mathrm{softmax}(\ell)`, which sum to one.
 
-    :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``. If all of
-        them are, the value is ``-inf`` and the gradient is NaN.
+    :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``. If all
+        entries are ``-inf``, the value is ``-inf`` and the gradient is NaN.
     :param dim: the dim of size K >= 1 over which the mean is taken.
     :returns: a tensor with the shape of ``log_w`` without ``dim``.
     :raises ValueError: if ``dim`` has size zero.
@@ -25,7 +25,7 @@ def log_mean_exp(log_w: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..
     """
     K = log_w.shape[dim]
     if K == 0:
-        raise ValueError(f"log_mean_exp: expected at least one weight along dim {dim}, got none.")
+        raise ValueError(f"log_mean_exp: dim {dim} of log_w is empty. Pass at least one weight.")
     wide = log_w.float() if log_w.dtype in (torch.float16, torch.bfloat16) else log_w
     return (torch.logsumexp(wide, dim) - math.log(K)).to(log_w.dtype)
 
@@ -42,7 +42,8 @@ def leave_one_out_log_mean_exp(
 
     :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``.
     :param dim: the dim of size K >= 2 along which one weight at a time is left out.
-    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where all other log weights are.
+    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where all other log weights are
+        ``-inf``.
     :raises ValueError: if ``dim`` has fewer than two entries.
 
     Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
@@ -73,7 +74,8 @@ def leave_one_out_mean(log_w: Float[Tensor, "*shape"], dim: int = 0) -> Float[Te
 
     :param log_w: log weights of any shape and floating dtype. Entries may be ``-inf``.
     :param dim: the dim of size K >= 2 along which one entry at a time is left out.
-    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where any other entry is.
+    :returns: a tensor with the shape of ``log_w``. It is ``-inf`` where any other entry is
+        ``-inf``.
     :raises ValueError: if ``dim`` has fewer than two entries.
 
     Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
@@ -92,5 +94,7 @@ def leave_one_out_mean(log_w: Float[Tensor, "*shape"], dim: int = 0) -> Float[Te
 def _num_others(owner: str, log_w: Tensor, dim: int) -> int:
     K = log_w.shape[dim]
     if K < 2:
-        raise ValueError(f"{owner}: expected at least 2 weights along dim {dim}, got {K}.")
+        raise ValueError(
+            f"{owner}: dim {dim} of log_w must hold at least 2 weights, but its size is {K}."
+        )
     return K - 1

@@ -15,14 +15,14 @@ def pareto_k(log_w: Tensor, dim: int = 0) -> Tensor:
 
     A generalised Pareto distribution is fitted to the :math:`\min(S / 5, 3 \sqrt S)` largest of S
     weights. The fit is the empirical Bayes estimate of Zhang and Stephens, with a weak prior at
-    1/2. Weights have about :math:`1 / \hat k` finite moments. Above 0.7, do not trust an
-    importance-sampling estimate at any affordable S.
+    1/2. Weights have about :math:`1 / \hat k` finite moments. If :math:`\hat k` is above 0.7, do
+    not trust an importance-sampling estimate at any affordable S.
 
     :param log_w: log weights of any shape and floating dtype.
     :param dim: the dim of size S that holds the draws.
     :returns: a tensor with the shape of ``log_w`` without ``dim``, in the widest dtype of the
         device. It is ``inf`` if fewer than five weights lie in the tail, because nothing can then
-        be fitted; this is always the case for S < 21. It is ``-inf`` if all weights of the tail are
+        be fitted. This is always the case for S < 21. It is ``-inf`` if all weights of the tail are
         equal to the largest weight, because the weights are then bounded. It is NaN if all weights
         are zero.
 

@@ -77,11 +77,11 @@ class WeightStatistics:
     S. At first, a block is one draw. Whenever there would be more than 1,024 blocks, the block size
     doubles.
 
-    The jackknife uses the block means instead of the draws. They are independent weights with the
-    same mean, so the jackknife removes the same terms of the bias. With G blocks of b draws, the
-    r-th term is of order :math:`S^{-r}`, as for single draws. The reason is that the cumulants of a
-    block mean fall with b in the same way in which the cumulants of the mean of all draws fall with
-    S. The remaining bias is :math:`O(S^{-(m + 1)})` for order m.
+    The jackknife uses the block means instead of the draws. The block means are independent weights
+    with the same mean, so the jackknife removes the same terms of the bias. With G blocks of b
+    draws, the r-th term is of order :math:`S^{-r}`, as for single draws. The reason is that the
+    cumulants of a block mean fall with b in the same way in which the cumulants of the mean of all
+    draws fall with S. The remaining bias is :math:`O(S^{-(m + 1)})` for order m.
 
     An update replaces the tensors and lists of an instance, and changes none in place. A shallow
     copy can therefore be updated independently.

@@ -70,8 +70,8 @@ def read_programs(
     check_program(owner, "guide", guide)
     if model_args is not None and args:
         raise TypeError(
-            f"{owner}: the programs' arguments were given twice. Pass them after the guide, or as "
-            "model_args=, but not both."
+            f"{owner}: the arguments of model and guide were given twice. Pass them after the "
+            "guide, or as model_args=, but not both."
         )
     given_twice = sorted(kwargs.keys() & (model_kwargs or {}).keys())
     if given_twice:

@@ -8,6 +8,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_ext._arguments import abbreviate
 from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.programs import Programs
@@ -26,17 +27,20 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
     """
     if site := _first_site(particles, torch.isnan):
         cause = (
-            f"the log-probability of site {site} is NaN; expected data, parameters and network "
-            "outputs without NaN"
+            f"The log-probability of site {site} is NaN. Check the data, the parameters and the "
+            "network outputs for NaN."
         )
     elif site := _first_site(particles, torch.isinf):
         cause = (
-            f"the log-probability of site {site} is infinite in too many particles; expected "
-            "values inside the support that do not overflow"
+            f"The log-probability of site {site} is infinite in too many particles. Check that "
+            "its values are inside the support and do not overflow."
         )
     else:
-        cause = "the log-probability of every site is finite, the bound is not"
-    raise ValueError(f"{what} is {value}: {cause}.")
+        cause = (
+            "The log-probability of every site is finite, but the bound is not. Check the bound "
+            "for overflow."
+        )
+    raise ValueError(f"{what} is {value}. {cause}")
 
 
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:
@@ -64,9 +68,8 @@ def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> 
     shift = torch.tensor(offset or (0,) * chosen.dim(), device=chosen.device)
     rows = (chosen.nonzero() + shift).tolist()
     indices = [tuple(row) if len(row) > 1 else row[0] for row in rows]
-    more = f" and {len(indices) - most} more" if len(indices) > most else ""
     of = f"{chosen.numel()} in this block" if any(offset) else chosen.numel()
-    return f" for data points {indices[:most]}{more}, of {of}"
+    return f" for data points {abbreviate(indices, most)} (of {of})"
 
 
 def warn_of_points(guide_trace: Trace, programs: Programs, subsamples: SharedSubsamples) -> None:
@@ -81,7 +84,7 @@ def warn_of_points(guide_trace: Trace, programs: Programs, subsamples: SharedSub
         return
     for name in points_of(with_one_minibatch(programs, subsamples)):
         warnings.warn(
-            f"The guide puts site '{name}' at one point (Delta): expected a distribution. "
-            "The weights are then densities at that point, and the result is no evidence.",
+            f"The guide puts site '{name}' at one point (Delta). The weights are then densities at "
+            "that point, and the estimate is not valid. Use a guide that samples the site.",
             stacklevel=5,
         )

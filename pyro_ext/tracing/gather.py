@@ -29,7 +29,8 @@ def gather_particles(
     :param traces: the traces of K particles.
     :param common: the common plates, from left to right.
     :param outside: the keys of the sites whose log ratio is not part of the log weights.
-    :param local_plate: the name of the plate whose sites have particles; None for all sites.
+    :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
+        all sites are.
     """
     rows = traces.density_sites
     by_key = {site.key: site for row in rows for site in row}

@@ -27,11 +27,12 @@ class LeafDraws(Messenger):
     """A handler that replaces each reparameterised draw of the guide by a leaf tensor.
 
     The leaf has the value of the draw, without its graph. Later sites and the model use the leaf,
-    so one run yields the derivatives at the draws. The handler also keeps the draws themselves,
-    whose graph leads to the guide's parameters. A Delta site is not replaced, because it is a
+    so one run yields the derivatives at the draws. The handler also keeps the draws themselves.
+    Their graph leads to the guide's parameters. A Delta site is not replaced, because it is a
     function of earlier draws.
 
-    :param local_plate: the name of the plate whose sites have particles; None for all sites.
+    :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
+        all sites are.
     """
 
     def __init__(self, local_plate: str | None) -> None:
@@ -67,15 +68,15 @@ class LeafDraws(Messenger):
                     draw.fn.log_prob(draw.leaf.detach())
             except Exception:
                 raise ValueError(
-                    f"Guide site '{draw.name}' has no density at a given value: expected a "
-                    f"distribution whose transforms have an inverse, got {draw.fn}. Use "
-                    "gradient='pathwise'."
+                    f"Guide site '{draw.name}' has no density at a given value, because a "
+                    "transform of its distribution has no inverse. Use transforms with an "
+                    "inverse, or gradient='pathwise'."
                 ) from error
 
 
 def _moving_support(name: str) -> str:
     return (
         f"Guide site '{name}' has a support with a bound that depends on a parameter or an earlier "
-        "draw: expected fixed bounds for gradient='dreg' and 'stl', which may be biased where a "
-        "density ends at a moving one; use gradient='pathwise'."
+        "draw. gradient='dreg' and gradient='stl' may be biased for this site. Use "
+        "gradient='pathwise'."
     )

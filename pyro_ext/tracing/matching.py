@@ -13,6 +13,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_ext._arguments import abbreviate
 from pyro_ext._private.of_pyro import HANDLER_STACK, mask_of
 from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, has_particles, is_delta
 
@@ -40,7 +41,8 @@ class SiteRecorder(Messenger):
     :param particle_dim: the dim of the particle plate, negative; None if there is no such plate.
     :param guide: for the model, the recorder of the guide against which it is replayed; for the
         guide, None.
-    :param local_plate: the name of the plate whose sites have particles; None for all sites.
+    :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
+        all sites are.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class SiteRecorder(Messenger):
         if infer.get("enumerate") and not msg["is_observed"]:
             raise SiteError(
                 f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "
-                "support: expected a sampled site. Remove infer={'enumerate': ...} or "
-                "config_enumerate, or use pyro.infer.TraceEnum_ELBO."
+                "support. Remove infer={'enumerate': ...} or config_enumerate, or use "
+                "pyro.infer.TraceEnum_ELBO."
             )
         if not msg["is_observed"] and not self._has_latent and self.particle_dim is not None:
             self._raise_for_batch_dim_without_plate(msg)
@@ -100,8 +102,8 @@ class SiteRecorder(Messenger):
         if self._has_particle_dim(msg):
             raise SiteError(
                 f"Site '{msg['name']}' has batch shape {tuple(msg['fn'].batch_shape)}, with a size "
-                f"other than 1 at dim {self.particle_dim}, where the particles go: expected its "
-                "batch dims in plates, counted by max_plate_nesting, or in .to_event(...)."
+                f"other than 1 at dim {self.particle_dim}, which is the dim of the particles. Put "
+                "its batch dims in plates that max_plate_nesting counts, or in .to_event(...)."
             )
 
     def _check_against_guide(self, name: str, in_guide: SiteRecord | None) -> None:
@@ -109,23 +111,23 @@ class SiteRecorder(Messenger):
         if in_guide is None:
             if not record.is_observed:
                 raise SiteError(
-                    f"Latent site '{name}' of the model is missing from the guide: expected a "
-                    f"pyro.sample('{name}', ...) there."
+                    f"Latent site '{name}' of the model is missing from the guide. Add "
+                    f"pyro.sample('{name}', ...) to the guide."
                 )
         elif record.is_observed and not in_guide.is_observed:
             raise SiteError(
-                f"Site '{name}' is observed in the model but sampled in the guide: expected the "
-                "guide to sample latent sites only. Remove it from the guide."
+                f"Site '{name}' is observed in the model but sampled in the guide. Remove it from "
+                "the guide, which may sample latent sites only."
             )
         elif record.plate_sizes != in_guide.plate_sizes:
             raise SiteError(
-                f"Site '{name}' lies in the plates (name: size) {in_guide.plate_sizes} in the "
-                f"guide but in {record.plate_sizes} in the model: expected the same in both."
+                f"Site '{name}' is in the plates (name: size) {in_guide.plate_sizes} in the guide, "
+                f"but in {record.plate_sizes} in the model. Put it in the same plates in both."
             )
         elif _is_masked(record) and not _is_masked(in_guide) and not is_delta(in_guide.fn):
             warnings.warn(
-                f"Site '{name}' is masked in the model but not in the guide: its log q counts "
-                "where its log p does not. Expected the same mask around both.",
+                f"Site '{name}' is masked in the model but not in the guide. The weights include "
+                "its log q where its log p is masked out. Use the same mask in both.",
                 stacklevel=2,
             )
 
@@ -140,10 +142,10 @@ class SiteRecorder(Messenger):
             for name, record in self.guide.sites.items():
                 if name not in self.sites and not record.is_auxiliary:
                     raise SiteError(
-                        f"Site '{name}' of the guide is missing from the model, which has "
-                        f"{sorted(self.sites)}: expected a latent site of that name. If the "
-                        "latent sites are deterministic functions of it, and only then, mark it "
-                        "with infer={'is_auxiliary': True}."
+                        f"Site '{name}' of the guide is missing from the model, which has the "
+                        f"sites {abbreviate(sorted(self.sites))}. Add a latent site of that name "
+                        "to the model. Only if the latent sites are deterministic functions of "
+                        "it, mark it with infer={'is_auxiliary': True} instead."
                     )
 
 
@@ -175,7 +177,7 @@ def raise_for_handlers_of_linear_objectives(num_particles: int) -> None:
     for handler in HANDLER_STACK:
         if getattr(handler, "needs_linear_objective", False):
             raise ValueError(
-                f"Multi-sample estimators expect {type(handler).__name__} with num_particles=1 "
-                f"alone, got {num_particles}: with more the bound is not linear, and needs the "
-                "weights that were drawn."
+                f"{type(handler).__name__} requires num_particles=1, but it is {num_particles}. "
+                "With more particles the bound is not linear, and it needs the drawn weights. Use "
+                f"num_particles=1, or leave out {type(handler).__name__}."
             )

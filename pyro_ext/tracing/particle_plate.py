@@ -11,7 +11,8 @@ class ParticlePlate(pyro.plate):
 
     :param size: the number of particles.
     :param dim: the dim of the plate, negative and to the left of all other plates.
-    :param local_plate: the name of the user's plate; None for all sites.
+    :param local_plate: the name of the user's plate whose sites are drawn once for each particle;
+        None if all sites are.
     """
 
     def __init__(self, size: int, dim: int, local_plate: str | None = None) -> None:

@@ -12,26 +12,27 @@ from pyro_ext.tracing.leaves import Draw
 
 @dataclass(frozen=True)
 class Particles:
-    r"""The log weights of K particles, with all that a bound and a gradient rule need.
+    r"""The log weights of K particles, with the other inputs of bounds and gradient rules.
 
     .. math::
 
         \mathrm{scale} \cdot \sum_n f(\log w_{1n}, \dots, \log w_{Kn}) + \mathrm{outer}
 
-    This is the estimate of the log evidence for a bound f. The sum runs over the elements n of the
-    common plates. A common plate encloses every site that depends on the particle, and ``common``
-    stands for the sizes of these plates.
+    For a bound f, this formula is the estimate of the log evidence. The sum runs over the elements
+    n of the common plates. A common plate encloses every site that depends on the particle, and
+    ``common`` stands for the sizes of these plates. A gradient rule may replace a draw by an
+    autograd leaf with the same value.
 
     :ivar log_p: log p(x, z) of each particle, of shape ``(K, *common)``. It is summed over every
         dim that is not a common plate, and excludes the scale of the common plates.
     :ivar log_q: log q(z) of each particle, of shape ``(K, *common)``, summed and scaled like
         ``log_p``.
-    :ivar log_q_rest: the part of ``log_q`` that does not come from draws replaced by leaves, of
-        shape ``(K, *common)``. It comes from Deltas, factors and non-reparameterised sites. Without
-        leaves it equals ``log_q``.
+    :ivar log_q_rest: the part of ``log_q`` from the sites whose draws were not replaced by leaves,
+        of shape ``(K, *common)``. These sites are Deltas, factors and non-reparameterised sites.
+        Without leaves it equals ``log_q``.
     :ivar scale: the size of the common plates divided by their subsample size, times a user's scale
         that is the same at every site. It is a number, or a tensor that broadcasts against
-        ``common``, and multiplies the bound from outside.
+        ``common``. It multiplies f itself and is not part of the log weights.
     :ivar outer_terms: the log ratios to add to the bound. They do not depend on the particle and
         lie outside at least one common plate. With a local plate, they include the log ratios of
         all sites outside this plate.
@@ -40,12 +41,14 @@ class Particles:
     :ivar score: log q of the guide's non-reparameterised sites, neither scaled nor masked, of shape
         ``(K, *common)``; None if there are none.
     :ivar plates: the common plates, from left to right.
-    :ivar draws: the reparameterised draws with their leaves, in the order of sampling; empty unless
-        leaves were requested.
-    :ivar global_draws: the reparameterised draws, with their leaves, of the sites outside the local
-        plate. These sites are drawn once.
-    :ivar model_traces: one trace of the model if the particles are vectorised, else one for each.
-    :ivar guide_traces: one trace of the guide if the particles are vectorised, else one for each.
+    :ivar draws: pairs of a reparameterised draw and the leaf that replaced it, in the order of
+        sampling; empty if no leaves were requested.
+    :ivar global_draws: the same pairs for the sites outside the local plate. These sites are drawn
+        once.
+    :ivar model_traces: the traces of the model: a single one if the particles are vectorised, else
+        one for each particle.
+    :ivar guide_traces: the traces of the guide: a single one if the particles are vectorised, else
+        one for each particle.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import ImportanceWeightedELBO

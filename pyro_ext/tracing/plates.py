@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 
+from pyro_ext._arguments import abbreviate
 from pyro_ext.tracing.density_sites import DensitySite, Plate
 from pyro_ext.tracing.sites import global_site_error, is_delta, lies_in
 
@@ -36,12 +37,11 @@ def check_subsampling(
                 continue
             raise ValueError(
                 f"Plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}) but "
-                f"{_why_not_common(plate, sites)}; with more than one particle its scale would "
-                "enter a nonlinear bound, which would then be wrong. Expected a vectorised plate "
-                "around every latent site, or the full data. For global latents and local ones in "
-                f"a plate, local_plate='{plate.name}' draws the globals once and has a bound for "
-                "each point; else move globals into pyro.param, do not subsample, or use "
-                "num_particles=1."
+                f"{_why_not_common(plate, sites)}. With more than one particle, its scale would "
+                "make the nonlinear bound wrong. If the other latent sites are global, pass "
+                f"local_plate='{plate.name}', which draws them once and has a bound for each data "
+                "point. Otherwise put every latent site in a vectorised plate, move global latent "
+                "variables into pyro.param, use the full data, or use num_particles=1."
             )
 
 
@@ -59,10 +59,11 @@ def warn_of_joint_weights(sites: Sequence[DensitySite], warned: set[str]) -> Non
     for name in names - warned:
         warned.add(name)
         warnings.warn(
-            f"Plate '{name}' holds all the data but {_why_not_common(by_name[0][name], sites)}: "
-            "each particle gets one weight for the whole plate, which bounds the joint evidence "
-            "loosely. Expected for global latent variables; otherwise use a vectorised plate, "
-            "with the site inside, and a guide that draws each point by itself (AutoNormal does).",
+            f"Plate '{name}' holds all the data but {_why_not_common(by_name[0][name], sites)}. "
+            "Each particle has one weight for the whole plate, and the bound of the joint evidence "
+            "is loose. This is normal for global latent variables. Otherwise put the site in a "
+            "vectorised plate, and use a guide that draws each data point separately (such as "
+            "AutoNormal).",
             stacklevel=2,
         )
 
@@ -88,15 +89,17 @@ def check_local_plate(local_plate: str, sites: Sequence[DensitySite], depends: D
     names = sorted({plate.name for site in sites for plate in site.plates if plate.is_vectorized})
     if local_plate not in names:
         raise ValueError(
-            f"local_plate='{local_plate}': expected one of the vectorised plates, {names}."
+            f"local_plate='{local_plate}' is not one of the vectorised plates, "
+            f"{abbreviate(names)}. Pass one of their names."
         )
     inside = [site for site in sites if lies_in(site.node, local_plate)]
     drawn = [site for site in inside if site.program == "guide" and not site.is_observed]
     if all(is_delta(site.node["fn"]) for site in drawn):
         raise ValueError(
-            f"local_plate='{local_plate}': expected the guide to draw a latent site inside of the "
-            f"plate, for which the particles differ, got {sorted({site.name for site in inside})}, "
-            "which are observed or points (Delta, as of guides that draw all sites at once)."
+            f"local_plate='{local_plate}': the guide draws no latent site inside the plate. The "
+            f"sites {abbreviate(sorted({site.name for site in inside}))} are observed or points "
+            "(Delta, as in guides that draw all sites at once). Use a guide that draws each site "
+            "separately, or leave out local_plate."
         )
     for site in sites:
         if not lies_in(site.node, local_plate) and depends(site):

@@ -30,8 +30,8 @@ class Dependence:
     If several particles run at once, the sites that depend on the particle have the particle dim.
     Otherwise model and guide run once on tensors that carry the names of the sites they come from
     (their provenance). Compiled code and writes into buffers lose the provenance but not the
-    values. So the values of two runs are compared too, and the values of particles that run one
-    after the other.
+    values. So the values are compared as well: between two runs and, if the particles run one after
+    the other, between the particles. A site whose value differs depends on the particle.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,8 @@ class Dependence:
         :param traces: the traces of the particles.
         :param programs: the model and guide of these traces.
         :param subsamples: the minibatch indices of these traces, if they are given.
-        :param local_plate: the name of the plate whose sites have particles; None for all sites.
+        :param local_plate: the name of the plate whose sites are drawn once for each particle; None
+            if all sites are.
         """
         by_particle = traces.density_sites
         shows = traces.particle_dim is not None and traces.num_particles > 1

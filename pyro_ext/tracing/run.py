@@ -31,10 +31,11 @@ SiteKey = tuple[str, str]
 class ParticleTraces:
     """The traces of K particles.
 
-    There is one trace of each program if the particles ran at once, else one for each particle.
+    If the particles ran at once, there is one trace of the model and one of the guide. Otherwise
+    there is one of each for each particle.
 
     :ivar particle_dim: the dim of the particles, negative; None if they ran one after the other.
-    :ivar records: the record of each site, by program and name.
+    :ivar records: a dict from a tuple of program and site name to the record of the site.
     :ivar draws: the draws that leaves replaced.
     """
 
@@ -99,9 +100,11 @@ def run_at_once(
     :param num_particles: the number of particles K.
     :param particle_dim: the dim of the particle plate, negative.
     :param subsamples: the minibatch indices to use, or to record.
-    :param local_plate: the name of the plate whose sites have particles; None for all sites.
+    :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
+        all sites are.
     :param has_leaves: whether leaves replace the reparameterised draws.
-    :param remedy: the argument that runs the particles one after the other, for error messages.
+    :param remedy: the argument that error messages recommend for running one particle at a time,
+        such as ``vectorize_particles=False``.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
@@ -119,11 +122,11 @@ def run_at_once(
             if _runs_alone(programs):
                 where = f"num_particles={num_particles} vectorised in a plate at dim {particle_dim}"
                 raise ValueError(
-                    f"The {_last_place(in_model, in_guide)} with {where}, though it runs with one "
-                    "particle: expected code that takes an extra dim on the left of every sample. "
-                    "Index dims from the right, wrap convolutions in pyro_ext.nn.LeadingDims, "
-                    "correct max_plate_nesting (it is guessed in the first run of a model and "
-                    f"guide), or pass {remedy}.\n{type(error).__name__}: {error}"
+                    f"The {_last_place(in_model, in_guide)} with {where}, but it runs with one "
+                    "particle. Every sample has an extra dim on the left: index dims from the "
+                    "right, wrap convolutions in pyro_ext.nn.LeadingDims, correct "
+                    "max_plate_nesting (it is guessed in the first run of a model and guide), or "
+                    f"pass {remedy}.\n{type(error).__name__}: {error}"
                 ) from error
             raise
     for program, trace in (("model", model_trace), ("guide", guide_trace)):
@@ -210,9 +213,9 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
         if stray:
             raise SiteError(
                 f"Site '{name}' of the {program} has a log-probability of shape {tuple(shape)}, "
-                f"with the particles in dim {particle_dim} and no plate at dim {stray[-1]}: "
-                "expected size 1 there. Keep the filler dims of samples (sum with keepdim=True, "
-                "do not squeeze), or put the dim in a plate."
+                f"with the particles at dim {particle_dim}. It must have size 1 at dim "
+                f"{stray[-1]}, where there is no plate. Keep the filler dims of samples (sum with "
+                "keepdim=True, do not squeeze), or put the dim in a plate."
             )
 
 

@@ -31,7 +31,7 @@ class SharedSubsamples(Messenger):
 def with_one_minibatch(programs: Programs, subsamples: SharedSubsamples | None) -> Programs:
     """Return model and guide that have the same minibatch at every run.
 
-    :param subsamples: the minibatch indices; None for those that the first run draws.
+    :param subsamples: the minibatch indices. With None, the first run draws them.
     """
     rows = subsamples or SharedSubsamples()
     return programs.each_under(rows, rows)
@@ -93,10 +93,10 @@ class RowsOfPlate(SharedSubsamples):
             found = "rows of its own"  # a replayed model has the rows of the guide
         if found:
             raise ValueError(
-                f"batch_size={self.batch_size}: expected plate '{self.plate}' to have the "
-                f"subsample_size={self.batch_size} or none, and to use the indices that it yields; "
-                f"got {found}. An automatic guide has the sizes of the first run, unless "
-                "create_plates says otherwise."
+                f"Plate '{self.plate}' has {found}, which does not fit "
+                f"batch_size={self.batch_size}. Give it subsample_size={self.batch_size} or none, "
+                "and use the indices that it yields. An automatic guide has the plate sizes of "
+                "its first run, unless you pass create_plates."
             )
         msg["value"] = rows
         msg["done"] = True

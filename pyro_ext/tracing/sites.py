@@ -22,7 +22,7 @@ def lies_in(site: Any, plate: str) -> bool:
 def has_particles(site: Any, local_plate: str | None) -> bool:
     """Return whether a site is drawn once for each particle.
 
-    With a local plate, only the sites inside it are.
+    With a local plate, only the sites inside it are drawn once for each particle.
     """
     return local_plate is None or lies_in(site, local_plate)
 
@@ -52,7 +52,7 @@ def has_dim(shape: Sequence[int], dim: int) -> bool:
 def global_site_error(program: str, name: str) -> SiteError:
     """Return the error for a site outside the local plate that depends on draws inside it."""
     return SiteError(
-        f"Site '{name}' of the {program} depends on the draws inside of local_plate, but it lies "
-        "outside of the plate. Sites outside are drawn once, sites inside once for each particle. "
-        "Move the site into the plate, or do without local_plate."
+        f"Site '{name}' of the {program} depends on the draws inside local_plate, but it is "
+        "outside the plate. Sites outside are drawn once, and sites inside once for each particle. "
+        "Move the site into the plate, or leave out local_plate."
     )

@@ -47,13 +47,15 @@ class ParticleTracer:
     :ivar num_particles: the number of particles K.
     :ivar vectorize: whether the particles run at once, in a plate to the left of all others. A
         single particle runs without this plate unless ``has_dim_for_one`` is True.
-    :ivar max_plate_nesting: the number of nested plates. If infinite, one run guesses it for each
-        new model and guide.
-    :ivar local_plate: the name of the plate whose sites have particles; None for all sites.
+    :ivar max_plate_nesting: the number of nested plates. With infinity, one run of each new model
+        and guide finds it.
+    :ivar local_plate: the name of a plate. Only the sites in it are drawn once for each
+        particle. With None, all sites are.
     :ivar is_linear: whether the objective is linear in the log weights. If so, any plate may be
         subsampled.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
-    :ivar remedy: the caller's argument that runs one particle at a time, for error messages.
+    :ivar remedy: the argument that error messages recommend for running one particle at a time,
+        such as ``vectorize_particles=False``.
     :ivar memory: the facts found about the model and guide.
     """
 

@@ -28,8 +28,8 @@ def check_vectorization(tracer: ParticleTracer, programs: Programs) -> None:
     """
     if isinstance(poutine.unwrap(programs.guide), Messenger):
         raise NotImplementedError(
-            "check expects a guide that is a program of its own, got a GuideMessenger, which runs "
-            "the model: compare losses with vectorize_particles=False instead."
+            "check does not support a GuideMessenger, because that guide runs the model. Compare "
+            "losses with vectorize_particles=False instead."
         )
     subsamples = SharedSubsamples()
     with poutine.block():
@@ -57,15 +57,16 @@ def _compare(site: str, found: Tensor, expected: Tensor) -> None:
     if found.numel() != expected.numel():
         raise ValueError(
             f"{site} has a log-probability of shape {tuple(found.shape)} in a vectorised particle, "
-            f"expected {tuple(expected.shape)} as in the same particle alone."
+            f"but of shape {tuple(expected.shape)} in the same particle alone. Index dims from "
+            "the right, or pass vectorize_particles=False."
         )
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     difference = (found.reshape(expected.shape) - expected).abs()
     if not (difference <= tolerance * (1 + expected.abs())).all():
         raise ValueError(
             f"{site} has another log-probability in a vectorised particle than in the same "
-            f"particle alone: sums {found.sum().item():.6g} and {expected.sum().item():.6g}, "
-            "expected equal ones. A module mixes particles (BatchNorm in training mode, a reshape "
-            "over the particle dim) or is random (dropout): put it in evaluation mode, wrap it in "
+            f"particle alone (sums: {found.sum().item():.6g} and {expected.sum().item():.6g}). "
+            "A module mixes particles (BatchNorm in training mode, a reshape over the particle "
+            "dim) or is random (dropout). Put it in evaluation mode, wrap it in "
             "pyro_ext.nn.LeadingDims, or pass vectorize_particles=False."
         )

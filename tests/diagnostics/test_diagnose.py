@@ -27,7 +27,7 @@ def test_the_exact_guide_has_no_gap():
         assert value == pytest.approx(exact)
     assert found.evidence_gap == pytest.approx(0, abs=1e-9)
     assert found.ess == pytest.approx(1000)
-    assert "fits the posterior where its draws went" in repr(found)
+    assert "fits the posterior where its draws are" in repr(found)
     assert math.isnan(found.loss_change)
 
 
@@ -68,14 +68,17 @@ def test_loss_curves(curve, word):
     programs = GlobalNormal(X)
     found = diagnose(programs.model, programs.guide, losses=curve(t) + noise, num_samples=50)
     assert word in repr(found)
-    with pytest.raises(ValueError, match="expected 8 losses or more"):
+    with pytest.raises(ValueError, match="losses must be a sequence of at least 8 numbers"):
         diagnose(programs.model, programs.guide, losses=[1.0, 2.0], num_samples=50)
 
 
 def test_predictions():
     """The model has a standard deviation of 1; data with 0.01 are too regular for it."""
     regular = 1 + 0.01 * torch.randn(40, dtype=torch.float64)
-    for x, verdict in ((regular, "the model misses"), (torch.randn(40), "reproduces the data")):
+    for x, verdict in (
+        (regular, "does not reproduce the data"),
+        (torch.randn(40), "reproduces the data"),
+    ):
         programs = GlobalNormal(x)
         found = diagnose(programs.model, programs.guide)
         assert verdict in repr(found)

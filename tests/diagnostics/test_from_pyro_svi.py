@@ -149,9 +149,9 @@ def test_bad_input():
     for options, message in (
         ({"num_samples": 1}, "num_samples must be"),
         ({"chunk_size": 0}, "chunk_size must be"),
-        ({"resample": "sir"}, "resample to be None or 'psis', got 'sir'"),
-        ({"model_args": (1, 2)}, "arguments do not fit .* given 2 positional arguments"),
-        ({"coords": {"data": [1, 2]}}, "coords of 'data': expected 5 labels, got 2"),
+        ({"resample": "sir"}, "resample must be None or 'psis', but it is 'sir'"),
+        ({"model_args": (1, 2)}, "arguments do not fit .* passed 2 positional arguments"),
+        ({"coords": {"data": [1, 2]}}, "coords has 2 labels for 'data', whose size is 5"),
     ):
         with pytest.raises(ValueError, match=message):
             from_pyro_svi(*pair(programs), **{"num_samples": 10} | options)
@@ -161,14 +161,14 @@ def test_bad_input():
     def unobserved():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="expected an observed site in the model"):
+    with pytest.raises(ValueError, match="the model has no observed site"):
         from_pyro_svi(unobserved, unobserved, num_samples=10)
 
     def diverged():
         with pyro.validation_enabled(False):
             pyro.sample("z", dist.Normal(X.new_tensor(math.nan), 1.0, validate_args=False))
 
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match="got NaN at site 'z'"):
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="site 'z' has NaN draws"):
         from_pyro_svi(programs.model, diverged, num_samples=10)
 
 

@@ -70,10 +70,10 @@ def test_models_are_compared():
 
 def test_what_it_refuses():
     local = NormalNormal(X)
-    with pytest.raises(ValueError, match=r"global latent sites, got .*\['data'\] alone.*held-out"):
+    with pytest.raises(ValueError, match=r"no global latent sites.*\['data'\].*held-out"):
         loo(local.model, local.guide, num_samples=10)
     hierarchical = Hierarchical(X, subsample_size=3)
-    with pytest.raises(ValueError, match=r"in one plate, with all of its rows.*subsampled"):
+    with pytest.raises(ValueError, match=r"plate 'data' is subsampled.*pass all of its rows"):
         loo(hierarchical.model, hierarchical.guide, num_samples=10)
 
     def two():
@@ -83,7 +83,7 @@ def test_what_it_refuses():
             pyro.sample("y", dist.Normal(z, 1.0), obs=X)
 
     programs = GlobalNormal(X)
-    with pytest.raises(ValueError, match=r"one of the observed sites \['x', 'y'\], got None"):
+    with pytest.raises(ValueError, match=r"one of the observed sites \(x, y\), but it is None"):
         loo(two, programs.guide, num_samples=10)
     assert loo(two, programs.guide, num_samples=50, var_name="y")["n_data_points"] == 12
     with pytest.raises(TypeError, match=r"loo: the model is 3\. Pass an SVI, or a model"):

@@ -55,7 +55,7 @@ def test_the_exact_guide_passes_at_the_level_of_the_tests():
     [
         ({"factor": 0.6}, "uniformity", "symmetry", "too narrow"),
         ({"factor": 1.8}, "uniformity", "symmetry", "too wide"),
-        ({"shift": 0.3}, "symmetry", None, "biased"),
+        ({"shift": 0.3}, "symmetry", None, "is biased"),
     ],
 )
 def test_wrong_guides_fail(options, failing, passing, word):
@@ -118,19 +118,19 @@ def test_bad_input():
     def unobserved():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="expected an observed site"):
+    with pytest.raises(ValueError, match="the model has no observed site"):
         simulation_based_calibration(unobserved, guides(), num_steps=0)
 
     def lacks_plate(model, data):
         return lambda: pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"draw site 'z' with shape \(200, 1\), got shape \(\)"):
+    with pytest.raises(ValueError, match=r"draws site 'z' with shape \(\), .* shape \(200, 1\)"):
         simulation_based_calibration(model, lacks_plate, num_steps=0)
 
     def other(model, data):
         return lambda: pyro.sample("y", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="got no such site"):
+    with pytest.raises(ValueError, match="guide does not draw site 'z'"):
         simulation_based_calibration(model, other, num_steps=0)
 
 
@@ -189,7 +189,7 @@ def test_subsampled_plates_are_refused():
         with pyro.plate("data", 10, subsample_size=2):
             pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(2))
 
-    with pytest.raises(ValueError, match="without subsampling, got 'data' with 2 of 10 rows"):
+    with pytest.raises(ValueError, match=r"plate 'data' is subsampled \(2 of 10 rows\)"):
         simulation_based_calibration(subsampled, guides(), num_steps=0)
 
 
@@ -199,5 +199,5 @@ def test_factors_are_refused():
         pyro.factor("penalty", -z.abs())
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
 
-    with pytest.raises(ValueError, match="can be simulated from, got the factor 'penalty'"):
+    with pytest.raises(ValueError, match="factor 'penalty', so it cannot be simulated from"):
         simulation_based_calibration(penalised, guides(), num_steps=0)

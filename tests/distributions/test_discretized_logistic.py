@@ -234,11 +234,11 @@ def test_integer_locations_with_a_number_as_scale():
 
 P = torch.ones(2)
 BAD_PIXELS = {
-    "fraction": (0.5, "integers in 0..255, got 0.5. Values in [0, 1] are not rescaled"),
-    "negative": (-1.0, "integers in 0..255, got -1.0"),
-    "too large": (256.0, "integers in 0..255, got 256.0"),
-    "far too large": (300, "integers in 0..255, got 300.0"),
-    "nan": (float("nan"), "integers in 0..255, got nan"),
+    "fraction": (0.5, "integers in 0..255, but one is 0.5. Values in [0, 1] are not rescaled"),
+    "negative": (-1.0, "integers in 0..255, but one is -1.0"),
+    "too large": (256.0, "integers in 0..255, but one is 256.0"),
+    "far too large": (300, "integers in 0..255, but one is 300.0"),
+    "nan": (float("nan"), "integers in 0..255, but one is nan"),
 }
 
 
@@ -257,33 +257,42 @@ def test_bad_pixels(pixel, message):
 
 M = torch.ones(3, 2)
 ERRORS = {
-    "both": (lambda: DiscretizedLogistic(P, P, P), "exactly one of scale and log_scale, got scale"),
-    "neither": (lambda: DiscretizedLogisticMixture(P, P), "exactly one of .*, got neither"),
+    "both": (
+        lambda: DiscretizedLogistic(P, P, P),
+        "exactly one of scale and log_scale .* both are",
+    ),
+    "neither": (
+        lambda: DiscretizedLogisticMixture(P, P),
+        "exactly one of scale and log_scale .* neither is",
+    ),
     "scale of zero": (lambda: DiscretizedLogistic(P, 0 * P), "parameter scale"),
     "negative scale": (lambda: DiscretizedLogisticMixture(P, P, -P), "parameter scale"),
     "components": (
         lambda: DiscretizedLogisticMixture(torch.ones(3), P, P),
-        r"same number of components, at least one, got .*'logits': \(3,\), 'loc': \(2,\)",
+        r"same number of components, at least one, .*'logits': \(3,\), 'loc': \(2,\)",
     ),
     "coeffs": (
         lambda: RGBDiscretizedLogisticMixture(P, M, M, coeffs=torch.ones(2, 2)),
-        r"expected shapes that broadcast, got .*'coeffs': \(2, 2\)",
+        r"the parameters do not broadcast: .*'coeffs': \(2, 2\)",
     ),
     "two channels": (
         lambda: RGBDiscretizedLogisticMixture(P, M[:2], M[:2], coeffs=M[:2]),
-        r"expected loc of shape \(..., 3, K\), got \(2, 2\)",
+        r"loc must be a tensor of shape \(..., 3, K\), but its shape is \(2, 2\)",
     ),
     "coeffs without channels": (
         lambda: RGBDiscretizedLogisticMixture(P, M, M, coeffs=P),
-        r"expected coeffs to be a tensor of \(..., 3, K\), got shape \(2,\)",
+        r"coeffs must be a tensor of shape \(..., 3, K\), but its shape is \(2,\)",
     ),
-    "empty range": (lambda: DiscretizedLogistic(P, P, low=3, high=3), "expected low < high"),
+    "empty range": (
+        lambda: DiscretizedLogistic(P, P, low=3, high=3),
+        "low must be less than high.* low is 3",
+    ),
     "wrong batch": (lambda: DiscretizedLogistic(P, P).log_prob(torch.zeros(3)), "broadcast"),
     "no components": (
         lambda: DiscretizedLogisticMixture(*torch.ones(3, 5, 0)),
         "number of components, at least one",
     ),
-    "shapes": (lambda: DiscretizedLogistic(P, torch.ones(3)), "expected shapes that broadcast"),
+    "shapes": (lambda: DiscretizedLogistic(P, torch.ones(3)), "shapes of loc and scale do not"),
     "number as value": (lambda: DiscretizedLogistic(P, P).log_prob(3), "must be a Tensor"),
 }
 

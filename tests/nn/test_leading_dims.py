@@ -36,16 +36,16 @@ def test_takes_part_in_a_state_dict():
     [
         (
             lambda: LeadingDims(nn.Bilinear(3, 3, 1), 1)(torch.ones(4, 2, 3), torch.ones(5, 3)),
-            r"whose leading dims broadcast, got \[\(4, 2\), \(5,\)\]",
+            r"leading dims of the inputs do not broadcast: \[\(4, 2\), \(5,\)\]",
         ),
         (lambda: LeadingDims(nn.ReLU(), -1), "event_dim must be at least 0, but it is -1"),
         (
             lambda: LeadingDims(nn.ReLU(), 3)(torch.zeros(2, 2)),
-            r"event_dim=3 dims, got shape \(2, 2",
+            r"input 0 has shape \(2, 2\), .* fewer dims than event_dim=3",
         ),
         (
             lambda: LeadingDims(nn.Flatten(0), 1)(torch.zeros(5, 4, 3)),
-            r"keep the batch of 20 as its f",
+            r"output of Flatten has shape \(60,\).* keep the batch of 20 as its first dim",
         ),
     ],
 )

@@ -69,7 +69,7 @@ def test_leave_one_out_mean_of_log_weights():
     for k in range(5):
         expected = torch.cat([log_w[:k], log_w[k + 1 :]]).mean(0)
         torch.testing.assert_close(leave_one_out_mean(log_w)[k], expected)
-    with pytest.raises(ValueError, match="at least 2 weights along dim 0, got 1"):
+    with pytest.raises(ValueError, match=r"dim 0 .* at least 2 weights, but its size is 1"):
         leave_one_out_mean(torch.zeros(1))
 
 
@@ -83,7 +83,7 @@ def test_dims_are_counted_from_either_side():
 
 
 def test_too_few_weights_are_refused():
-    with pytest.raises(ValueError, match="at least one weight along dim 0, got none"):
+    with pytest.raises(ValueError, match="dim 0 of log_w is empty"):
         log_mean_exp(torch.empty(0))
-    with pytest.raises(ValueError, match="at least 2 weights along dim 0, got 1"):
+    with pytest.raises(ValueError, match=r"dim 0 .* at least 2 weights, but its size is 1"):
         leave_one_out_log_mean_exp(torch.zeros(1))

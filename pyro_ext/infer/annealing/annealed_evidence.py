@@ -10,15 +10,16 @@ from pyro_ext.infer.evidence.evidence import Evidence
 class AnnealedEvidence(Evidence):
     """The evidence from annealed importance sampling.
 
-    It has the attributes of :class:`Evidence`, where ``num_samples`` is the number of chains, and
-    those below.
+    It has the attributes of :class:`Evidence`, and the attributes below. ``num_samples`` is the
+    number of chains.
 
     :ivar temperatures: the inverse temperatures, from 0 to 1.
     :ivar acceptance: the mean acceptance probability of the transitions, over chains and over all
-        inverse temperatures except the first and the last. It is NaN if there are only these two.
+        inverse temperatures except the first and the last. It is NaN if there are only two inverse
+        temperatures.
     :ivar upper: an estimate from above, in nats, from reverse chains that start at an exact sample;
-        None without such a sample. The probability that it lies more than b below log p(x) is at
-        most e^-b.
+        None without such a sample. The probability that this estimate lies more than b below log
+        p(x) is at most e^-b.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import annealed_importance_sampling

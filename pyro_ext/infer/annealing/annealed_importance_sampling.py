@@ -50,23 +50,24 @@ def annealed_importance_sampling(
     The transition :math:`\mathcal{T}_t` is Hamiltonian Monte Carlo in unconstrained space. It
     leaves :math:`p(x, z)^{\beta_t} q(z)^{1 - \beta_t}` invariant, so :math:`E w = p(x)` for any
     number of temperatures. With many temperatures, the weights vary little even if the guide is far
-    from the posterior. This makes the estimate a reference for other estimates.
+    from the posterior. The estimate can therefore serve as a reference for other estimates.
 
     Chains and data points run at once, and each transition is accepted separately. A first pass
-    finds a step size for each temperature and data point, and its chains are not used for anything
-    else. Step sizes are relative to the spread of the guide's draws.
+    finds a step size for each temperature and data point. The chains of this pass are then
+    discarded. Step sizes are relative to the spread of the guide's draws.
 
-    An ``exact_sample`` from the posterior adds an estimate from above, by chains in reverse: for
-    these, :math:`E \, w^{-1} = p(x)^{-1}`. If the model has simulated the data, its latent values
-    are such a sample (bidirectional Monte Carlo). The two estimates then bracket the evidence.
+    With an ``exact_sample`` from the posterior, chains in reverse give a second estimate, from
+    above. For the reverse chains, :math:`E \, w^{-1} = p(x)^{-1}`. If the model has simulated the
+    data, the simulated latent values are an exact sample. The two estimates then bracket the
+    evidence (bidirectional Monte Carlo).
 
     An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the chunks of chains
     that were complete.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. Its modules must be
         in evaluation mode.
-    :param guide: the guide, with the support of the posterior. Leave it out after an SVI. Without a
-        guide, or with None, the chains start at the prior.
+    :param guide: the guide. Its support must be that of the posterior. Leave it out after an SVI.
+        If you pass no guide or None, the chains start at the prior.
     :param args: positional arguments of model and guide.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
@@ -75,17 +76,19 @@ def annealed_importance_sampling(
     :param num_temperatures: the number of steps T >= 1 from the guide to the posterior.
     :param num_leapfrog_steps: the number of leapfrog steps >= 1 in a transition. Each step computes
         one gradient.
-    :param ladder: the places of the inverse temperatures. ``"sigmoid"`` is denser at both ends, and
-        ``"geometric"`` is denser at the guide. A sequence gives the inverse temperatures
-        themselves, from 0 to 1, instead of ``num_temperatures``.
+    :param ladder: the spacing of the inverse temperatures between 0 and 1. ``"sigmoid"`` has a
+        finer spacing at both ends, and ``"geometric"`` has a finer spacing near 0, at the guide.
+        You can also pass the inverse temperatures themselves, as a sequence from 0 to 1.
+        ``num_temperatures`` is then not used.
     :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
         chosen.
-    :param exact_sample: a sample from the posterior: values by the names of the guide's latent
-        sites.
+    :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
+        site of the guide to its value.
     :param chunk_size: the number of chains at once, >= 1; by default all chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
     :param progress_bar: whether to show a progress bar.
-    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
+        guide finds it.
     :param kwargs: further keyword arguments of model and guide.
     :returns: an :class:`AnnealedEvidence`.
     :raises TypeError: if an argument has the wrong type.

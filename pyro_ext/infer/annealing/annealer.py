@@ -63,8 +63,8 @@ class Annealer:
         :param num_chains: the number of chains C.
         :param chunk_size: the number of chains at once.
         :param orders: the orders of the jackknife.
-        :param exact_sample: a sample from the posterior by site, for reverse chains; None without
-            them.
+        :param exact_sample: for reverse chains, a dict from the name of a site to its value in a
+            sample from the posterior. With None, there are no reverse chains.
         """
         programs = self.programs
         names = tuple(plate.name for plate in programs.plates)
@@ -82,7 +82,7 @@ class Annealer:
             if not acceptances:
                 raise
             warnings.warn(
-                f"{programs.owner} was interrupted: the result is that of {block.num_samples} of "
+                f"{programs.owner} was interrupted. The result uses {block.num_samples} of "
                 f"{num_chains} chains.",
                 stacklevel=4,
             )
@@ -90,9 +90,8 @@ class Annealer:
         is_zero = evidence.log_evidence.isneginf()
         if is_zero.any():
             raise ValueError(
-                f"{programs.owner}: expected chains with weights above zero, and all {num_chains} "
-                f"weights are zero{data_points(is_zero)}. The guide's support "
-                "misses what the data allow."
+                f"{programs.owner}: all {num_chains} weights are zero{data_points(is_zero)}. The "
+                "support of the guide misses the values that the data allow. Use a wider guide."
             )
         constant = 0.0 if names else programs.outer
         return AnnealedEvidence(

@@ -32,7 +32,7 @@ def transition(
     :param state: the state of C chains.
     :param beta: the inverse temperature.
     :param step_size: the largest step size, for each element of the common plates.
-    :param scales: the factors of the step sizes, by site.
+    :param scales: a dict from site name to the factors of the step sizes.
     :param num_leapfrog_steps: the number of leapfrog steps.
     :returns: the state, and probabilities of shape ``(C, *common)``.
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from pyro_ext._arguments import describe
+from pyro_ext._arguments import abbreviate, describe
 
 
 def inverse_temperatures(ladder: str | Sequence[float], num_temperatures: int) -> tuple[float, ...]:
@@ -26,14 +26,14 @@ def inverse_temperatures(ladder: str | Sequence[float], num_temperatures: int) -
         return (0.0, *(1000.0 ** (t / rest - 1) for t in range(rest)), 1.0)
     if isinstance(ladder, str) or not isinstance(ladder, Iterable):
         raise ValueError(
-            "annealed_importance_sampling: expected ladder to be 'sigmoid', 'geometric' or inverse "
-            f"temperatures, got {describe(ladder)}."
+            "annealed_importance_sampling: ladder must be 'sigmoid', 'geometric' or a sequence of "
+            f"inverse temperatures, but it is {describe(ladder)}."
         )
     betas = tuple(map(float, ladder))
     is_rising = all(a < b for a, b in pairwise(betas))
     if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not is_rising:
         raise ValueError(
-            "annealed_importance_sampling: expected ladder to rise from 0 to 1, each above the one "
-            f"before, got {betas}."
+            "annealed_importance_sampling: ladder must increase from 0 to 1, but it is "
+            f"{abbreviate(betas)}."
         )
     return betas

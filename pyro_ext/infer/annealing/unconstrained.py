@@ -7,6 +7,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_ext._arguments import abbreviate
 from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
@@ -46,7 +47,8 @@ class UnconstrainedPrograms:
 
     :param owner: the name of the algorithm, for error messages.
     :param programs: the model and guide.
-    :param max_plate_nesting: the number of nested plates; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates. With infinity, one run of model and guide
+        finds it.
     """
 
     def __init__(self, owner: str, programs: Programs, max_plate_nesting: float) -> None:
@@ -73,13 +75,13 @@ class UnconstrainedPrograms:
         particles = self._trace(sites, num_particles)
         if not sites.positions:
             raise ValueError(
-                f"{self.owner}: expected the guide to draw a latent site, got "
-                f"{sorted(particles.guide_traces[0].nodes)}, none of which is random."
+                f"{self.owner}: the guide draws no latent site, or only points (Delta). Use a "
+                "guide that samples at least one site."
             )
         if sample is not None and sample.keys() != sites.positions.keys():
             raise ValueError(
-                f"{self.owner}: expected exact_sample to hold the latent sites of the guide, "
-                f"{sorted(sites.positions)}, got {sorted(sample)}."
+                f"{self.owner}: exact_sample must have the latent sites of the guide, "
+                f"{abbreviate(sorted(sites.positions))}, but it has {abbreviate(sorted(sample))}."
             )
         warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
         self._particle_dim = sites.particle_dim
@@ -90,7 +92,8 @@ class UnconstrainedPrograms:
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))
             raise ValueError(
-                f"{self.owner}: expected finite log weights, got NaN{where} for draws of the guide."
+                f"{self.owner}: a log weight of the guide's draws is NaN{where}. Check the data, "
+                "the parameters and the network outputs for NaN."
             )
         return sites.positions
 
@@ -101,9 +104,9 @@ class UnconstrainedPrograms:
         log_q = self.sum_out(terms, len(particles.log_q))
         if not torch.allclose(log_q, particles.log_q, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
-                f"{self.owner}: expected latent sites without poutine.scale, or one scale around "
-                f"all of model and guide; among the guide's sites {[site.name for site in sites]} "
-                "there is one with a scale of its own, with which q is no density."
+                f"{self.owner}: one of the guide's sites {abbreviate(site.name for site in sites)} "
+                "has a scale of its own, so q is not a density. Remove poutine.scale, or put one "
+                "scale around all of model and guide."
             )
 
     def __call__(self, positions: dict[str, Tensor]) -> Densities:

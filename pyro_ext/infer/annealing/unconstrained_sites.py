@@ -16,11 +16,14 @@ class UnconstrainedSites(Messenger):
     """A handler that sets or records the unconstrained values of a guide's latent sites.
 
     :param owner: the name of the algorithm, for error messages.
-    :param given: the unconstrained values to set, by site; None to record the values of the draws.
-    :param sample: values to use instead of draws, by site, the same for all particles.
+    :param given: a dict from site name to the unconstrained value to set. With None, the values of
+        the draws are recorded.
+    :param sample: a dict from site name to a value to use instead of draws, the same for all
+        particles.
 
-    :ivar positions: the recorded unconstrained values, by site.
-    :ivar log_dets: the log determinant of the Jacobian at the given values, by site.
+    :ivar positions: a dict from site name to the recorded unconstrained values.
+    :ivar log_dets: a dict from site name to the log determinant of the Jacobian at the given
+        values.
     """
 
     def __init__(
@@ -45,8 +48,8 @@ class UnconstrainedSites(Messenger):
         name: Any = msg["name"]
         if is_masked_out(msg):
             raise SiteError(
-                f"{self.owner}: expected latent sites with a density, got site '{name}', which is "
-                "masked out. Remove it from the model and the guide."
+                f"{self.owner}: site '{name}' is masked out and has no density. Remove it from the "
+                "model and the guide."
             )
         self._of_guide.add(name)
         if self.given is not None:
@@ -76,9 +79,9 @@ class UnconstrainedSites(Messenger):
             return biject_to(support)
         except NotImplementedError:
             raise SiteError(
-                f"{self.owner}: expected continuous latent sites that map to unconstrained space, "
-                f"got site '{msg['name']}', {msg['fn']}, with support {support}. Sum it out of the "
-                "model, or use estimate_evidence."
+                f"{self.owner}: site '{msg['name']}' ({type(base_of(msg['fn'])).__name__}) is "
+                "discrete, or has no map to unconstrained space. Sum it out of the model, or use "
+                "estimate_evidence."
             ) from None
 
 

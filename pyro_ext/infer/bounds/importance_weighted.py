@@ -20,13 +20,14 @@ class ImportanceWeightedELBO(MultiSampleELBO):
     :param gradient: the gradient rule: ``"pathwise"``, ``"dreg"`` (doubly reparameterised) or
         ``"stl"`` (sticking the landing).
     :param vectorize_particles: whether the K particles run at once, in an extra dim on the left.
-    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
+        guide finds it.
     :param strict_enumeration_warning: accepted for compatibility with Pyro, without an effect.
     :param retain_graph: whether :meth:`MultiSampleELBO.loss_and_grads` keeps the autograd graph.
     :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
-        once; None for all.
-    :param local_plate: the name of the plate whose sites are drawn K times, while sites outside are
-        drawn once; None to draw all sites K times.
+        once. By default, there is no limit.
+    :param local_plate: the name of a plate. Sites in the plate are drawn K times, and sites outside
+        it once. With None, all sites are drawn K times.
 
     See :class:`MultiSampleELBO` for details of these arguments, and for the errors.
 

@@ -20,9 +20,10 @@ class JackknifeELBO(MultiSampleELBO):
     particles.
 
     This estimate is not a bound: it may lie above the log evidence. Training can raise it by making
-    the estimate worse instead of improving the model. With few particles, such training diverges.
-    With many particles, it is no better than training with the importance-weighted bound. For
-    evaluation, the jackknife is better than that bound.
+    the estimate worse instead of improving the model. With few particles, training with the
+    jackknife diverges. With many particles, it is no better than training with the
+    importance-weighted bound. For evaluation, the jackknife is better than the importance-weighted
+    bound.
 
     :param num_particles: the number of particles K >= 1.
     :param order: the order m, ``0 <= m < K``. Order 0 is the importance-weighted bound. One
@@ -49,7 +50,7 @@ class JackknifeELBO(MultiSampleELBO):
         check_integer("JackknifeELBO", "order", order, 0)
         if order >= num_particles:
             raise ValueError(
-                f"JackknifeELBO: expected order < num_particles, got order={order} with "
+                f"JackknifeELBO: order must be below num_particles, but order={order} with "
                 f"num_particles={num_particles}."
             )
         self.order = order

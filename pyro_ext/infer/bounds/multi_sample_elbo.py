@@ -8,7 +8,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer, check_type
+from pyro_ext._arguments import check_integer, check_type, describe
 from pyro_ext._deprecated import keep_old_methods
 from pyro_ext.infer.gradients.rules import GRADIENT_RULES, GradientRule, bound_value
 from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
@@ -34,45 +34,47 @@ class MultiSampleELBO(ELBO):
     A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
     :meth:`learning_signal` and :attr:`guide_bound`. It must not override any other method, such as
     :meth:`loss` or :meth:`trace_particles`. The gradient rules, particle chunks and compiled steps
-    each combine these four members in their own way, so another override would change some of the
-    results and not others.
+    combine these four members in different ways. Another override would therefore change only some
+    of the results.
 
     A common plate encloses every site that depends on the particle. Each element of the common
-    plates has its own log weights and its own bound. The subsampling scale N / B of these plates
-    multiplies f from outside. Particles that do not run vectorised share the minibatch. The user's
-    scales and masks are part of the weights, with one exception: a scale that is the same at every
-    site multiplies f from outside.
+    plates has its own log weights and its own bound. The subsampling scale N / B multiplies f
+    itself. It is not part of the log weights. All particles have the same minibatch, also if they
+    run one at a time. The user's scales and masks are part of the weights, with one exception: a
+    scale that is the same at every site multiplies f itself.
 
     :param num_particles: the number of particles K >= 1.
     :param gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for fixed
         noise. ``"dreg"``, doubly reparameterised, has the same mean. Its variance is much lower
-        near the posterior, and can be higher far from it. ``"stl"``, sticking the landing, has a
-        variance as low as ``"dreg"``, but is biased for nonlinear bounds. ``"dreg"`` and ``"stl"``
-        need guide sites whose support does not depend on parameters. With each rule,
-        non-reparameterised guide sites add a score-function term with a baseline. Pyro's
-        ``infer={"baseline": ...}`` is not used.
+        than that of ``"pathwise"`` if the guide is near the posterior. It can be higher if the
+        guide is far from it. ``"stl"``, sticking the landing, has a variance as low as ``"dreg"``
+        near the posterior, but is biased for nonlinear bounds. ``"dreg"`` and ``"stl"`` need guide
+        sites whose support does not depend on parameters. With each rule, non-reparameterised guide
+        sites add a score-function term with a baseline. Pyro's ``infer={"baseline": ...}`` is not
+        used.
     :param vectorize_particles: whether the K particles run at once, in a plate to the left of all
         others. Model and guide then have an extra dim on the left of every sample.
-    :param max_plate_nesting: the number of nested plates, >= 0. If infinite, it is guessed in one
-        run for each new model and guide.
+    :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of each new
+        model and guide finds it.
     :param strict_enumeration_warning: accepted for compatibility with the ELBOs of Pyro. Sites that
         are marked for enumeration always raise an error.
     :param retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
     :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
-        once; None for all. With chunks, model and guide run twice. The gradients are those of the
-        bound with all K particles. This applies to :meth:`loss` and :meth:`loss_and_grads`, and
-        therefore to ``SVI``.
+        once. By default, there is no limit. With chunks, model and guide run twice. The gradients
+        are those of the bound with all K particles. This applies to :meth:`loss` and
+        :meth:`loss_and_grads`, and therefore to ``SVI``.
     :param local_plate: the name of a plate, for models with global latent variables and with local
-        ones in that plate. Sites outside the plate are drawn once, and sites inside K times. Each
-        element of the plate has its own bound, and the plate may be subsampled. Non-reparameterised
-        sites outside have no baseline. None draws all sites K times. See Geffner and Domke (2022),
-        Variational Inference with Locally Enhanced Bounds for Hierarchical Models.
+        latent variables in that plate. Sites outside the plate are drawn once. Sites inside it are
+        drawn K times. Each element of the plate has its own bound, and the plate may be subsampled.
+        Non-reparameterised sites outside have no baseline. With None, all sites are drawn K times.
+        See Geffner and Domke (2022), Variational Inference with Locally Enhanced Bounds for
+        Hierarchical Models.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range. A run raises it if sites or plates do not
         match between model and guide, if a site is marked for enumeration, if a plate is subsampled
-        inside a nonlinear bound, if the model cannot take the extra dim, or if the loss is NaN
-        (with gradients, also if it is infinite). Parameters and gradients then keep their values. A
-        NaN gradient of a finite loss is not detected.
+        inside a nonlinear bound, if the model cannot take the extra dim, or if the loss is NaN. A
+        run with gradients also raises it if the loss is infinite. Parameters and gradients keep
+        their values after an error. A NaN gradient of a finite loss is not detected.
     :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
     A bound of your own, here the mean of the log weights:
@@ -109,15 +111,15 @@ class MultiSampleELBO(ELBO):
             check_integer(name, "particle_chunk_size", particle_chunk_size, 1)
         if gradient not in GRADIENT_RULES:
             raise ValueError(
-                f"{name}: expected gradient to be one of {sorted(GRADIENT_RULES)}, "
-                f"got {gradient!r}."
+                f"{name}: gradient must be one of {sorted(GRADIENT_RULES)}, but it is "
+                f"{describe(gradient)}."
             )
         if local_plate is not None:
             check_type(name, "local_plate", local_plate, str, "the name of a plate")
         if local_plate is not None and particle_chunk_size is not None:
             raise NotImplementedError(
-                f"{name}: local_plate expects particle_chunk_size=None: each chunk would draw its "
-                "own globals."
+                f"{name}: local_plate does not support particle_chunk_size, because each chunk "
+                "would draw its own global sites. Leave out one of them."
             )
         super().__init__(
             num_particles=num_particles,
@@ -189,9 +191,9 @@ class MultiSampleELBO(ELBO):
 
             f(\log w) - f(\log w \text{ with entry } k \text{ replaced by the mean of the others})
 
-        The second term is a baseline, which does not depend on particle k. It is 0 for K = 1, and
-        wherever it would not be finite. By default, K bounds are evaluated on a tensor of K times
-        the size.
+        The second term is a baseline, which does not depend on particle k. The baseline is 0 for
+        K = 1, and wherever it would not be finite. By default, :meth:`bound` is evaluated on a
+        tensor with K times as many elements as ``log_w``.
 
         :param log_w: log weights of shape ``(K, ...)``.
         :returns: a tensor of the same shape.
@@ -279,9 +281,9 @@ class MultiSampleELBO(ELBO):
         """
         if self._is_chunked:
             raise NotImplementedError(
-                f"{type(self).__name__}: particle_chunk_size={self.particle_chunk_size} expects "
-                "loss_and_grads or SVI: one differentiable tensor would hold the graph of all "
-                "particles."
+                f"{type(self).__name__}: differentiable_loss does not support "
+                f"particle_chunk_size={self.particle_chunk_size}, because its result holds the "
+                "graph of all particles. Use loss_and_grads or SVI."
             )
         particles = self._trace(self._programs(model, guide, args, kwargs))
         loss = self._differentiable_loss(particles)
@@ -292,9 +294,10 @@ class MultiSampleELBO(ELBO):
     def check(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
         """Compare a vectorised particle, site by site, with the same particle run alone.
 
-        The check finds programs that mix particles without an error, such as BatchNorm in training
-        mode or a reshape over the particle dim. Dropout is random and differs between the two runs,
-        so put modules in evaluation mode. If particles do not run vectorised, nothing is compared.
+        The check finds programs that mix particles silently, for example by BatchNorm in training
+        mode or by a reshape over the particle dim. Dropout is random and differs between the two
+        runs, so put modules in evaluation mode. If particles do not run vectorised, nothing is
+        compared.
 
         :param model: the model: a callable with Pyro primitives.
         :param guide: the guide: a callable with Pyro primitives.
@@ -312,7 +315,7 @@ class MultiSampleELBO(ELBO):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Particles:
-        """Run the guide, and the model against it, for K particles.
+        """Run the guide, and then the model with the guide's draws, for K particles.
 
         :param model: the model: a callable with Pyro primitives.
         :param guide: the guide: a callable with Pyro primitives.
@@ -375,7 +378,7 @@ class MultiSampleELBO(ELBO):
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} traces by its tracer.")
+        raise NotImplementedError(f"{type(self).__name__}: use trace_particles.")
 
 
 keep_old_methods(MultiSampleELBO, **_OLD_METHODS)

@@ -42,7 +42,7 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
         check_integer(type(self).__name__, "num_groups", num_groups, 1)
         if num_particles % num_groups:
             raise ValueError(
-                f"{type(self).__name__}: expected num_groups to divide num_particles, got "
+                f"{type(self).__name__}: num_groups must divide num_particles, but "
                 f"num_groups={num_groups} with num_particles={num_particles}."
             )
         self.num_groups = num_groups
@@ -61,7 +61,7 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
     def _grouped(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "M L *common"]:
         if log_w.shape[0] % self.num_groups:
             raise ValueError(
-                f"{type(self).__name__}: expected a number of log weights divisible by "
-                f"num_groups={self.num_groups}, got shape {tuple(log_w.shape)}."
+                f"{type(self).__name__}: the number of log weights must be divisible by "
+                f"num_groups={self.num_groups}, but log_w has shape {tuple(log_w.shape)}."
             )
         return log_w.unflatten(0, (self.num_groups, -1))

@@ -9,8 +9,9 @@ class PartiallyImportanceWeightedELBO(ImportanceWeightedELBO):
     """The IWAE bound for the model and the MIWAE bound for the guide, together (PIWAE).
 
     The loss and the model's gradient are those of :class:`ImportanceWeightedELBO` with K particles.
-    The guide's gradient is the gradient of :class:`MultiplyImportanceWeightedELBO` with M groups of
-    K / M particles, from the same particles. Its signal-to-noise ratio falls more slowly with K.
+    The guide's gradient is that of :class:`MultiplyImportanceWeightedELBO`, with the same K
+    particles split into M groups of K / M. As K grows, the signal-to-noise ratio of this gradient
+    falls more slowly than that of the importance-weighted bound.
 
     :param num_particles: the total number of particles K >= 1.
     :param num_groups: the number of groups M >= 1 of the guide's bound, a divisor of K.

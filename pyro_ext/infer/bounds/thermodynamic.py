@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import abbreviate, check_integer
 from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 
 
@@ -19,8 +19,9 @@ class ThermodynamicELBO(MultiSampleELBO):
         v^{(i)} = \mathrm{softmax}(\beta_i \log w)
 
     Here :math:`0 = \beta_0 < \dots < \beta_I = 1`. The integrand increases along the path, so the
-    sum is a lower bound if the expectations are exact. With weights that are self-normalised over K
-    particles, it becomes a lower bound as K grows. One partition gives the ELBO.
+    sum is a lower bound if the expectations are exact. In practice the weights are self-normalised
+    over K particles. The sum is then a lower bound only in the limit of large K. One partition
+    gives the ELBO.
 
     The reward of non-reparameterised sites is the covariance
     :math:`\sum_i (\beta_{i+1} - \beta_i) v_k^{(i)} (\log w_k - \sum_j v_j^{(i)} \log w_j)`. This is
@@ -53,7 +54,9 @@ class ThermodynamicELBO(MultiSampleELBO):
     ) -> None:
         super().__init__(num_particles, **kwargs)
         if betas is not None and num_partitions is not None:
-            raise ValueError("ThermodynamicELBO: expected num_partitions or betas, got both.")
+            raise ValueError(
+                "ThermodynamicELBO: num_partitions and betas were both given. Pass one of them."
+            )
         if betas is None:
             partitions = 2 if num_partitions is None else num_partitions
             check_integer("ThermodynamicELBO", "num_partitions", partitions, 1)
@@ -63,7 +66,8 @@ class ThermodynamicELBO(MultiSampleELBO):
         rises = all(a < b for a, b in zip(self.betas, self.betas[1:], strict=False))
         if len(self.betas) < 2 or self.betas[0] != 0 or self.betas[-1] != 1 or not rises:
             raise ValueError(
-                f"ThermodynamicELBO: expected betas that increase from 0 to 1, got {self.betas}."
+                "ThermodynamicELBO: betas must increase from 0 to 1, but they are "
+                f"{abbreviate(self.betas)}."
             )
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:

@@ -20,7 +20,7 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
     is_heavy = (evidence.pareto_k > 0.7) & (evidence.ess < 0.99 * evidence.num_samples)
     if evidence.num_samples >= MIN_DRAWS and is_heavy.any():
         warnings.warn(
-            f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}: a few draws carry the "
+            f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}. A few draws dominate the "
             f"estimate, and its standard error is too small. {advice}",
             stacklevel=4,
         )
@@ -43,7 +43,7 @@ def checked_orders(
         check_integer(owner, "each of jackknife_orders", order, 0)
         if order >= num_samples:
             raise ValueError(
-                f"{owner}: expected jackknife_orders below the number of draws, {num_samples}, "
-                f"got {orders}; for one draw, pass jackknife_orders=()."
+                f"{owner}: each of jackknife_orders must be below the number of draws, "
+                f"{num_samples}, but it is {order}. For one draw, pass jackknife_orders=()."
             )
     return orders

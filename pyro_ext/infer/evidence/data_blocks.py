@@ -54,10 +54,15 @@ class DataBlock:
         if self.plate is None and len(names) == 1:
             return 0
         if self.plate not in names:
-            found = f"the common plates {names}" if names else "none"
+            advice = (
+                f"Pass one of {names}."
+                if names
+                else "There is no such plate: use all rows at once."
+            )
             raise ValueError(
-                f"data_plate={self.plate!r}: expected the name of a plate around every latent site "
-                f"and all that depends on one, so that rows have weights of their own; got {found}."
+                "estimate_evidence: data_plate must be the name of a plate around every latent "
+                "site and every site that depends on one, so that each row has its own weights, "
+                f"but it is {self.plate!r}. {advice}"
             )
         return names.index(self.plate)
 
@@ -82,7 +87,10 @@ class DataBlock:
         if not isinstance(self.subsamples, RowsOfPlate):
             return plate.size
         if self.size is None:
-            raise ValueError(f"data_plate={plate.name!r}: expected a plate with a size, got none.")
+            raise ValueError(
+                f"estimate_evidence: plate '{plate.name}' has no size. data_plate must be the name "
+                "of a plate with a size."
+            )
         return min(plate.size, self.size - self.first_row)
 
     def outer(self, particles: Particles) -> float:

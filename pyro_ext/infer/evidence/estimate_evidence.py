@@ -52,17 +52,18 @@ def estimate_evidence(
 
     No gradients are computed. Model and guide run for ``chunk_size`` draws at once. The weights are
     added to running statistics in float64, so memory hardly grows with S. With ``batch_size`` or
-    ``data_loader``, it does not grow with the data either, except for the results. Other sizes give
-    other draws, even with the same seed, because torch fills the tensors of one chunk after
-    another. The subsampling scale is left out, and so is a user's scale that is the same at every
-    site: the result is the evidence of the data on which model and guide run.
+    ``data_loader``, only the results grow with the number of data points. A different
+    ``chunk_size`` or ``batch_size`` gives different draws, even with the same seed, because the
+    random numbers are drawn chunk by chunk. The result is the evidence of the data on which model
+    and guide run. It does not include the subsampling scale. It does not include a user's scale
+    either, if this scale is the same at every site.
 
-    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the draws so far.
-    There is also a warning if a Pareto k is above 0.7.
+    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the draws so far. A
+    warning is also given if a Pareto k is above 0.7.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
-    :param guide: the guide. Leave it out after an SVI. Without a guide, or with None, the draws
-        come from the prior, which is plain Monte Carlo.
+    :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
+        from the prior, which is plain Monte Carlo.
     :param args: positional arguments of model and guide.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
@@ -71,29 +72,30 @@ def estimate_evidence(
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
         1 for programs that cannot take the extra dim of vectorised particles.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < S``.
-    :param target_std_error: the standard error >= 0, in nats, at which to stop. After at least 100
-        draws, sampling stops once the standard error of each data point (of a block) is no larger.
-        None makes all draws.
+    :param target_std_error: the standard error >= 0, in nats, at which to stop. Sampling stops once
+        every data point (of the current block) has a standard error of at most this value, but not
+        before 100 draws. With None, all ``num_samples`` draws are made.
     :param proposal_scale: the factor > 0 that multiplies the guide's scales. A factor above 1
         widens a guide whose tails are too light. Every guide site must belong to a location-scale
         family, like the sites of AutoNormal, AutoMultivariateNormal and other AutoContinuous
         guides.
     :param data_plate: the name of the plate whose rows are visited in blocks.
     :param batch_size: the number of rows at once, >= 1. Model and guide must use the indices that
-        the plate yields, or ``pyro.subsample``. If the plate has a subsample size, it must equal
-        ``batch_size``. Every row counts once. Automatic guides need ``create_plates``, with a plate
-        without a subsample size.
-    :param data_loader: an iterable of batches on which to run model and guide. A tensor, or a tuple
-        or list of several, is passed as positional arguments before ``args``. A dict is passed as
-        keyword arguments. If there are several common plates, ``data_plate`` names the plate of the
-        rows.
-    :param state: the state from which to continue. It also stores the data that a later call needs
-        to continue. None starts anew and stores nothing.
+        the plate yields, or ``pyro.subsample``. If the plate has a subsample size, this size must
+        equal ``batch_size``. Every row counts once in the result. Pass ``create_plates`` to
+        automatic guides. The plate that it creates must not have a subsample size.
+    :param data_loader: an iterable of batches on which to run model and guide. If a batch is a
+        tensor, or a tuple or list of tensors, it is passed as the first positional arguments,
+        before ``args``. If it is a dict, it is passed as keyword arguments. If there are several
+        common plates, ``data_plate`` names the plate of the rows.
+    :param state: the state from which to continue. The call updates it, so that a later call can
+        continue from there. With None, the run starts from nothing and is not stored.
     :param progress_bar: whether to show a progress bar.
-    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
+        guide finds it.
     :param kwargs: further keyword arguments of model and guide.
-    :returns: an :class:`Evidence`. If a plate is subsampled and there is no ``batch_size``, it is
-        the evidence of one minibatch.
+    :returns: an :class:`Evidence`. If a plate is subsampled and neither ``batch_size`` nor
+        ``data_loader`` is given, this is the evidence of one minibatch.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range or does not fit the others, if the SVI has
         not been trained, if log weights are NaN or positive infinity, if all weights of a data
@@ -151,7 +153,7 @@ def estimate_evidence(
     warn_of_heavy_tails(
         NAME,
         evidence,
-        "Widen the guide (proposal_scale=1.5) or train it further; more draws help slowly.",
+        "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly.",
     )
     return evidence
 
@@ -161,14 +163,19 @@ def _check_blocks(
 ) -> None:
     if batch_size is not None:
         check_integer(NAME, "batch_size", batch_size, 1)
-        if data_plate is None or data_loader is not None:
+        if data_loader is not None:
             raise ValueError(
-                f"{NAME}: expected batch_size={batch_size} with data_plate, the name of a plate, "
-                "and without data_loader, whose batches have a size of their own."
+                f"{NAME}: batch_size={batch_size} and data_loader were both given. Leave out "
+                "batch_size, because the batches of a loader have a size of their own."
+            )
+        if data_plate is None:
+            raise ValueError(
+                f"{NAME}: batch_size={batch_size} needs data_plate. Pass the name of the plate "
+                "whose rows to visit in blocks."
             )
     elif data_plate is not None and data_loader is None:
         raise ValueError(
-            f"{NAME}: expected data_plate={data_plate!r} with batch_size or data_loader."
+            f"{NAME}: data_plate={data_plate!r} needs batch_size or data_loader. Pass one of them."
         )
     if data_loader is not None:
         check_type(NAME, "data_loader", data_loader, Iterable, "an iterable of batches")

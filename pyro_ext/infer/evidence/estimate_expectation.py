@@ -42,22 +42,22 @@ def estimate_expectation(
         \hat\mu = \frac{1}{S} \sum_s w_s f(z_s) \quad \text{or} \quad
         \hat\mu = \frac{\sum_s w_s f(z_s)}{\sum_s w_s}, \qquad w_s = \frac{p(x, z_s)}{q(z_s)}
 
-    The draws come from the guide. The first formula is used if the model observes nothing, and is
-    unbiased. The second is used if the model has observed or factor sites, and estimates the mean
-    under the posterior.
+    The draws come from the guide. The first formula is used if the model observes nothing. It is
+    unbiased. The second formula is used if the model has observed or factor sites. It estimates the
+    mean under the posterior.
 
-    The mean of an indicator is a probability. If the guide often draws a rare event, the
-    probability of this event becomes cheap to estimate. Each draw has one weight for all sites
-    together, also under plates. Unless the draws run one by one, the first dim of the returned
-    value must be the particle dim: reduce over dims counted from the right.
+    The mean of an indicator is a probability. The probability of a rare event is cheap to estimate
+    if the guide draws the event often. Each draw has one weight for all sites together, also under
+    plates. The first dim of the returned value must be the particle dim, so sum or average only
+    over dims counted from the right. This does not apply with ``chunk_size=1``.
 
-    There is a warning if all values were zero, because the error is then unknown, and if a Pareto k
-    is above 0.7.
+    A warning is given if a Pareto k is above 0.7. It is also given if all values were zero, because
+    the error is then unknown.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It returns a real
         tensor.
-    :param guide: the guide. Leave it out after an SVI. Without a guide, or with None, the draws
-        come from the prior, which is plain Monte Carlo.
+    :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
+        from the prior, which is plain Monte Carlo.
     :param args: positional arguments of model and guide.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
@@ -66,7 +66,8 @@ def estimate_expectation(
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 1,000.
         Use 1 for programs that cannot take the extra dim of vectorised particles.
     :param progress_bar: whether to show a progress bar.
-    :param max_plate_nesting: the number of nested plates, >= 0; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
+        guide finds it.
     :param kwargs: further keyword arguments of model and guide.
     :returns: an :class:`Expectation`.
     :raises TypeError: if an argument has the wrong type, or if the model does not return a real
@@ -115,10 +116,10 @@ def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
         shapes = [_returned(stream.run(block, size))[0].shape for size in (2, 3)]
     if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
         raise ValueError(
-            f"{NAME}: expected the model to return a tensor whose first dim is that "
-            f"of the particles, got shapes {tuple(shapes[0])} for 2 and {tuple(shapes[1])} for 3 "
-            "of them. Reduce over dims counted from the right, such as .sum(-1), not over all; "
-            "or pass chunk_size=1."
+            f"{NAME}: the first dim of the tensor that the model returns must be the dim of the "
+            f"particles, but its shape is {tuple(shapes[0])} for 2 particles and "
+            f"{tuple(shapes[1])} for 3. Reduce over single dims counted from the right, such as "
+            ".sum(-1), or pass chunk_size=1."
         )
 
 
@@ -129,7 +130,7 @@ def _returned(particles: Particles) -> list[Tensor]:
         check_type(NAME, "the value that the model returns", value, Tensor, "a real tensor")
         if value.is_complex():
             raise TypeError(
-                f"{NAME}: expected the model to return a real tensor, got {value.dtype}."
+                f"{NAME}: the model must return a real tensor, but its dtype is {value.dtype}."
             )
     return returned
 
@@ -152,8 +153,8 @@ def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
     has_weight = ~log_w.isneginf().reshape(-1, *(1,) * (value.dim() - 1))
     if (has_weight & ~value.isfinite()).any():
         raise ValueError(
-            f"{NAME}: expected finite numbers from the model, got NaN or infinity "
-            "where the weight is not zero."
+            f"{NAME}: the model returned NaN or infinity for a draw whose weight is not zero. "
+            "Return finite values."
         )
     return log_w, value
 

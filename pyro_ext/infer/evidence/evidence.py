@@ -22,7 +22,7 @@ class EvidenceHistory:
     :ivar num_samples: the numbers of draws, in ascending order.
     :ivar log_evidence: the estimates, in nats.
     :ivar std_error: their standard errors, in nats.
-    :ivar jackknife: the jackknife estimates in nats, by order.
+    :ivar jackknife: a dict from the order to the jackknife estimates, in nats.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import estimate_evidence
@@ -44,8 +44,9 @@ class Evidence:
     """An importance-sampling estimate of the log evidence, with diagnostics of its reliability.
 
     A common plate encloses every site that depends on a draw. Every tensor is in float64 and has
-    one entry for each element of the common plates. For a variational autoencoder, that is each
-    data point. Without a common plate, tensors have no dims. An evidence prints as a table.
+    one entry for each element of the common plates. For a variational autoencoder, there is one
+    entry for each data point. Without a common plate, tensors have no dims. An evidence prints as a
+    table.
 
     :ivar log_evidence: the estimate of log p(x), in nats. Its bias is negative and about half the
         square of the standard error.
@@ -53,16 +54,18 @@ class Evidence:
     :ivar ess: the effective sample size, between 1 and ``num_samples``.
     :ivar pareto_k: the Pareto shape of the largest weights. If it is above 0.7, do not trust the
         estimate.
-    :ivar jackknife: the jackknife estimates in nats, by order. Up to 1,024 draws, the jackknife
-        leaves out single draws. With more draws, it groups them into 512 to 1,024 blocks and leaves
-        out single block means. It is NaN if there are too few draws or blocks.
+    :ivar jackknife: a dict from the order to the jackknife estimate, in nats. If there are at most
+        1,024 draws, the jackknife leaves out one draw at a time. If there are more, it groups the
+        draws into 512 to 1,024 blocks and leaves out one block mean at a time. An estimate is NaN
+        if there are too few draws or blocks.
     :ivar outer: the log-probability of observed and factor sites outside the common plates, in
-        nats. It depends on no latent site. The total is ``log_evidence.sum() + outer``. Without
-        common plates it is zero, because it is part of ``log_evidence``.
-    :ivar num_samples: the number of draws. If data points differ in it, this is the smallest
-        number.
+        nats. These sites do not depend on any latent site. The total is
+        ``log_evidence.sum() + outer``. Without common plates these sites are already part of
+        ``log_evidence``, and ``outer`` is zero.
+    :ivar num_samples: the number of draws. If the number differs between data points, the smallest
+        is given.
     :ivar plates: the names of the plates to which the dims belong.
-    :ivar history: the estimates at fewer draws, as an :class:`EvidenceHistory`.
+    :ivar history: the estimates from the first 1, 2, 4, ... draws, as an :class:`EvidenceHistory`.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import estimate_evidence
@@ -119,10 +122,11 @@ class Evidence:
     def to_dataset(self) -> Any:
         """Return an :class:`xarray.Dataset` with the plates as dimensions.
 
-        It holds ``log_evidence``, ``std_error``, ``ess``, ``pareto_k`` and ``jackknife`` (by
-        ``order``). It also holds ``history_log_evidence``, ``history_std_error`` and
-        ``history_jackknife`` (by ``num_samples``). Its attributes are ``total``,
-        ``total_std_error``, ``outer`` and ``num_samples``.
+        It holds ``log_evidence``, ``std_error``, ``ess``, ``pareto_k`` and ``jackknife``. It also
+        holds ``history_log_evidence``, ``history_std_error`` and ``history_jackknife``. The
+        jackknife estimates have the extra dim ``order``, and the histories have the extra dim
+        ``num_samples``. The attributes of the dataset are ``total``, ``total_std_error``, ``outer``
+        and ``num_samples``.
         """
         import xarray as xr
 
@@ -265,7 +269,7 @@ def concatenate(parts: Sequence[Evidence], dim: int) -> Evidence:
 
 def _bits_per_nat(num_dims: int) -> float:
     if num_dims < 1:
-        raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}.")
+        raise ValueError(f"bits_per_dim: num_dims must be at least 1, but it is {num_dims}.")
     return 1 / (num_dims * math.log(2))
 
 

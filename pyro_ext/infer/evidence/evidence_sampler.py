@@ -57,8 +57,9 @@ class EvidenceSampler:
             is_ours = str(error).startswith(self.stream.owner)
             if block is not None and isinstance(block.subsamples, RowsOfPlate) and not is_ours:
                 error.add_note(
-                    f"With batch_size={block.subsamples.batch_size}, model and guide have to index "
-                    f"their data by what pyro.plate('{block.plate}') yields, or pyro.subsample."
+                    f"With batch_size={block.subsamples.batch_size}, model and guide must index "
+                    f"their data with the indices that pyro.plate('{block.plate}') yields, or use "
+                    "pyro.subsample."
                 )
             raise
         except KeyboardInterrupt:
@@ -69,7 +70,7 @@ class EvidenceSampler:
                 raise
             rows = "" if block is None or block.is_whole else f" and {self.num_rows} data points"
             warnings.warn(
-                f"{self.stream.owner} was interrupted: the result is that of "
+                f"{self.stream.owner} was interrupted. The result uses "
                 f"{self.parts[-1].num_samples} of {self.stream.num_samples} draws{rows}.",
                 stacklevel=4,
             )
@@ -77,7 +78,9 @@ class EvidenceSampler:
             if self._caller_random_states is not None:
                 set_random_states(self._caller_random_states)
         if not self.parts:
-            raise ValueError(f"{self.stream.owner}: expected a data_loader with batches, got none.")
+            raise ValueError(
+                f"{self.stream.owner}: data_loader has no batches. It must have at least one."
+            )
         return concatenate(self.parts, self.position)
 
     def _draw(self, index: int, block: DataBlock) -> None:
@@ -130,9 +133,9 @@ class EvidenceSampler:
         if is_zero.any():
             offset = [self.num_rows * (i == state.position) for i in range(is_zero.dim())]
             raise ValueError(
-                f"{self.stream.owner}: expected draws with weights above zero, and all "
-                f"{part.num_samples} weights are zero{data_points(is_zero, tuple(offset))}. "
-                "The guide's support misses what the data allow: use a wider guide, or more draws."
+                f"{self.stream.owner}: all {part.num_samples} weights are "
+                f"zero{data_points(is_zero, tuple(offset))}. The support of the guide misses the "
+                "values that the data allow. Use a wider guide, or more draws."
             )
         self.parts.append(part)
         self.position = state.position

@@ -17,11 +17,11 @@ class EvidenceState:
     Pass the same state to each call. It is empty at first, and can be pickled. It holds the
     statistics of each block of data points, and the random state after the last chunk.
 
-    If a run was interrupted and continues with the same chunks, it restores this random state. The
-    result is then the same as without the interrupt. If a run was complete, it continues to a
-    larger ``num_samples`` with new random numbers, whatever the seed. Model, guide and data (in the
-    same order) must stay the same, and so must ``jackknife_orders``, ``proposal_scale``,
-    ``data_plate`` and ``batch_size``.
+    An interrupted run can be continued with the same ``chunk_size``. The call restores the random
+    state, and the result is that of an uninterrupted run. A complete run can be continued with a
+    larger ``num_samples``. The new draws differ from the earlier ones, even if you set the same
+    seed again. Model, guide and data (in the same order) must stay the same. The same holds for
+    ``jackknife_orders``, ``proposal_scale``, ``data_plate`` and ``batch_size``.
 
     >>> import pickle, torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import estimate_evidence
@@ -52,7 +52,7 @@ class EvidenceState:
     def check_settings(self, **settings: Any) -> None:
         """Raise a ValueError if the settings differ from the first call with draws.
 
-        :param settings: the settings by name.
+        :param settings: a dict from the name of a setting to its value.
         :raises ValueError: if a setting differs.
         """
         if not self.blocks:
@@ -60,8 +60,8 @@ class EvidenceState:
         for name, value in settings.items():
             if self._settings[name] != value:
                 raise ValueError(
-                    f"estimate_evidence: expected {name}={self._settings[name]!r}, with which the "
-                    f"state was begun, got {value!r}."
+                    f"estimate_evidence: the state began with {name}={self._settings[name]!r}, but "
+                    f"this call has {name}={value!r}. Use the same value, or a new state."
                 )
 
 
@@ -126,8 +126,9 @@ class BlockState:
             found = statistics.log_mean.shape
             if log_w.shape[1:] != found:
                 raise ValueError(
-                    f"estimate_evidence: expected data points of shape {tuple(found)}, of which "
-                    f"the state is, got {tuple(log_w.shape[1:])}."
+                    f"estimate_evidence: the state has data points of shape {tuple(found)}, but "
+                    f"this call has shape {tuple(log_w.shape[1:])}. Use the same data, or a new "
+                    "state."
                 )
         while len(log_w):
             # Stop at each power of two, where the history gets an entry.

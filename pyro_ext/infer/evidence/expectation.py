@@ -16,10 +16,10 @@ class Expectation:
 
     :ivar value: the estimate.
     :ivar std_error: the standard error of ``value``; NaN for one draw.
-    :ivar ess: the effective sample size of the weights. For a model without observations, it is the
-        effective sample size of the weights times the absolute values.
-    :ivar pareto_k: the Pareto shape of the same numbers. If it is above 0.7, do not trust the
-        estimate.
+    :ivar ess: the effective sample size of the weights. For a model without observations, it is
+        computed from the products of the weights and the absolute values instead.
+    :ivar pareto_k: the Pareto shape of the numbers from which ``ess`` is computed. If it is above
+        0.7, do not trust the estimate.
     :ivar is_self_normalized: whether the weights were normalised by their sum.
     :ivar num_samples: the number of draws.
 
@@ -68,7 +68,7 @@ class _Estimate:
         if S >= MIN_DRAWS and bool(is_heavy.any()):
             warnings.warn(
                 f"estimate_expectation: Pareto k is above 0.7 for {int(is_heavy.sum())} of "
-                f"{is_heavy.numel()} values: a few draws carry the estimate, and its standard "
+                f"{is_heavy.numel()} values. A few draws dominate the estimate, and its standard "
                 "error is too small. Use a guide with heavier tails.",
                 stacklevel=5,
             )
@@ -107,9 +107,9 @@ class Mean(_Estimate):
         is_zero = self.products.largest.isneginf()
         if bool(is_zero.any()):
             warnings.warn(
-                f"estimate_expectation: each of {self.products.num_samples} draws gave zero, which "
-                "tells nothing of the error: use a guide that draws what the model returns a value "
-                f"for ({int(is_zero.sum())} of {is_zero.numel()} values).",
+                f"estimate_expectation: each of {self.products.num_samples} draws gave zero for "
+                f"{int(is_zero.sum())} of {is_zero.numel()} values, so their standard errors are "
+                "not valid. Use a guide whose draws give values other than zero.",
                 stacklevel=4,
             )
         scale = self.products.largest.exp()
@@ -152,9 +152,9 @@ class SelfNormalizedMean(_Estimate):
         (w, wg), (ww, wwg, wwgg) = self.first, self.second
         if bool((w == 0).any()):
             raise ValueError(
-                f"estimate_expectation: expected draws with weights above zero, and all "
-                f"{self.statistics.num_samples} weights are zero: the guide's support misses what "
-                "the data allow."
+                f"estimate_expectation: all {self.statistics.num_samples} weights are zero. The "
+                "support of the guide misses the values that the data allow. Use a wider guide, or "
+                "more draws."
             )
         mean = wg / w
         variance = (wwgg - 2 * mean * wwg + mean.square() * ww) / w.square()

@@ -17,9 +17,10 @@ class ParticleStream:
 
     :param owner: the name of the estimate, for error messages.
     :param num_samples: the number of draws.
-    :param chunk_size: the number of draws at once; None for the default.
+    :param chunk_size: the number of draws at once. With None, the default is used.
     :param default_chunk_size: the default, unless there are fewer draws.
-    :param max_plate_nesting: the number of nested plates; guessed in one run if infinite.
+    :param max_plate_nesting: the number of nested plates. With infinity, one run of model and guide
+        finds it.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing import Program
-from pyro_ext.tracing.sites import SiteError, is_delta
+from pyro_ext.tracing.sites import SiteError, base_of, is_delta
 
 
 def prior_proposal(model: Program) -> Program:
@@ -34,9 +34,9 @@ class WidenedScales(Messenger):
         widened = _widen(msg["fn"], self.factor)
         if widened is None:
             raise SiteError(
-                f"proposal_scale={self.factor}: expected guide site '{msg['name']}' to be of a "
-                f"location-scale family, got {msg['fn']}, whose scale cannot be multiplied. Widen "
-                "the guide itself, or use proposal_scale=1."
+                f"estimate_evidence: proposal_scale={self.factor} cannot widen guide site "
+                f"'{msg['name']}', because {type(base_of(msg['fn'])).__name__} is not a "
+                "location-scale family. Widen the guide itself, or use proposal_scale=1."
             )
         msg["fn"] = widened
 

@@ -11,8 +11,9 @@ class GradientSummary:
 
     Let the vector g be a draw of the gradient. There are R draws.
 
-    :ivar mean: the norm of the mean, :math:`\lVert \mathrm E g \rVert`. The noise that R draws
-        leave in its square is subtracted. If nothing is left, the norm is 0.
+    :ivar mean: the norm of the mean, :math:`\lVert \mathrm E g \rVert`. It is corrected for noise:
+        the variance of the mean of R draws is subtracted from the squared norm. If the result is
+        negative, ``mean`` is 0.
     :ivar std: the square root of the summed variances, :math:`\sqrt{\mathrm{tr}\,\mathrm{Cov}\,g}`.
     """
 
@@ -31,11 +32,11 @@ class GradientSummary:
 class GradientDiagnostics:
     """A table with one row for each estimator, the result of :func:`gradient_diagnostics`.
 
-    :ivar model: the summary for the model's parameters, by name of the estimator.
-    :ivar guide: the summary for the guide's parameters, by name of the estimator. A parameter of
-        both programs counts in both.
-    :ivar seconds: the median time, in seconds, of one loss with its gradients, by name of the
-        estimator.
+    :ivar model: a dict from the name of an estimator to the summary for the model's parameters.
+    :ivar guide: a dict from the name of an estimator to the summary for the guide's parameters. A
+        parameter that model and guide share is part of both summaries.
+    :ivar seconds: a dict from the name of an estimator to the median time of one loss with its
+        gradients, in seconds.
     :ivar num_repeats: the number of draws of each gradient.
 
     >>> from pyro_ext.infer.gradients.gradient_diagnostics import GradientSummary

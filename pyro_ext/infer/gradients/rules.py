@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_ext._arguments import abbreviate, describe
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.gather import score_sites
 from pyro_ext.tracing.leaves import Draw
@@ -66,8 +67,8 @@ class GradientRule(NamedTuple):
     """A gradient estimator for any bound, and the contract for a rule of your own.
 
     An estimate maps a bound and the particles to a scalar tensor. The value of this tensor is the
-    scaled bound, summed over the common plates, plus the outer terms. Its gradient is the gradient
-    estimate of the rule.
+    scaled bound, summed over the common plates, plus the outer terms. The gradient of the tensor is
+    the gradient estimate of the rule.
 
     The estimate uses the log weights and densities of :class:`Particles` and the derivatives of the
     bound. It does not read tensor values into Python, so that it can be captured as a graph. If the
@@ -75,8 +76,9 @@ class GradientRule(NamedTuple):
 
     :ivar name: the name of the rule, for error messages.
     :ivar estimate: the function that computes the estimate.
-    :ivar has_leaves: whether leaves replace the reparameterised draws. If so, ``particles.draws``
-        and ``particles.global_draws`` hold the draws with their leaves.
+    :ivar has_leaves: whether leaves replace the reparameterised draws. A leaf is an autograd leaf
+        with the value of the draw. If leaves are used, ``particles.draws`` and
+        ``particles.global_draws`` hold the draws with their leaves.
     """
 
     name: str
@@ -101,8 +103,9 @@ class GradientRule(NamedTuple):
         names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
         if self.has_leaves and names and not particles.global_draws + particles.draws:
             raise ValueError(
-                f"gradient={self.name!r} expects a reparameterised site with parameters in "
-                f"the guide, got only {names}, which are not: use gradient='pathwise'."
+                f"gradient={self.name!r} needs a reparameterised site with parameters in the "
+                f"guide, but its sites {abbreviate(names)} are not reparameterised. Use "
+                "gradient='pathwise'."
             )
         return self.estimate(bound, particles)
 
@@ -175,10 +178,9 @@ def bound_value(bound: Bound, log_w: Float[Tensor, "K *common"]) -> Float[Tensor
     """
     value = bound.bound(log_w)
     if not isinstance(value, Tensor) or value.shape != log_w.shape[1:]:
-        found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"{type(bound).__name__}.bound: expected a tensor of shape {tuple(log_w.shape[1:])} "
-            f"for log weights of shape {tuple(log_w.shape)}, got {found}."
+            f"{type(bound).__name__}.bound must return a tensor of shape {tuple(log_w.shape[1:])} "
+            f"for log weights of shape {tuple(log_w.shape)}, but it returned {describe(value)}."
         )
     return value
 
@@ -300,8 +302,8 @@ def _density_factor(draw: Draw, scale: Any) -> Tensor | None:
         fn = fn.base_dist
         if mask_of(fn) is not None:
             raise NotImplementedError(
-                f"Guide site '{draw.name}' has a mask inside of other distributions: expected "
-                ".mask(...) to be applied last, or poutine.mask, for this gradient rule."
+                f"Guide site '{draw.name}' has a mask inside another distribution, which this "
+                "gradient rule does not support. Apply .mask(...) last, or use poutine.mask."
             )
     if factor is None or factor is True:
         return None

@@ -31,8 +31,8 @@ def gradient_diagnostics(
     .. math:: \lVert \mathrm E g \rVert / \sqrt{\mathrm{tr}\,\mathrm{Cov}\,g}
 
     This is the signal-to-noise ratio of a gradient g. It is computed separately for model and
-    guide, because a tighter bound can help one and harm the other. The parameters, and the
-    gradients that they hold, do not change.
+    guide, because a tighter bound can raise the ratio of the model and lower the ratio of the
+    guide. The parameters and their ``.grad`` do not change.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
@@ -40,7 +40,7 @@ def gradient_diagnostics(
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
         this function.
-    :param elbos: the estimators by name, from this package or from Pyro.
+    :param elbos: a dict from a name of your choice to an estimator of this package or of Pyro.
     :param num_repeats: the number of draws R >= 2 of each gradient.
     :param progress_bar: whether to show a progress bar.
     :param kwargs: further keyword arguments of model and guide.
@@ -71,9 +71,7 @@ def gradient_diagnostics(
     programs = read_programs(name, model, guide, args, kwargs, model_args, model_kwargs)
     check_integer(name, "num_repeats", num_repeats, 2)
     if not elbos:
-        raise ValueError(
-            "gradient_diagnostics: expected at least one estimator in elbos, got none."
-        )
+        raise ValueError("gradient_diagnostics: elbos is empty. Pass at least one estimator.")
     groups = _parameters(programs)
     summaries: dict[str, dict[str, GradientSummary]] = {program: {} for program in groups}
     seconds = {}
@@ -101,7 +99,10 @@ def _parameters(programs: Programs) -> dict[str, list[Tensor]]:
         # Parameters of modules may have no unconstrained value.
         groups[program] = [getattr(value, "unconstrained", lambda v=value: v)() for value in values]
     if not any(groups.values()):
-        raise ValueError("gradient_diagnostics: expected pyro.param or pyro.module, got none.")
+        raise ValueError(
+            "gradient_diagnostics: model and guide have no parameters. Add them with pyro.param or "
+            "pyro.module."
+        )
     return groups
 
 

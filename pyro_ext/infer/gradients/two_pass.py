@@ -84,8 +84,8 @@ class LinearBound(NamedTuple):
     Because it is linear, it can be evaluated in parts, one chunk of particles at a time.
 
     :ivar first: the bound's first derivatives, of shape ``(K, *common)``.
-    :ivar second: its pure second derivatives, of shape ``(K, *common)``.
-    :ivar signal: its learning signal, of shape ``(K, *common)``; None if no site needs it.
+    :ivar second: the bound's pure second derivatives, of shape ``(K, *common)``.
+    :ivar signal: the bound's learning signal, of shape ``(K, *common)``; None if no site needs it.
     :ivar own_guide_bound: the linear bound that trains the guide; None if it is this one.
     """
 

@@ -17,7 +17,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ext._arguments import check_type
+from pyro_ext._arguments import check_type, describe
 from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.infer.kl.schedules import KLSchedule
 from pyro_ext.infer.kl.site_selection import Sites, SiteSelection, select_sites
@@ -33,20 +33,22 @@ class KLWeightedELBO(ELBO):
     .. math:: \mathrm{loss} = -\mathbb{E}_q \bigl[ \log p(x \mid z)
         + \mathrm{factor} \cdot (\log p(z) - \log q(z)) \bigr]
 
-    The factor multiplies the terms of the chosen latent sites, in model and guide. It is the factor
-    of the schedule's current step. Evaluating a loss does not advance the schedule. For the plain
-    loss, with factor 1, use :attr:`elbo`.
+    The factor multiplies the terms of the chosen latent sites, in model and guide. Its value is
+    that of the schedule's current step. Evaluating a loss does not advance the schedule. For the
+    plain loss, with factor 1, use :attr:`elbo`.
 
     :param elbo: an objective that is linear in log p - log q: Pyro's ``Trace_ELBO``,
         ``TraceMeanField_ELBO``, ``TraceGraph_ELBO`` or ``TraceEnum_ELBO`` with any number of
         particles, or a :class:`MultiSampleELBO` with one particle.
     :param schedule: the factor at each step. A schedule belongs to one objective only.
     :param sites: the latent sites whose terms are multiplied. ``"global"`` selects the sites that
-        several data points share. Such a site lies outside at least one plate of each observed
-        site. If no observed site has a plate, ``"global"`` selects all latent sites. ``"all"`` is
-        meant for the warm-up of models with local latent variables. A collection of names, or a
-        function from a name to a bool, selects sites one by one. Auxiliary sites of the guide
-        follow the sites to which they belong.
+        several data points share. A latent site is
+        global if every observed site that has plates lies in at least one plate that does not
+        contain the latent site. If no observed site has a
+        plate, ``"global"`` selects all latent sites. ``"all"`` is meant for the warm-up of models
+        with local latent variables. A collection of names, or a function from a name to a bool,
+        selects sites one by one. An auxiliary site of the guide is weighted if the site to which it
+        belongs is weighted.
     :raises TypeError: if ``elbo`` or ``schedule`` has the wrong type.
     :raises ValueError: if ``elbo`` is not linear, if ``sites`` is another string, or if the
         schedule belongs to another objective. A run raises it if ``sites`` matches no latent site,
@@ -77,13 +79,13 @@ class KLWeightedELBO(ELBO):
         check_type("KLWeightedELBO", "schedule", schedule, KLSchedule, "a KLSchedule")
         if isinstance(sites, str) and sites not in ("global", "all"):
             raise ValueError(
-                "KLWeightedELBO: expected sites to be 'global', 'all', a collection of names or a "
-                f"function of a name, got {sites!r}."
+                "KLWeightedELBO: sites must be 'global', 'all', a collection of names or a "
+                f"function of a name, but it is {describe(sites)}."
             )
         if schedule.is_in_use:
             raise ValueError(
-                "KLWeightedELBO: expected a schedule of its own, got one that belongs to another "
-                "KLWeightedELBO: stepped for both, it would advance twice as fast."
+                "KLWeightedELBO: the schedule belongs to another KLWeightedELBO. If both stepped "
+                "it, it would advance twice as fast. Make a new schedule for each."
             )
         super().__init__()
         self.num_particles = elbo.num_particles
@@ -154,7 +156,7 @@ class KLWeightedELBO(ELBO):
         return weighted
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("KLWeightedELBO leaves tracing to its elbo.")
+        raise NotImplementedError("KLWeightedELBO does not trace. Use its elbo.")
 
 
 class _KLWeight(Messenger):
@@ -190,9 +192,9 @@ def _check_linear(elbo: Any) -> None:
     if isinstance(elbo, MultiSampleELBO):
         if elbo.num_particles > 1:
             raise ValueError(
-                f"KLWeightedELBO: expected {name} to have num_particles=1, got "
-                f"{elbo.num_particles}: with more its bound is not linear in the log weights, so "
-                "that it has no KL term to multiply."
+                f"KLWeightedELBO: {name} must have num_particles=1, but it has "
+                f"{elbo.num_particles}. With more particles, its bound is not linear in the log "
+                "weights and has no KL term to multiply."
             )
         return
     linear = Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
@@ -206,7 +208,7 @@ def _check_linear(elbo: Any) -> None:
     )
     if not isinstance(elbo, linear) or isinstance(elbo, others):
         raise ValueError(
-            "KLWeightedELBO: expected an objective that is linear in log p - log q and traced at "
-            "each step (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, or one "
-            f"of pyro_ext with num_particles=1), got {name}."
+            f"KLWeightedELBO: {name} is not an objective that is linear in log p - log q and "
+            "traced at each step. Use Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, "
+            "TraceEnum_ELBO, or one of pyro_ext with num_particles=1."
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer, check_real
+from pyro_ext._arguments import abbreviate, check_integer, check_real
 
 
 class KLSchedule(ABC):
@@ -85,8 +85,8 @@ class KLSchedule(ABC):
         """
         if set(state_dict) != {"num_steps_taken"}:
             raise ValueError(
-                f"{type(self).__name__}: expected a state with 'num_steps_taken' alone, got "
-                f"{sorted(state_dict)}."
+                f"{type(self).__name__}: the state must have the key 'num_steps_taken' alone, but "
+                f"it has {abbreviate(sorted(state_dict))}. Pass a result of state_dict."
             )
         check_integer(type(self).__name__, "num_steps_taken", state_dict["num_steps_taken"], 0)
         self._go_to(state_dict["num_steps_taken"])
@@ -207,8 +207,8 @@ class CyclicalKL(KLSchedule):
     :param period: the number P >= 1 of steps in a cycle.
     :param proportion: the part R of a cycle in which the factor rises, in (0, 1].
     :param start: the first factor s of each cycle, in [0, 1].
-    :param num_cycles: the number of cycles >= 1, after which the factor stays 1; None for cycles
-        without end.
+    :param num_cycles: the number of cycles >= 1, after which the factor stays 1. With None, the
+        cycles never end.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range.
 
@@ -231,7 +231,7 @@ class CyclicalKL(KLSchedule):
         check_real("CyclicalKL", "proportion", proportion, 0.0, 1.0)
         check_real("CyclicalKL", "start", start, 0.0, 1.0)
         if proportion == 0:
-            raise ValueError("CyclicalKL: expected proportion to be positive, got 0.")
+            raise ValueError("CyclicalKL: proportion must be positive, but it is 0.")
         if num_cycles is not None:
             check_integer("CyclicalKL", "num_cycles (unless None)", num_cycles, 1)
         self.period = period

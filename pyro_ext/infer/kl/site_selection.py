@@ -9,6 +9,7 @@ from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
+from pyro_ext._arguments import abbreviate, describe
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing import Programs
 from pyro_ext.tracing.sites import is_delta, is_masked_out
@@ -35,7 +36,7 @@ class SiteSelection:
 def select_sites(sites: Sites, programs: Programs) -> SiteSelection:
     """Return the choice of weighted sites, from one run of model and guide.
 
-    It also covers sites that appear only in later runs.
+    The choice also covers sites that appear only in later runs.
 
     :param sites: ``"global"``, ``"all"``, names, or a function of a name; see
         :class:`KLWeightedELBO`.
@@ -56,8 +57,8 @@ def select_sites(sites: Sites, programs: Programs) -> SiteSelection:
     selection = SiteSelection(choose, {name: choose(name, drawn[name]) for name in latent})
     if not any(selection.is_weighted.values()) and sites != "all":
         raise ValueError(
-            f"KLWeightedELBO: expected sites={sites!r} to match latent sites, of which the guide "
-            f"has {latent}, and it matches none. sites='all' is for local latent variables."
+            f"KLWeightedELBO: sites, which is {describe(sites)}, matches none of the latent sites "
+            f"{abbreviate(latent)} of the guide. For local latent variables, pass sites='all'."
         )
     auxiliary = [name for name in drawn if name not in model_trace.nodes]
     joint = [name for name in auxiliary if _stem(name) not in latent]
@@ -83,9 +84,10 @@ def _select_joint(
     if together and len(weights) > 1:
         weighted = [name for name in together if selection.is_weighted[name]]
         raise ValueError(
-            f"KLWeightedELBO: the guide's site '{joint[0]}' may draw sites that are weighted, "
-            f"{weighted}, together with others, {sorted(set(together) - set(weighted))}: expected "
-            "a guide that draws them apart, or sites='all'."
+            f"KLWeightedELBO: site '{joint[0]}' of the guide may draw the weighted sites "
+            f"{abbreviate(weighted)} together with the unweighted sites "
+            f"{abbreviate(sorted(set(together) - set(weighted)))}. Use a guide that draws them "
+            "separately, or pass sites='all'."
         )
     for name in joint:
         are_all = weights == {True} or weights == {False}
@@ -110,8 +112,8 @@ def _chooser(sites: Sites, model_trace: Trace, latent: list[str]) -> Callable[[s
         unknown = sorted(names - set(latent))
         if unknown:
             raise ValueError(
-                f"KLWeightedELBO: expected sites to name latent sites, of which the guide has "
-                f"{latent}, got {unknown} among them."
+                f"KLWeightedELBO: sites contains {abbreviate(unknown)}, but the latent sites of "
+                f"the guide are {abbreviate(latent)}. Pass names of latent sites."
             )
         return lambda name, site: name in names
     observed = [

@@ -10,7 +10,7 @@ from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import check_integer, describe
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import has_gradient_hooks, pytree
 from pyro_ext.infer.svi.capture.backends import MODES, Backend, CompileError
@@ -37,42 +37,48 @@ _FIRST_AUDIT = 2
 class CompiledSVI(EagerSVI):
     r"""Pyro's ``SVI`` with steps that run as one compiled graph.
 
-    The first step is Pyro's own. Then loss and gradients are captured as a graph, with the effect
-    handlers run for the last time, checked against the eager ones on the same noise, and
-    compiled. It computes what ``SVI`` computes, from the same random numbers, up to rounding, and
-    ``pyro.set_rng_seed`` seeds it. Each structure of arguments (shapes, dtypes, devices, plain
-    values) gets a graph of its own.
+    The first step is Pyro's own. The second step captures the loss and its gradients as a graph.
+    The graph is checked against an eager step on the same noise, and then compiled. Later steps run
+    no effect handlers, except in the checks below. The graph gives the same results as ``SVI`` from
+    the same random numbers, up to rounding, and ``pyro.set_rng_seed`` seeds it. Each combination of
+    shapes, dtypes, devices and plain values among the arguments gets its own graph.
 
-    Parameters, buffers and other tensors are looked up at each step, so that updates,
-    ``load_state_dict`` and edits of the param store are seen. Plain values that the programs
-    reach by name (attributes, globals, closures, also ``training`` of modules) are compared at
-    each step; another value gets another graph. Numbers that are floats, as arguments or as
-    attributes of the objective (an alpha), are inputs of the graph, and so is the factor of a
-    :class:`KLWeightedELBO`. At steps 2, 4, 8, ... the programs run once more, to see that they
-    still do the same. Capture and checks run the programs some six times, with random
-    numbers of their own; what they print or count beside tensors, they do at these times only.
+    Each step reads the current parameters, buffers and other tensors. Updates,
+    ``load_state_dict`` and edits of the param store therefore take effect at once. Each step
+    compares the plain values that model and guide reach by name: attributes, globals, closures,
+    and the ``training`` flag of modules. If a value has changed, the step gets another graph.
+    Floats are inputs of the graph if they are arguments, or attributes of the objective such as
+    an alpha. The factor of a :class:`KLWeightedELBO` is an input too.
 
-    Where a step cannot be captured (a branch on a sampled value, Python's or NumPy's random
-    numbers, results whose shape depends on values, hooks on gradients), eager steps are taken, and
-    one warning says why. Distributions do not validate their arguments in a compiled step.
+    At steps 2, 4, 8, ... model and guide run once more, to check that their operations have not
+    changed. Capture and checks run them about six times, with separate random numbers. Side
+    effects other than those on tensors, such as printing and counting, happen only in these runs.
+
+    Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
+    or NumPy, results whose shape depends on values, or hooks on gradients. ``CompiledSVI`` then
+    takes eager steps, and one warning gives the reason. Distributions do not validate their
+    arguments in a compiled step.
 
     :param model: the model, a callable with Pyro primitives.
-    :param guide: the guide, likewise.
-    :param PyroOptim optim: the optimiser. Where its torch optimiser has a fused or foreach
-        implementation, one of those steps all parameters at once.
-    :param loss: an ELBO with a ``differentiable_loss`` (every one of this package and Pyro's
-        ``Trace_ELBO``, ``TraceMeanField_ELBO``), or a function that returns a differentiable loss.
-    :param str backend: ``"inductor"`` compiles, which takes seconds and a C++ compiler on a CPU;
-        ``"eager"`` runs the graph as it is.
-    :param str mode: a mode of ``torch.compile`` for Inductor; ``"reduce-overhead"`` uses CUDA
+    :param guide: the guide, a callable with Pyro primitives.
+    :param optim: the optimiser. If its torch optimiser has a fused or foreach implementation, that
+        implementation steps all parameters at once.
+    :param loss: an ELBO with a ``differentiable_loss``, or a function that returns a differentiable
+        loss. All ELBOs of this package have one, and so have Pyro's ``Trace_ELBO`` and
+        ``TraceMeanField_ELBO``.
+    :param backend: ``"inductor"`` compiles the graph. That takes seconds, and needs a C++ compiler
+        on a CPU. ``"eager"`` runs the graph without compiling it.
+    :param mode: a mode of ``torch.compile`` for Inductor: ``"default"``, ``"reduce-overhead"``,
+        ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``. ``"reduce-overhead"`` uses CUDA
         graphs on a GPU.
-    :param bool fallback: whether to take eager steps, with a warning, where there is no graph;
-        otherwise that is an error.
-    :param int max_graphs: how many graphs there may be.
-    :raises ValueError: where an argument is out of range; when run, if the loss is not finite.
-        Parameters are then as they were.
-    :raises RuntimeError: when run, if a compiled graph does not compute what the eager step does;
-        and if a step cannot be captured, where ``fallback`` is off.
+    :param fallback: whether to take eager steps, with a warning, if there is no graph. If False,
+        that is an error.
+    :param max_graphs: the largest number of graphs, >= 1.
+    :raises TypeError: if ``max_graphs`` is not an integer.
+    :raises ValueError: if an argument is out of range. A step raises it if the loss is not finite,
+        and then leaves the parameters as they were.
+    :raises RuntimeError: in a step, if a compiled graph and the eager step give different results,
+        or if the step cannot be captured and ``fallback`` is False.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import ImportanceWeightedELBO
@@ -103,10 +109,14 @@ class CompiledSVI(EagerSVI):
     ) -> None:
         if backend not in ("inductor", "eager"):
             raise ValueError(
-                f"CompiledSVI: expected backend to be 'inductor' or 'eager', got {backend!r}."
+                "CompiledSVI: backend must be 'inductor' or 'eager', but it is "
+                f"{describe(backend)}."
             )
         if mode not in MODES:
-            raise ValueError(f"CompiledSVI: expected mode to be one of {MODES}, got {mode!r}.")
+            raise ValueError(
+                f"CompiledSVI: mode must be one of {', '.join(map(repr, MODES))}, but it is "
+                f"{describe(mode)}."
+            )
         check_integer("CompiledSVI", "max_graphs", max_graphs, 1)
         super().__init__(model, guide, optim, loss)
         self.backend = Backend(backend, mode)
@@ -121,9 +131,13 @@ class CompiledSVI(EagerSVI):
         return {**state, "_optimizer": optimizer, "_graphs": _Graphs(self.backend)}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes a step and returns the loss, as ``SVI.step``.
+        """Take a step, like ``SVI.step``.
 
-        :param args: passed to model and guide, as are ``kwargs``.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss before the step.
+        :raises ValueError: if the loss is not finite.
+        :raises RuntimeError: as for the class.
         """
         if self._called is None:
             loss = super().step(*args, **kwargs)
@@ -135,7 +149,9 @@ class CompiledSVI(EagerSVI):
         names = ready.graph.names
         params = [ready.params[name] for name in names]
         if any(has_gradient_hooks(param) for param in params):
-            self._do_without("a hook on the gradient of a parameter is not in a graph")
+            self._do_without(
+                "a graph does not run the hook on the gradient of a parameter. Remove the hook"
+            )
             return self._eager_step(*args, **kwargs)
         outputs = ready.graph(ready.arguments, ready.inputs)
         loss = outputs[0].item()
@@ -154,9 +170,13 @@ class CompiledSVI(EagerSVI):
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss without a step, as ``SVI.evaluate_loss``.
+        """Return the loss without taking a step, like ``SVI.evaluate_loss``.
 
-        :param args: passed to model and guide, as are ``kwargs``.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss.
+        :raises ValueError: if the loss is NaN.
+        :raises RuntimeError: as for the class.
         """
         ready = None if self._called is None else self._ready(False, args, kwargs)
         if ready is None:
@@ -168,10 +188,10 @@ class CompiledSVI(EagerSVI):
         return loss
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Pyro's step, with the same optimiser as compiled ones."""
+        """Take Pyro's step, with the optimiser that compiled steps use."""
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        params = list(dict.fromkeys(params_of(trace.trace).values()))  # tied ones once
+        params = list(dict.fromkeys(params_of(trace.trace).values()))  # tied parameters once
         self._update(params)
         zero_grads(params)
         return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
@@ -184,7 +204,10 @@ class CompiledSVI(EagerSVI):
     def _ready(
         self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "_Ready | None":
-        """The graph for these arguments, captured if need be; None for an eager step."""
+        """Return the graph for these arguments, or None for an eager step.
+
+        If there is no such graph yet, capture one.
+        """
         graphs = self._graphs
         if has_gradients in graphs.given_up or has_gradients > torch.is_grad_enabled():
             return None
@@ -192,21 +215,28 @@ class CompiledSVI(EagerSVI):
         handlers = tuple(HANDLER_STACK)
         key = (
             has_gradients,
-            str(arguments.spec),  # a spec of older versions has no hash
+            str(arguments.spec),  # older versions of torch cannot hash a spec
             *(_describe(leaf, graphs.lifts) for leaf in arguments.leaves),
             *map(_SameObject, (self.objective, self.model, self.guide, *handlers)),
             *_context(),
         )
         params = current_params()
-        reason = "other arguments"
+        reason = "the arguments differ"
         for graph in graphs.by_key.get(key, ()):
             changed = graph.reachable.changed()
             inputs = graph.inputs(params) if changed is None else None
             if inputs is not None:
                 return _Ready(graph, params, arguments, inputs)
-            reason = "a tensor of another shape" if changed is None else f"another '{changed}'"
+            reason = (
+                "a tensor has another shape, dtype or device"
+                if changed is None
+                else f"'{changed}' has another value"
+            )
         if graphs.count >= self.max_graphs:
-            self._do_without(f"there are max_graphs={self.max_graphs}, and now {reason}")
+            self._do_without(
+                f"there are max_graphs={self.max_graphs} graphs, and now {reason}. Set max_graphs "
+                "higher, or change fewer values between steps"
+            )
             return None
         svi_loss = self.loss_and_grads if has_gradients else self.loss
         step = Step(self.objective, self.model, self.guide, svi_loss, has_gradients, handlers)
@@ -215,12 +245,12 @@ class CompiledSVI(EagerSVI):
         except NeedsEagerStepError:
             return None
         except CompileError as error:
-            self._do_without(str(error), error, "runs graphs as they are")
+            self._do_without(str(error), error, "runs graphs without compiling them")
             graphs.backend = Backend("eager", self.backend.mode)
             return self._ready(has_gradients, args, kwargs)
         except CaptureError as error:
             if graphs.lifts:
-                # Perhaps a float is one that the programs branch on.
+                # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
                 graphs.lifts = False
                 return self._ready(has_gradients, args, kwargs)
             graphs.given_up.add(has_gradients)
@@ -244,7 +274,8 @@ class CompiledSVI(EagerSVI):
     ) -> None:
         if not self.fallback:
             raise RuntimeError(
-                f"CompiledSVI: expected a step that can be compiled (fallback=False), but {reason}."
+                f"CompiledSVI cannot compile this step: {reason}. With fallback=True, it warns "
+                "instead and goes on without a compiled graph."
             ) from cause
         if reason not in self._graphs.warned:
             self._graphs.warned.add(reason)
@@ -252,13 +283,17 @@ class CompiledSVI(EagerSVI):
 
     def _raise_for(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with pyro.validation_enabled(False):
-            self.loss(self.model, self.guide, *args, **kwargs)  # names the site, if it can
-        raise ValueError(f"CompiledSVI: expected a finite loss, got {loss}.")
+            # An error of the ELBO names the site where the loss stops being finite.
+            self.loss(self.model, self.guide, *args, **kwargs)
+        raise ValueError(
+            f"CompiledSVI: the loss is {loss}. Check the data, the parameters and the learning "
+            "rate; this step has not changed the parameters."
+        )
 
 
 @dataclass
 class _Graphs:
-    """The graphs of an SVI, and why it has none for some steps."""
+    """The graphs of an SVI, and the reasons for steps without a graph."""
 
     backend: Backend
     by_key: dict[Any, list[CompiledStep]] = field(default_factory=dict)
@@ -269,12 +304,12 @@ class _Graphs:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of graphs."""
         return sum(map(len, self.by_key.values()))
 
 
 class _Ready(NamedTuple):
-    """A graph with its inputs."""
+    """A graph with the inputs of one step."""
 
     graph: CompiledStep
     params: dict[str, Tensor]
@@ -293,7 +328,7 @@ def _describe(leaf: Any, lifts: bool) -> Any:
 
 
 class _SameObject:
-    """Equal to the same object alone, which it keeps alive."""
+    """A key that compares an object by identity, and keeps it alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -306,7 +341,7 @@ class _SameObject:
 
 
 def _context() -> tuple[Any, ...]:
-    """What a step depends on beside its arguments and programs."""
+    """Return the global settings of torch that change the operations of a step."""
     autocast = [
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         for device in ("cpu", "cuda")

@@ -24,20 +24,17 @@ from pyro_ext.tracing import Program
 Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
 
-_WINDOW = 50  # steps of the running loss
+_WINDOW = 50  # steps that the loss of the progress bar averages
 
 
 class EagerSVI(SVI):
     """Pyro's ``SVI`` with a training loop.
 
     :param model: the model, a callable with Pyro primitives.
-    :param guide: the guide, likewise.
-    :param PyroOptim optim: the optimiser.
+    :param guide: the guide, a callable with Pyro primitives.
+    :param optim: the optimiser.
     :param loss: an ELBO, or a function that returns a differentiable loss.
-
-    .. attribute:: history
-
-        The :class:`TrainingHistory` of the last or current run.
+    :ivar history: the :class:`TrainingHistory` of the current run, or of the last run.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from torch.utils.data import DataLoader
@@ -61,12 +58,12 @@ class EagerSVI(SVI):
     def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
         super().__init__(model, guide, optim, loss)
         self.history = TrainingHistory()
-        #: The modules that the first step called; None before it.
+        #: The modules that the first step called; None before the first step.
         self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's optimisers hold parameters, which do not pickle; their states do.
+        # Parameters of Pyro's optimisers cannot be pickled, but the optimisers' states can.
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
         set_waiting_states(optim, optimizer_state(self.optim))
@@ -74,13 +71,15 @@ class EagerSVI(SVI):
 
     @property
     def objective(self) -> Any:
-        """The ELBO, or the function that was given in its place."""
+        """The ELBO, or the loss function if there is no ELBO."""
         return getattr(self.loss_and_grads, "__self__", self.loss)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes a step and returns the loss, as ``SVI.step``.
+        """Take a step, like ``SVI.step``.
 
-        :param args: passed to model and guide, as are ``kwargs``.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the loss before the step.
         """
         if self._called is not None:
             return self._eager_step(*args, **kwargs)
@@ -105,31 +104,40 @@ class EagerSVI(SVI):
         checkpoint_every: int | None = None,
         resume: StrPath | None = None,
     ) -> TrainingHistory:
-        """Trains for a number of steps or epochs.
+        """Train for a number of steps or epochs.
 
-        An interrupt (Ctrl-C) waits for the end of the step, writes the checkpoint if there is to
-        be one, and raises ``KeyboardInterrupt``; a second one does not wait. The KL schedule of a
-        :class:`KLWeightedELBO` is stepped after each step; schedulers of learning rates are left
-        to the callback.
+        After an interrupt (Ctrl-C), the run finishes the step, writes the checkpoint if there is
+        one, and raises ``KeyboardInterrupt``. A second interrupt ends it at once. The KL schedule
+        of a :class:`KLWeightedELBO` advances after each step. Schedulers of learning rates do not
+        advance: step them in the callback.
 
-        :param data: the number of steps of an epoch, or an iterable of minibatches such as a
-            ``DataLoader``. A minibatch that is a tuple or list gives the first arguments of model
-            and guide, one that is a dict gives keyword arguments, any other is the first argument.
-        :param int num_epochs: how often to go through the data; with ``resume``, in all.
-        :param bool progress_bar: whether to show a progress bar, with a running loss.
-        :param callback: a function of the :class:`TrainingHistory`, called after each step; the
-            run ends where it returns True. :class:`EarlyStopping` is one. Where ``len(data)`` is
-            not known, it is called once more when an epoch has ended.
-        :param tuple args: further arguments of model and guide, after those of the minibatch.
-        :param dict kwargs: keyword arguments of model and guide.
-        :param checkpoint: a file to save to at the end of each epoch, and when interrupted.
-        :param int checkpoint_every: after how many steps to save as well.
-        :param resume: a file that was saved, from which to go on; on a CPU the run ends as if it
-            had not been interrupted, to the last bit. One that :class:`EarlyStopping` ended stays
-            ended. Workers of a loader that persist, and randomness in them, start afresh.
-        :returns: the history, also of the steps before ``resume``.
-        :raises ValueError: where an argument is out of range; if the data has no minibatches, or
-            fewer than it had before ``resume``; if the loss is NaN.
+        :param data: the number of steps of an epoch, >= 1, or an iterable of minibatches such as a
+            ``DataLoader``. A minibatch that is a tuple or list is passed as the first positional
+            arguments of model and guide. A dict is passed as keyword arguments. Any other minibatch
+            is the first argument.
+        :param num_epochs: the number of passes through the data, >= 1. With ``resume``, it includes
+            the epochs before the checkpoint.
+        :param progress_bar: whether to show a progress bar, with a running mean of the loss.
+        :param callback: a function of the :class:`TrainingHistory`, such as
+            :class:`EarlyStopping`. It is called after each step. If it returns True, the run ends.
+            If ``data`` has no length, it is called once more at the end of each epoch.
+        :param args: further positional arguments of model and guide, after those of the minibatch.
+        :param kwargs: keyword arguments of model and guide.
+        :param checkpoint: the file to which the run is saved at the end of each epoch, at the end
+            of the run, and after an interrupt. None saves nothing.
+        :param checkpoint_every: the number of steps, >= 1, after which to save as well. None saves
+            at the times above only.
+        :param resume: a checkpoint from which to continue. On a CPU, the resumed run equals an
+            uninterrupted run to the last bit. A run that :class:`EarlyStopping` ended takes no
+            further steps. Persistent workers of a data loader start again, and so do their random
+            numbers.
+        :returns: the history. It includes the steps before ``resume``.
+        :raises TypeError: if an argument has the wrong type.
+        :raises ValueError: if an argument is out of range, if the data has no minibatches or fewer
+            than before ``resume``, if ``resume`` does not fit the model, guide and optimiser, or if
+            the loss is NaN.
+        :raises OSError: if ``resume`` cannot be read.
+        :raises KeyboardInterrupt: after an interrupt.
         """
         self._check(data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
@@ -162,31 +170,36 @@ class EagerSVI(SVI):
             except Exception as error:
                 if not interrupts:
                     raise
-                # Workers that load data were interrupted, too.
+                # The interrupt also reached the workers of the data loader, and made them fail.
                 if checkpoint is not None:
                     self._save(checkpoint, data)
                 raise KeyboardInterrupt from error
         return self.history
 
     def save(self, path: StrPath) -> None:
-        """Saves the state of the training run to a file.
+        """Save the state of the training run to a file.
 
-        It holds the param store, parameters and buffers of modules, optimisers, random states,
-        the step of the KL schedule and the history.
+        The file holds the param store, the parameters and buffers of modules, the states of the
+        optimisers and of the random number generators, the step of the KL schedule, and the
+        history.
 
-        :param path: the file.
+        :param path: the path of the file.
         """
         self._save(path, None)
 
     def load(self, path: StrPath, *args: Any, **kwargs: Any) -> None:
-        """Loads what :meth:`save` saved, of the same model, guide and optimiser.
+        """Load a file that :meth:`save` or :meth:`run` wrote for the same model and guide.
 
-        Model and guide run once, to make their parameters and modules; nothing else comes of it.
-        The file is a pickle: load only files that you trust.
+        The optimiser must be the same, too. Model and guide run once, to create their parameters
+        and modules. That run has no other effect. The file is a pickle: only load files that you
+        trust.
 
-        :param path: the file.
-        :param args: arguments of model and guide, as are ``kwargs``.
-        :raises ValueError: if the file is something else, or of other programs.
+        :param path: the path of the file.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :raises ValueError: if the file is not a checkpoint, or does not fit the model, guide and
+            optimiser.
+        :raises OSError: if the file cannot be read.
         """
         self._load(path, None, *args, **kwargs)
 
@@ -202,7 +215,7 @@ class EagerSVI(SVI):
 
     def _load(self, path: StrPath, data: Any, /, *args: Any, **kwargs: Any) -> None:
         state = read(path)
-        # What happens in a first run only happened before what is loaded.
+        # A first run of the programs may initialise state, so it must come before loading.
         called, used = set_up(lambda: SVI.evaluate_loss(self, *args, **kwargs))
         self._program_state(called).load(state, used)
         schedule = self._schedule
@@ -226,21 +239,25 @@ class EagerSVI(SVI):
     ) -> None:
         owner = f"{type(self).__name__}.run"
         if isinstance(data, int):
-            check_integer(owner, "data (if not an iterable)", data, 1)
+            check_integer(owner, "data (a number of steps)", data, 1)
         elif isinstance(data, Tensor) or not isinstance(data, Iterable):
             raise TypeError(
                 f"{owner}: data must be a number of steps or an iterable of minibatches, but it "
-                f"is {describe(data)}. Pass all data as args=, if each step takes all of it."
+                f"is {describe(data)}. If each step uses all data, pass the number of steps, and "
+                "the data as args=(x,)."
             )
         check_integer(owner, "num_epochs", num_epochs, 1)
         if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
             raise ValueError(
-                f"{owner}: expected checkpoint to be in a folder that exists, got {checkpoint}."
+                f"{owner}: the folder of checkpoint='{checkpoint}' does not exist. Create it first."
             )
         if checkpoint_every is not None:
-            check_integer(owner, "checkpoint_every (unless None)", checkpoint_every, 1)
+            check_integer(owner, "checkpoint_every", checkpoint_every, 1)
             if checkpoint is None:
-                raise ValueError(f"{owner}: expected checkpoint with checkpoint_every, got None.")
+                raise ValueError(
+                    f"{owner}: checkpoint_every needs a checkpoint. Pass the path of a file as "
+                    "checkpoint=."
+                )
 
     def _steps(
         self,
@@ -250,7 +267,7 @@ class EagerSVI(SVI):
         kwargs: dict[str, Any],
         bar: Any,
     ) -> Iterator[None]:
-        """Takes steps. It pauses after each, and after an epoch that ends without a step."""
+        """Take steps. Pause after each step, and after an epoch that ends without a step."""
         history = self.history
         if history.is_converged:
             return
@@ -263,16 +280,16 @@ class EagerSVI(SVI):
                 yield
                 if history.is_epoch_end:
                     break
-            else:  # data without a length, or shorter than that
+            else:  # the data has no length, or ends before it
                 history.epoch_ends.append(len(history.losses))
                 yield
 
     def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
-        """What is left of an epoch."""
+        """Yield the remaining minibatches of an epoch."""
         done = self.history.steps_of_epoch
         now = random_states(data)
         if done and self._epoch_start is not None:
-            set_random_states(self._epoch_start, data)  # for the same order as then
+            set_random_states(self._epoch_start, data)  # for the same order of minibatches
         else:
             self._epoch_start = now
         batches = _minibatches(data)
@@ -285,18 +302,18 @@ class EagerSVI(SVI):
             yield batch
         if not has_any:
             raise ValueError(
-                f"{type(self).__name__}.run: expected more than {done} minibatches in epoch "
-                f"{len(self.history.epoch_ends) + 1}, got {num_skipped}: data has to give them "
-                "anew at each iteration."
+                f"{type(self).__name__}.run: data has {num_skipped} minibatches in epoch "
+                f"{len(self.history.epoch_ends) + 1}, but it must have at least {done + 1}. Pass "
+                "data that can be iterated again in each epoch, such as a list or a DataLoader."
             )
 
     def _after_step(self, loss: float, length: int | None, bar: Any) -> None:
         history = self.history
         if math.isnan(loss):
             raise ValueError(
-                f"{type(self).__name__}.run: the loss of step {len(history.losses) + 1} is NaN: "
-                "expected data, parameters and learning rates that keep it finite. A checkpoint is "
-                "of a step before."
+                f"{type(self).__name__}.run: the loss of step {len(history.losses) + 1} is NaN. "
+                "Check the data, the parameters and the learning rate. If there is a checkpoint, "
+                "it is from an earlier step."
             )
         history.losses.append(loss)
         if history.steps_of_epoch == length:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -5,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import check_integer, check_real
 from pyro_ext._figures import axes_or_new
 
 
@@ -13,21 +14,11 @@ from pyro_ext._figures import axes_or_new
 class TrainingHistory:
     """The losses of a training run.
 
-    .. attribute:: losses
-
-        The loss of each step.
-
-    .. attribute:: epoch_ends
-
-        The number of steps that were taken by the end of each epoch.
-
-    .. attribute:: evaluations
-
-        Pairs of a number of steps and the loss that :class:`EarlyStopping` looked at.
-
-    .. attribute:: is_converged
-
-        Whether :class:`EarlyStopping` ended the run.
+    :ivar losses: the loss of each step, in nats for an ELBO.
+    :ivar epoch_ends: the number of steps since the start of the run, at the end of each epoch.
+    :ivar evaluations: the losses that :class:`EarlyStopping` compared. Each entry is a number of
+        steps and the loss after them.
+    :ivar is_converged: whether :class:`EarlyStopping` ended the run.
 
     >>> history = TrainingHistory(losses=[4.0, 2.0, 1.0, 2.0], epoch_ends=[2, 4])
     >>> history.epoch_losses
@@ -41,24 +32,24 @@ class TrainingHistory:
 
     @property
     def is_epoch_end(self) -> bool:
-        """Whether the last step was the last of its epoch."""
+        """Whether the last step completed an epoch."""
         return bool(self.epoch_ends) and self.epoch_ends[-1] == len(self.losses)
 
     @property
     def steps_of_epoch(self) -> int:
-        """The number of steps since the last complete epoch."""
+        """The number of steps since the end of the last complete epoch."""
         return len(self.losses) - (self.epoch_ends or [0])[-1]
 
     @property
     def epoch_losses(self) -> list[float]:
-        """The mean loss of the steps of each complete epoch."""
+        """The mean loss over the steps of each complete epoch."""
         bounds = pairwise([0, *self.epoch_ends])
         return [float(np.mean(self.losses[start:end])) for start, end in bounds]
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the losses, their means over epochs, and the evaluations.
+        """Plot the losses, their means over epochs, and the evaluations.
 
-        :param ax: matplotlib axes; new ones if None.
+        :param ax: the matplotlib axes to draw on. None makes new ones.
         :returns: the axes.
         """
         ax = axes_or_new(ax)
@@ -76,15 +67,17 @@ class TrainingHistory:
 
 @dataclass(eq=False)
 class EarlyStopping:
-    """A callback of a training run that stops it once the loss does not get better.
+    """A callback that ends a training run when the loss no longer improves.
 
-    At the end of each epoch it compares a loss with the best one so far.
+    At the end of each epoch, it compares a loss with the best loss so far.
 
-    :param int patience: after how many epochs >= 1 without a better loss to stop.
-    :param float min_improvement: how much smaller a better loss is at least, in nats.
-    :param evaluate: a function without arguments that returns the loss, such as one of held-out
-        data; None for the mean loss of the epoch's steps.
-    :raises ValueError: where an argument is out of range.
+    :param patience: the number of epochs without improvement, >= 1, after which to stop.
+    :param min_improvement: the smallest decrease of the loss that counts as an improvement, >= 0,
+        in nats for an ELBO.
+    :param evaluate: a function without arguments that returns the loss, such as the loss of
+        held-out data. None uses the mean loss over the steps of the epoch.
+    :raises TypeError: if ``patience`` is not an integer, or ``min_improvement`` is not a number.
+    :raises ValueError: if an argument is out of range.
 
     >>> stopping = EarlyStopping(patience=2)
     >>> history = TrainingHistory()
@@ -104,15 +97,13 @@ class EarlyStopping:
 
     def __post_init__(self) -> None:
         check_integer("EarlyStopping", "patience", self.patience, 1)
-        if not self.min_improvement >= 0:
-            raise ValueError(
-                f"EarlyStopping: expected min_improvement >= 0, got {self.min_improvement!r}."
-            )
+        check_real("EarlyStopping", "min_improvement", self.min_improvement, 0.0, math.inf)
 
     def __call__(self, history: TrainingHistory) -> bool:
-        """Whether to stop.
+        """Return whether to stop, and record the evaluation in the history.
 
-        :param TrainingHistory history: what a run hands to its callback.
+        :param history: the history of the run.
+        :returns: whether to stop; False if the last step did not complete an epoch.
         """
         if not history.is_epoch_end:
             return False

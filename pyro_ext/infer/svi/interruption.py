@@ -7,9 +7,10 @@ from types import FrameType
 
 @contextmanager
 def postponed_interrupts() -> Iterator[list[int]]:
-    """Keeps the first interrupt (Ctrl-C) in a list; a second one is raised at once.
+    """Postpone the first interrupt (Ctrl-C), and raise a second one at once.
 
-    Only the main thread can do that; elsewhere the list stays empty.
+    The first interrupt is appended to the list that the context manager yields. Only the main
+    thread can postpone interrupts. In other threads, the list stays empty.
     """
     interrupts: list[int] = []
 

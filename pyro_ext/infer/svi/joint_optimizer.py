@@ -19,25 +19,25 @@ from pyro_ext._private.of_torch import mark_as_stepped
 
 
 class JointOptimizer:
-    """Steps all parameters of a ``PyroOptim`` at once, where Pyro has an optimiser for each.
+    """One optimiser for all parameters of a ``PyroOptim``, which has one for each parameter.
 
-    The optimisers of Pyro stay as they are, with their states and learning rates, so that
-    schedulers, ``get_state``, ``save`` and ``load`` work as ever; parameters with equal settings
-    are stepped by one fused (CPU) or foreach (CUDA) optimiser that shares those states.
-    Optimisers that have neither are left to Pyro.
+    Pyro's optimisers keep their states and learning rates. Schedulers, ``get_state``, ``save`` and
+    ``load`` therefore work as usual. One fused (CPU) or foreach (CUDA) optimiser steps all
+    parameters with equal settings, and shares the states with Pyro's optimisers. If an optimiser
+    has neither implementation, Pyro steps the parameters one by one.
 
-    :param PyroOptim optim: the optimiser of an SVI.
+    :param optim: the optimiser of an SVI.
     """
 
     def __init__(self, optim: PyroOptim) -> None:
         self.optim = optim
         self._joint: Optimizer
         self._members: list[list[Optimizer]] = []
-        #: The parameters that were joined, with the states of their optimisers.
+        #: The parameters of the joint optimiser, with the states of Pyro's optimisers.
         self._states: dict[Tensor, Any] = {}
 
     def step(self, params: Sequence[Tensor]) -> None:
-        """Clips and steps the parameters that have gradients."""
+        """Clip the gradients, and step the parameters that have one."""
         if not self._can_join:
             self.optim(list(params))
             return
@@ -64,7 +64,7 @@ class JointOptimizer:
         )
 
     def _make_optimizer(self, param: Tensor) -> None:
-        """What Pyro does when it first sees a parameter."""
+        """Make the optimiser of a new parameter, in the same way as Pyro."""
         optim = self.optim
         own = optim.optim_objs[param] = make_optimizer(optim, param)
         optim.grad_clip[param] = make_grad_clip(optim, param)
@@ -74,7 +74,7 @@ class JointOptimizer:
             load_optimizer_state(own, state)
 
     def _is_of(self, params: tuple[Tensor, ...]) -> bool:
-        """Whether it was made for these parameters, and for the states that they have now."""
+        """Return whether the joint optimiser has these parameters and their current states."""
         if len(params) != len(self._states):
             return False
         for param, (known, state) in zip(params, self._states.items(), strict=True):
@@ -110,7 +110,10 @@ class JointOptimizer:
             mark_as_stepped(own)
 
     def _follow_settings(self) -> bool:
-        """Takes over learning rates and the like; False if members no longer agree."""
+        """Copy the current settings, such as learning rates.
+
+        :returns: False if the settings of a group's members now differ.
+        """
         for group, members in zip(self._joint.param_groups, self._members, strict=True):
             settings = _settings(members[0])
             if any(_settings(member) != settings for member in members[1:]):
@@ -126,14 +129,14 @@ def _settings(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _choose_implementation(group: dict[str, Any]) -> None:
-    """Asks for the fused or the foreach implementation where the user left it open."""
+    """Select the fused or foreach implementation, unless the user has chosen one."""
     if group.get("foreach") is not None or group.get("fused") is not None:
         return
     if group.get("differentiable") or group.get("capturable"):
         return
     if any(isinstance(x, Tensor) for x in (group["lr"], *group.get("betas", ()))):
         return
-    # Fused SGD does not take parameters of which some have momentum.
+    # Fused SGD fails if only some of the parameters have momentum, so SGD is never fused.
     can_be_fused = {"fused", "betas"} <= group.keys() and all(
         param.device.type == "cpu" and param.is_floating_point() for param in group["params"]
     )

@@ -230,7 +230,7 @@ def test_prints_a_table():
 def test_an_interrupt_keeps_the_chains_that_are_complete():
     programs = NormalNormal(X)
     options = {"num_chains": 20, "chunk_size": 5, **FEW}
-    with pytest.warns(UserWarning, match=r"interrupted: the result is that of (5|10) of 20 chains"):
+    with pytest.warns(UserWarning, match=r"interrupted\. The result uses (5|10) of 20 chains"):
         annealed_importance_sampling(Interrupted(programs.model, 130), programs.guide, **options)
     with pytest.raises(KeyboardInterrupt):
         annealed_importance_sampling(Interrupted(programs.model, 3), programs.guide, **options)
@@ -245,18 +245,21 @@ def discrete():
 def test_bad_arguments():
     programs = NormalNormal(X)
     pair = (programs.model, programs.guide)
-    with pytest.raises(ValueError, match=r"continuous latent sites .* got site 'k', Bernoulli"):
+    with pytest.raises(ValueError, match=r"site 'k' \(Bernoulli\) is discrete"):
         annealed_importance_sampling(discrete)
     for options, message in (
         ({"num_chains": 0}, "num_chains must be"),
         ({"num_temperatures": 0}, "num_temperatures must be"),
         ({"chunk_size": 0}, "chunk_size must be"),
-        ({"ladder": "linear"}, "'sigmoid', 'geometric' or inverse temperatures, got 'linear'"),
-        ({"ladder": [0, 0.5, 0.5, 1]}, "rise from 0 to 1"),
-        ({"ladder": [0.1, 1]}, "rise from 0 to 1"),
+        ({"ladder": "linear"}, "'sigmoid', 'geometric' or a sequence .* but it is 'linear'"),
+        ({"ladder": [0, 0.5, 0.5, 1]}, "ladder must increase from 0 to 1"),
+        ({"ladder": [0.1, 1]}, "ladder must increase from 0 to 1"),
         ({"target_acceptance": 1.0}, "target_acceptance must be between 0.05 and 0.99"),
-        ({"exact_sample": {"y": X}}, r"latent sites of the guide, \['z'\], got \['y'\]"),
-        ({"jackknife_orders": (3,), "num_chains": 3}, "below the number of draws, 3"),
+        ({"exact_sample": {"y": X}}, r"latent sites of the guide, \['z'\], but it has \['y'\]"),
+        (
+            {"jackknife_orders": (3,), "num_chains": 3},
+            "jackknife_orders must be below the number of draws, 3",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             annealed_importance_sampling(*pair, **FEW | options)
@@ -267,7 +270,7 @@ def test_bad_arguments():
         with pyro.plate("data", 4):
             pyro.sample("z", dist.Delta(X / 2))
 
-    with pytest.raises(ValueError, match="expected the guide to draw a latent site"):
+    with pytest.raises(ValueError, match="the guide draws no latent site"):
         annealed_importance_sampling(programs.model, points, **FEW)
 
 
@@ -283,9 +286,9 @@ def test_sites_that_annealing_cannot_move():
             pyro.sample("x", dist.Normal(z, 1.0), obs=X)
 
     for kind, message in (
-        ("circular", "got site 'a', VonMises"),
-        ("masked", "got site 'w', which is masked out"),
-        ("scaled", r"without poutine\.scale, or one scale around all"),
+        ("circular", r"site 'a' \(VonMises\) .* no map to unconstrained space"),
+        ("masked", "site 'w' is masked out"),
+        ("scaled", r"has a scale of its own.* poutine\.scale, or put one scale around all"),
     ):
         with pytest.raises(ValueError, match=message):
             annealed_importance_sampling(model, None, kind, **FEW)
@@ -314,8 +317,8 @@ def test_a_guide_at_one_point_is_warned_of():
 def test_bad_weights_name_the_data_points():
     programs = NormalNormal(X)
     for bad, message in (
-        (math.nan, r"got NaN for data points \[2\], of 4"),
-        (-math.inf, r"weights are zero for data points \[2\], of 4"),
+        (math.nan, r"log weight .* is NaN for data points \[2\] \(of 4\)"),
+        (-math.inf, r"weights are zero for data points \[2\] \(of 4\)"),
     ):
 
         def model(bad=bad):

@@ -79,13 +79,16 @@ ERRORS = {
     "guide groups": (lambda: PartiallyImportanceWeightedELBO(5, 2), "num_groups=2 with num_parti"),
     "uneven weights": (
         lambda: MultiplyImportanceWeightedELBO(4, 2).bound(torch.zeros(3)),
-        r"divisible by num_groups=2, got shape \(3,\)",
+        r"divisible by num_groups=2, but log_w has shape \(3,\)",
     ),
     "no partitions": (lambda: ThermodynamicELBO(2, 0), "num_partitions must be"),
     "betas down": (lambda: ThermodynamicELBO(2, betas=[0, 0.5, 0.2, 1]), "increase from 0 to 1"),
     "betas from 0.1": (lambda: ThermodynamicELBO(2, betas=[0.1, 1]), "increase from 0 to 1"),
     "one beta": (lambda: ThermodynamicELBO(2, betas=[0.0]), "increase from 0 to 1"),
-    "both": (lambda: ThermodynamicELBO(2, 3, betas=[0, 1]), "got both"),
+    "both": (
+        lambda: ThermodynamicELBO(2, 3, betas=[0, 1]),
+        "num_partitions and betas were both given",
+    ),
 }
 
 

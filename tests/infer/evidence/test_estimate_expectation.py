@@ -151,7 +151,7 @@ def test_a_rare_event(factors, error_at_10_000):
 def test_values_without_the_dim_of_the_particles_are_refused(function):
     model, guide = normal(function)
     for num_samples in (2, 5, 50):
-        with pytest.raises(ValueError, match="whose first dim is that of the particles"):
+        with pytest.raises(ValueError, match=r"first dim .* must be the dim of the particles"):
             estimate_expectation(model, guide, num_samples=num_samples)
 
 
@@ -236,7 +236,7 @@ def test_extreme_weights_do_not_overflow():
 
 def test_an_event_that_was_not_seen_is_warned_of():
     model, _ = normal(lambda z: (z > 9).double())
-    with pytest.warns(UserWarning, match="each of 100 draws gave zero"):
+    with pytest.warns(UserWarning, match="each of 100 draws gave zero for 1 of 1 values"):
         found = estimate_expectation(model, num_samples=100)
     assert found.value == 0
 
@@ -244,8 +244,8 @@ def test_an_event_that_was_not_seen_is_warned_of():
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (lambda z: z * math.nan, {}, "expected finite numbers from the model, got NaN"),
-        (lambda z: z * math.inf, {}, "got NaN or infinity where the weight is not zero"),
+        (lambda z: z * math.nan, {}, "the model returned NaN or infinity"),
+        (lambda z: z * math.inf, {}, "NaN or infinity for a draw whose weight is not zero"),
         (lambda z: z, {"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         (lambda z: z, {"chunk_size": -1}, "chunk_size must be at least 1, but it is -1"),
     ],
@@ -259,7 +259,7 @@ def test_errors(function, options, message):
     ("function", "message"),
     [
         (lambda z: None, "the model returns must be a real tensor, but it is None"),
-        (lambda z: z * 1j, r"to return a real tensor, got torch\.complex128"),
+        (lambda z: z * 1j, r"a real tensor, but its dtype is torch\.complex128"),
     ],
 )
 def test_models_that_return_something_else(function, message):

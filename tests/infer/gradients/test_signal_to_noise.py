@@ -78,11 +78,11 @@ def test_a_program_without_parameters_has_no_gradient():
 def test_errors():
     with pytest.raises(ValueError, match="num_repeats must be at least 2, but it is 1"):
         gradient_diagnostics(model, guide, elbos=ELBOS, num_repeats=1)
-    with pytest.raises(ValueError, match="at least one estimator in elbos"):
+    with pytest.raises(ValueError, match=r"elbos is empty\. Pass at least one estimator"):
         gradient_diagnostics(model, guide, elbos={})
 
     def empty():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="model and guide have no parameters"):
         gradient_diagnostics(empty, empty, elbos=ELBOS)

@@ -186,10 +186,16 @@ def test_one_objective_serves_one_pair_after_another():
 @pytest.mark.parametrize(
     ("elbo", "message"),
     [
-        (lambda: ImportanceWeightedELBO(5), "num_particles=1, got 5: with more its bound is not"),
-        (lambda: RenyiELBO(num_particles=2), "linear in log p - log q .*got RenyiELBO"),
-        (TraceTailAdaptive_ELBO, "got TraceTailAdaptive_ELBO"),
-        (JitTrace_ELBO, "traced at each step .*got JitTrace_ELBO"),
+        (
+            lambda: ImportanceWeightedELBO(5),
+            r"num_particles=1, but it has 5\. With more particles, its bound is not",
+        ),
+        (
+            lambda: RenyiELBO(num_particles=2),
+            "RenyiELBO is not an objective that is linear in log p - log q",
+        ),
+        (TraceTailAdaptive_ELBO, "TraceTailAdaptive_ELBO is not an objective"),
+        (JitTrace_ELBO, "JitTrace_ELBO is not .* traced at each step"),
     ],
 )
 def test_objectives_that_are_refused(elbo, message):
@@ -203,7 +209,7 @@ def test_more_particles_later_are_refused():
     pair = Pair()
     elbo = KLWeightedELBO(ImportanceWeightedELBO(1), UniformKL())
     elbo.elbo.num_particles = 3
-    with pytest.raises(ValueError, match="num_particles=1, got 3"):
+    with pytest.raises(ValueError, match="num_particles=1, but it has 3"):
         elbo.loss(pair.model, pair.guide, pair.x)
 
 
@@ -211,17 +217,17 @@ def test_errors():
     pair = Pair()
     schedule = UniformKL()
     KLWeightedELBO(Trace_ELBO(), schedule)
-    with pytest.raises(ValueError, match="one that belongs to another KLWeightedELBO"):
+    with pytest.raises(ValueError, match="the schedule belongs to another KLWeightedELBO"):
         KLWeightedELBO(Trace_ELBO(), schedule)
     with pytest.raises(TypeError, match="elbo must be an ELBO, but it is 'Trace_ELBO'"):
         KLWeightedELBO("Trace_ELBO", UniformKL())
     with pytest.raises(TypeError, match=r"schedule must be a KLSchedule, but it is 0\.5"):
         KLWeightedELBO(Trace_ELBO(), 0.5)
-    with pytest.raises(ValueError, match=r"'global', 'all', a collection .* got 'local'"):
+    with pytest.raises(ValueError, match=r"'global', 'all', a collection .* but it is 'local'"):
         KLWeightedELBO(Trace_ELBO(), UniformKL(), sites="local")
     nothing = KLWeightedELBO(Trace_ELBO(), UniformKL(), sites=lambda name: name == "v")
-    with pytest.raises(ValueError, match=r"has \['w', 'z'\], and it matches none"):
+    with pytest.raises(ValueError, match=r"a function, matches none .* \['w', 'z'\]"):
         nothing.loss(pair.model, pair.guide, pair.x)
     unknown = KLWeightedELBO(Trace_ELBO(), UniformKL(), sites=["w", "v"])
-    with pytest.raises(ValueError, match=r"got \['v'\] among them"):
+    with pytest.raises(ValueError, match=r"sites contains \['v'\], but"):
         unknown.loss(pair.model, pair.guide, pair.x)

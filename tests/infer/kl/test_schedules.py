@@ -96,9 +96,12 @@ def test_the_tensor_is_one_and_follows(name):
         (lambda: LinearKL(5, start=-0.1), r"start must be between 0 and 1, but it is -0.1"),
         (lambda: LinearKL(5, start=float("nan")), r"start must be between 0 and 1, but it is nan"),
         (lambda: CyclicalKL(-1), "period must be at least 1, but it is -1"),
-        (lambda: CyclicalKL(5, proportion=0), "proportion to be positive"),
+        (lambda: CyclicalKL(5, proportion=0), "proportion must be positive, but it is 0"),
         (lambda: CyclicalKL(5, num_cycles=0), "num_cycles .* must be at least 1, but it is 0"),
-        (lambda: UniformKL().load_state_dict({"epoch": 3}), "'num_steps_taken' alone, got"),
+        (
+            lambda: UniformKL().load_state_dict({"epoch": 3}),
+            r"'num_steps_taken' alone, but it has \['epoch'\]",
+        ),
         (
             lambda: UniformKL().load_state_dict({"num_steps_taken": -3}),
             "must be at least 0, but it is -3",

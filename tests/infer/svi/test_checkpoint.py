@@ -38,16 +38,16 @@ def test_a_checkpoint_of_other_programs_is_refused(tmp_path):
     svi.run(2, 1, False, args=(images(),), checkpoint=tmp_path / "run")
     problem = PROBLEMS["AutoNormal"]()
     other = EagerSVI(problem.model, problem.guide, pyro.optim.Adam({}), problem.loss)
-    with pytest.raises(ValueError, match=r"AutoNormal.locs.scale\S+ .*are on one side only"):
+    with pytest.raises(ValueError, match=r"AutoNormal.locs.scale\S+ .*but not in both"):
         other.load(tmp_path / "run", *problem.args)
     pyro.clear_param_store()
     module = SmallVAE(nn.BatchNorm1d(8), nn.Dropout(0.2), num_pixels=13)
     other = EagerSVI(module.model, module.guide, pyro.optim.Adam({}), problem.loss)
-    with pytest.raises(ValueError, match=r"shape \(8, 12\) there and \(8, 13\) in the programs"):
+    with pytest.raises(ValueError, match=r"has shape \(8, 13\), but it had shape \(8, 12\)"):
         other.load(tmp_path / "run", torch.ones(3, 13))
     svi, _ = make(eager)
     svi.optim = pyro.optim.SGD({"lr": 0.1})
-    with pytest.raises(ValueError, match="expected the optimiser Adam, got SGD"):
+    with pytest.raises(ValueError, match="the optimiser is SGD, but it was Adam"):
         svi.load(tmp_path / "run", images())
 
 
@@ -59,7 +59,7 @@ def test_other_files_are_refused(content, tmp_path):
     else:
         path.write_bytes(content)
     svi, _ = make(eager)
-    with pytest.raises(ValueError, match=r"Checkpoint: expected .*other"):
+    with pytest.raises(ValueError, match=r"Checkpoint: .*other is not .*saved by run or save"):
         svi.run(3, args=(images(),), progress_bar=False, resume=path)
     with pytest.raises(FileNotFoundError):
         svi.load(tmp_path / "none", images())

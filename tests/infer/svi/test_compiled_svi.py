@@ -283,8 +283,8 @@ def test_pickles_and_copies_without_its_graphs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "jax"}, "expected backend to be 'inductor' or 'eager', got 'jax'"),
-        ({"mode": "fast"}, "expected mode to be one of"),
+        ({"backend": "jax"}, "backend must be 'inductor' or 'eager', but it is 'jax'"),
+        ({"mode": "fast"}, "mode must be one of 'default', .* but it is 'fast'"),
         ({"max_graphs": 0}, "max_graphs must be at least 1, but it is 0"),
     ],
 )

@@ -70,11 +70,11 @@ def test_shows_progress(capsys):
     ("args", "options", "message"),
     [
         ((0,), {}, "data .* must be at least 1, but it is 0"),
-        (([],), {}, "expected more than 0 minibatches in epoch 1"),
-        ((iter([(), ()]), 2), {"args": (images(),)}, "more than 0 minibatches in epoch 2"),
+        (([],), {}, "data has 0 minibatches in epoch 1"),
+        ((iter([(), ()]), 2), {"args": (images(),)}, "data has 0 minibatches in epoch 2"),
         ((3, 0), {}, "num_epochs must be at least 1, but it is 0"),
-        ((3,), {"checkpoint": "/without/folder"}, "in a folder that exists, got /without/folder"),
-        ((3,), {"checkpoint_every": 2}, "expected checkpoint with checkpoint_every, got None"),
+        ((3,), {"checkpoint": "/without/folder"}, "checkpoint='/without/folder' does not exist"),
+        ((3,), {"checkpoint_every": 2}, "checkpoint_every needs a checkpoint"),
         ((3,), {"checkpoint": "x", "checkpoint_every": 0}, "must be at least 1, but it is 0"),
     ],
 )

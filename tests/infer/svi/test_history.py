@@ -77,7 +77,7 @@ def test_a_run_that_has_converged_has_ended(tmp_path):
 def test_early_stopping_checks_its_arguments():
     with pytest.raises(ValueError, match="patience must be at least 1, but it is 0"):
         EarlyStopping(patience=0)
-    with pytest.raises(ValueError, match="min_improvement >= 0, got -1"):
+    with pytest.raises(ValueError, match="min_improvement must be at least 0, but it is -1"):
         EarlyStopping(min_improvement=-1)
 
 

@@ -1,1 +1,1 @@
-"""How a step becomes a graph: what it reaches, what it does, and what compiles it."""
+"""Captures a training step as a graph, checks the graph and compiles it."""

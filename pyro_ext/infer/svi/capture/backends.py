@@ -1,4 +1,4 @@
-"""What runs a captured graph."""
+"""Backends, which compile captured graphs."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 class Backend(NamedTuple):
-    """How graphs are compiled.
+    """The settings for compiling graphs.
 
-    :param str name: ``"inductor"``, or ``"eager"`` for graphs as they are.
-    :param str mode: a mode of ``torch.compile``, for Inductor.
+    :param name: ``"inductor"``, or ``"eager"`` to run graphs without compiling them.
+    :param mode: a mode of ``torch.compile``, for Inductor.
     """
 
     name: str
@@ -26,30 +26,32 @@ class Backend(NamedTuple):
 
 
 class CompileError(Exception):
-    """A graph could not be compiled; the message says why."""
+    """An error in compiling a graph. The message is the reason, as part of a sentence."""
 
 
 def compile_graph(
     graph: GraphModule, inputs: Sequence[Tensor], backend: Backend
 ) -> Callable[..., Sequence[Tensor | None]]:
-    """A function that computes what a graph does.
+    """Return a function that gives the results of a graph.
 
     :raises CompileError: if the backend fails.
     """
     if backend.name == "eager":
         return graph
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the compiler about itself
+        warnings.simplefilter("ignore")  # the compiler's warnings about itself
         try:
             return _compile_by_inductor(graph, inputs, backend.mode)
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CompileError(f"{backend.name} could not compile it: {lines[0]}") from error
+            raise CompileError(
+                f"{backend.name} could not compile the graph ({lines[0]})"
+            ) from error
 
 
 def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Any:
     compiler = inductor()
-    # Random numbers of the eager generator: the same stream as a step of Pyro's, and quicker.
+    # The eager generator gives the same random numbers as a step of Pyro, and is faster.
     with compiler.config.patch({**compiler.list_mode_options(mode), "fallback_random": True}):
         decompositions = {
             operator: decomposition

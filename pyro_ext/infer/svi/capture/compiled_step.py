@@ -1,4 +1,4 @@
-"""One captured step: how it is made, checked and run."""
+"""Builds, checks and runs one captured step."""
 
 import math
 import warnings
@@ -34,21 +34,21 @@ from pyro_ext.infer.svi.capture.reachable_state import ReachableState
 from pyro_ext.tracing import Program
 
 _SEED = 20_090_911
-_SCHEDULE = "loss.schedule"  # whose factor reaches the graph as a tensor
+_SCHEDULE = "loss.schedule"  # ignored, because its factor is an input of the graph
 
 _Outputs = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step as Pyro runs it.
+    """A step of Pyro's ``SVI``.
 
     :param objective: the ELBO, or a function that returns a differentiable loss.
     :param model: the model.
     :param guide: the guide.
-    :param svi_loss: the function by which ``SVI`` evaluates the loss. It adds gradients to
-        ``.grad`` if they are wanted.
-    :param bool has_gradients: whether gradients are wanted.
+    :param svi_loss: the function with which ``SVI`` evaluates the loss. With ``has_gradients``, it
+        adds the gradients to ``.grad``.
+    :param has_gradients: whether the step computes gradients.
     :param handlers: the effect handlers around the step.
     """
 
@@ -60,15 +60,17 @@ class Step:
     handlers: tuple[Any, ...] = ()
 
     def compute(self, arguments: Arguments) -> Outcome:
-        """Loss and gradients, in a way that can be captured."""
+        """Compute the loss and gradients in a way that can be captured."""
         objective = self.objective
         loss = getattr(objective, "differentiable_loss", objective)
         if loss is objective and hasattr(objective, "loss_and_grads"):
-            raise CaptureError(f"{type(objective).__name__} has no differentiable_loss")
+            raise CaptureError(
+                f"{type(objective).__name__} has no differentiable_loss, which compiled steps need"
+            )
         return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
 
     def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> _Outputs:
-        """What ``SVI`` would compute: the loss, and gradients of the parameters of some names."""
+        """Compute the loss and the gradients of the named parameters, as ``SVI`` does."""
         params = current_params()
         before = {param: param.grad for param in params.values()}
         for param in before:
@@ -89,21 +91,21 @@ class Step:
 
     @property
     def objectives(self) -> list[tuple[str, Any]]:
-        """The objective, and the one inside of it if there is one, with their names."""
+        """The objective, and its inner ELBO if it has one, with their names."""
         inner = getattr(self.objective, "elbo", None)
         outer = [("loss", self.objective)]
         return outer if inner is None else [*outer, ("loss.elbo", inner)]
 
     @property
     def roots(self) -> list[tuple[str, Any]]:
-        """What can change a step from outside, with names."""
+        """The objects that determine the operations of a step, with their names."""
         handlers = [(type(handler).__name__, handler) for handler in self.handlers]
         return [("model", self.model), ("guide", self.guide), *self.objectives, *handlers]
 
 
 @dataclass
 class CompiledStep:
-    """A captured step and what it took for granted."""
+    """A captured step, and the conditions under which it is valid."""
 
     step: Step
     run: Callable[..., _Outputs]
@@ -116,14 +118,17 @@ class CompiledStep:
     num_runs: int = 0
 
     def __call__(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Sequence[Any]:
-        """Loss and gradients, the latter in the order of ``names``."""
+        """Return the loss, then the gradients in the order of ``names``."""
         self.num_runs += 1
         self.lifted.update()
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
 
     def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
-        """The tensors of now that the graph reads beside arguments; None if they do not fit."""
+        """Return the current tensors that the graph reads, other than its arguments.
+
+        :returns: the tensors; None if they no longer fit the graph.
+        """
         is_tied = all(params.get(name) is params.get(other) for name, other in self.tied)
         if not (is_tied and self.lifted.matches):
             return None
@@ -136,7 +141,10 @@ class CompiledStep:
         return found
 
     def audit(self, arguments: Arguments) -> str | None:
-        """What the programs do differently from what was captured; None if nothing."""
+        """Compare the current operations of the programs with the captured ones.
+
+        :returns: the first difference; None if there is none.
+        """
         aliases = self.lifted.lift(arguments).aliases
         try:
             with kept_random_states(_SEED), self.lifted.in_place():
@@ -147,25 +155,27 @@ class CompiledStep:
 
 
 class NeedsEagerStepError(Exception):
-    """A step makes parameters, whose first values a capture must not draw."""
+    """An error for a step that creates parameters. A capture must not draw their first values."""
 
 
 def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
-    """Captures, checks and compiles a step; random and other states stay as they were.
+    """Capture, check and compile a step. Random states and all other states are left unchanged.
 
-    :param Step step: the step.
-    :param Arguments arguments: those of its programs.
-    :param bool lifts: whether floats, of the objective and among the arguments, become inputs.
-    :param Backend backend: what compiles.
-    :raises CaptureError: if a graph would not do what the programs do.
-    :raises NeedsEagerStepError: if the programs make parameters.
+    :param step: the step.
+    :param arguments: the arguments of model and guide.
+    :param lifts: whether floats become inputs of the graph, if they are arguments or attributes of
+        the objective.
+    :param backend: the settings for compiling.
+    :returns: the compiled step.
+    :raises CaptureError: if a graph would give other results than the programs.
+    :raises NeedsEagerStepError: if the programs create parameters.
     :raises CompileError: if the compiler fails.
-    :raises RuntimeError: if the compiled graph computes something else.
+    :raises RuntimeError: if the compiled graph gives other results than the programs.
     """
     if any(tensor.requires_grad for tensor in arguments.tensors):
-        raise CaptureError("an argument requires gradients")
+        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
     if any(tensor.layout != torch.strided for tensor in arguments.tensors):
-        raise CaptureError("an argument is a sparse tensor")
+        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
     before = find_reachable(step.roots, [*lifted.labels, _SCHEDULE])
@@ -205,14 +215,17 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
 def _log_twice(
     step: Step, arguments: Arguments, aliases: Arguments, lifted: LiftedFloats
 ) -> tuple[OperationLog, ReachableState, list[Tensor], Outcome]:
-    """Logs runs with different random numbers of all kinds, which are to do the same.
+    """Log two runs with different random numbers, and check that their operations are the same.
 
-    :returns: the log, the reachable state, the tensors from elsewhere, and the outcome.
+    :returns: the log of the second run, the reachable state, the external tensors, and the outcome
+        of the second run.
+    :raises CaptureError: if the runs differ, or if the programs change values that they reach.
+    :raises NeedsEagerStepError: if the programs create parameters.
     """
     run = partial(step.compute, aliases)
     known = set(current_params())
     with kept_random_states(_SEED):
-        # What happens in a first run only, such as finding out the plates, happens here.
+        # Programs may initialise themselves in a first run, for example by counting plates.
         warm_up, _ = log_operations(run)
     born = current_params().keys() - known
     if born:
@@ -233,7 +246,7 @@ def _log_twice(
         second, outcome = log_operations(run)
     changed = reachable.changed_by_programs()
     reason = (
-        f"the programs change '{changed}' themselves"
+        f"the model or guide changes '{changed}' when it runs. Change it outside of them"
         if changed is not None
         else first.difference(second) or first.difference_of_externals(second)
     )
@@ -241,7 +254,8 @@ def _log_twice(
         raise CaptureError(reason)
     given = set(aliases.tensors)
     externals = zip(first.externals, second.externals, strict=True)
-    lasting = [x for other, x in externals if x is other and x not in given]  # others are constants
+    # Tensors that differ between the runs, though with equal values, are constants of the graph.
+    lasting = [x for other, x in externals if x is other and x not in given]
     return second, reachable, lasting, outcome
 
 
@@ -251,56 +265,62 @@ def _compile(
     backend: Backend,
     difference: Callable[[Callable[..., _Outputs]], str | None],
 ) -> Callable[..., _Outputs]:
-    """Compiles a graph, and compares it with the programs before and after.
+    """Compile a graph, and compare its outputs with those of the programs before and after.
 
-    :param difference: says where the outputs of a graph differ from those of the programs; None
-        if they are the same.
+    :param difference: a function that returns the first difference between the outputs of a graph
+        and those of the programs, or None.
+    :returns: the compiled graph.
     """
     reason = difference(graph)
     if reason is not None:
-        raise CaptureError(f"the graph does not compute what the programs do: {reason}")
+        raise CaptureError(
+            f"the graph gives other results than the eager step: {reason}. Check that the loss and "
+            "the differentiable_loss of the ELBO agree"
+        )
     compiled = compile_graph(graph, inputs, backend)
     try:
         reason = difference(compiled)
     except Exception as error:
-        raise CompileError(f"what {backend.name} compiled fails: {error}") from error
+        line = str(error).partition("\n")[0]
+        raise CompileError(f"the graph compiled by {backend.name} fails ({line})") from error
     if reason is not None:
         raise RuntimeError(
-            f"CompiledSVI: the step compiled by {backend.name} does not compute what the "
-            f"eager one does: {reason}. Expected the same up to rounding; use backend='eager'."
+            f"CompiledSVI: the graph compiled by {backend.name} gives other results than the eager "
+            f"step: {reason}. Use backend='eager', which runs the graph without compiling it."
         )
     return compiled
 
 
 def _outputs(run: Callable[[], _Outputs], log: OperationLog) -> list[Any]:
-    """Outputs for noise other than that of the capture, and the state of the generator after."""
+    """Return the outputs for new noise, and the state of the random generator after the run."""
     with log.undone(), kept_random_states(_SEED + 3), torch.no_grad():
         outputs = [x if x is None else x.detach().clone() for x in run()]
         return [*outputs, torch.get_rng_state()]
 
 
 def _difference(expected: Sequence[Any], found: Sequence[Any], names: Sequence[str]) -> str | None:
-    """Where outputs differ by more than rounding; None if they do not."""
+    """Return the first difference of outputs beyond rounding, or None."""
     if not torch.equal(expected[-1], found[-1]):
-        return "it draws other random numbers"
+        return "the two draw different random numbers"
     gradients = [x for x in expected[1:-1] if x is not None]
     largest = max((_max_abs(x) for x in gradients), default=0.0)
-    pairs = zip(("the loss", *names), expected, found, strict=False)
-    for i, (name, x, y) in enumerate(pairs):
+    labels = ["the loss", *(f"the gradient of '{name}'" for name in names)]
+    pairs = zip(labels, expected, found, strict=False)
+    for i, (label, x, y) in enumerate(pairs):
         if x is None or y is None:
             if x is not y:
-                return f"the gradient of '{name}' is there in one of them only"
+                return f"{label} exists in only one of the two"
             continue
         if i > 0 and x.dtype != y.dtype:
-            return f"'{name}' has dtype {x.dtype} in one, {y.dtype} in the other"
+            return f"{label} has dtype {y.dtype}, not {x.dtype}"
         eps = torch.finfo(y.dtype).eps
         tolerance = math.sqrt(eps) * _max_abs(x) + 100 * eps * largest
         finite = x.isfinite()
         if not torch.equal(finite, y.isfinite()):
-            return f"'{name}' is finite in one of them only"
+            return f"{label} is finite in only one of the two"
         difference = _max_abs((x - y)[finite])
         if difference > tolerance:
-            return f"'{name}' differs by {difference:.3g}, its largest entry is {_max_abs(x):.3g}"
+            return f"{label} differs by {difference:.3g} (largest entry: {_max_abs(x):.3g})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Captures a step as a graph: its loss and gradients as functions of tensors alone."""
+"""Captures the loss and gradients of a step as a graph, a function of tensors only."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +25,19 @@ from pyro_ext.infer.svi.capture.operation_log import (
 
 
 def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
-    """The loss of a step by Pyro's own means, and its gradients, looking at no value.
+    """Compute the loss of a step and its gradients, without reading the value of any tensor.
 
-    :param objective: gives the differentiable loss.
-    :param bool has_gradients: whether gradients are wanted.
+    :param objective: a function that returns the differentiable loss.
+    :param has_gradients: whether to compute gradients.
+    :returns: the loss, the gradients and the parameters.
+    :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
     """
-    torch.clear_autocast_cache()  # else casts of parameters would be those of an earlier step
+    torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
     with without_looking_at_values(), torch.enable_grad():
         with poutine.trace(param_only=True) as trace:
             loss = objective()
         if not isinstance(loss, Tensor):
-            raise CaptureError(f"expected the loss to be a tensor, got {type(loss).__name__}")
+            raise CaptureError(f"the loss must be a tensor, but its type is {type(loss).__name__}")
         params = params_of(trace.trace)
         first_names = {param: name for name, param in reversed(params.items())}
         gradients: dict[str, Tensor | None] = dict.fromkeys(reversed(first_names.values()))
@@ -49,15 +51,15 @@ def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
 def _own_gradients(
     params: dict[str, Tensor], gradients: Sequence[Tensor | None]
 ) -> dict[str, Tensor | None]:
-    """Gradients laid out like their parameters, none of which shares memory with another."""
+    """Return gradients that have the strides of their parameters and share no memory."""
     own: dict[str, Tensor | None] = {}
     storages = {storage_of(param) for param in params.values()}
     for (name, param), gradient in zip(params.items(), gradients, strict=True):
         if gradient is not None:
             if gradient.layout != torch.strided:
-                raise CaptureError(f"the gradient of '{name}' is sparse")
+                raise CaptureError(f"the gradient of '{name}' is sparse (use sparse=False)")
             storage = storage_of(gradient)
-            # Fused optimisers read memory as if it were the parameter's.
+            # Fused optimisers assume that a gradient has the strides of its parameter.
             if gradient.stride() != param.stride() or storage in storages:
                 gradient = torch.empty_like(param).copy_(gradient)
             storages.add(storage)
@@ -67,7 +69,7 @@ def _own_gradients(
 
 @contextmanager
 def without_looking_at_values() -> Iterator[None]:
-    """Turns off what looks at values: validation, and Pyro's warnings of NaN."""
+    """Turn off all checks that read values: validation, and Pyro's warnings of NaN."""
     modules = [module for name, module in sys.modules.items() if name.startswith("pyro.infer")]
     initialize = Distribution.__init__
 
@@ -77,7 +79,7 @@ def without_looking_at_values() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
-        # Distributions that were made before have validation of their own.
+        # Distributions made earlier, or with validate_args=True, ignore the global switch.
         stack.enter_context(patch.object(Distribution, "__init__", initialize_unchecked))
         stack.enter_context(without_validation())
         for module in modules:
@@ -91,10 +93,13 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:
-    """The graph of a run that reads the inputs, whatever way it comes by them.
+    """Capture the graph of a run that reads the inputs.
 
-    :raises CaptureError: if the run looks at values, or has results of a shape that depends on
-        values.
+    :param run: the run. It may reach the inputs in any way.
+    :param inputs: the tensors that become inputs of the graph.
+    :returns: the graph.
+    :raises CaptureError: if the run reads values of tensors, or if the shape of a result depends
+        on values.
     """
     site = CurrentSite()
 
@@ -106,7 +111,10 @@ def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule
         graph = make_fx(traced)(*inputs)
     for node in _variable_nodes(graph):
         if _has_shape_of_values(node):
-            raise CaptureError(f"the shape of a result of {node.target} depends on values")
+            raise CaptureError(
+                f"the shape of the result of {node.target} depends on values. Use operations with "
+                "fixed shapes, such as torch.where"
+            )
     _keep_random_numbers(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -114,7 +122,7 @@ def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule
 
 
 def _variable_nodes(graph: GraphModule) -> Iterator[Node]:
-    """The nodes that depend on inputs or random numbers, hence are no constants."""
+    """Yield the nodes that depend on inputs or random numbers. All others are constants."""
     variable: set[Node] = set()
     for node in graph.graph.nodes:
         is_source = node.op == "placeholder" or is_random(node.target)
@@ -133,12 +141,12 @@ def _has_shape_of_values(node: Node) -> bool:
 
 
 def _keep_random_numbers(graph: GraphModule) -> None:
-    """Random numbers that nothing uses are drawn all the same, for the stream to be Pyro's."""
+    """Keep the draws of unused random numbers, so that the later ones equal those of Pyro."""
     (output,) = graph.graph.find_nodes(op="output")
     unused = [node for node in graph.graph.nodes if is_random(node.target) and not node.users]
     output.args = ([*output.args[0], *unused],)
 
 
 def is_random(operator: Any) -> bool:
-    """Whether an operator draws from a generator of torch."""
+    """Return whether an operator draws from a random generator of torch."""
     return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())

@@ -1,4 +1,4 @@
-"""The tensors that a graph reads: where each is found, and what the graph takes for granted."""
+"""Finds the tensors that a graph reads, and checks that they still fit the graph."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 
 
 class Arguments(NamedTuple):
-    """The arguments of the programs: their leaves, and their structure."""
+    """The arguments of model and guide, as leaves and their structure."""
 
     leaves: list[Any]
     spec: Any
@@ -22,14 +22,17 @@ class Arguments(NamedTuple):
 
     @property
     def aliases(self) -> "Arguments":
-        """The same with views. The programs may know an argument by another way, too."""
+        """The same arguments, with a view in place of each tensor.
+
+        The programs may reach the same tensor by a name, too. The view tells the two apart.
+        """
         views = [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         return Arguments(views, self.spec)
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor that a graph reads is found at each step."""
+    """The place where each step finds a tensor that the graph reads."""
 
     tensor: Tensor
     place: Place | None
@@ -37,7 +40,7 @@ class TensorSource:
     layout: tuple[Any, ...]
 
     def get(self, params: dict[str, Tensor]) -> Tensor | None:
-        """The tensor of now, whether the same or another; None if it does not fit."""
+        """Return the current tensor at this place, or None if it does not fit the graph."""
         if self.param is not None:
             now = params.get(self.param)
         elif self.place is None:
@@ -51,22 +54,25 @@ class TensorSource:
 def find_source(
     tensor: Tensor, params: dict[str, Tensor], reachable: ReachableState
 ) -> TensorSource:
-    """Where an external tensor of a run is found: param store, a name, or by itself alone."""
+    """Find the place of an external tensor of a run.
+
+    It is in the param store, or has a name. Otherwise the source keeps the tensor itself.
+    """
     name = next((name for name, param in params.items() if param is tensor), None)
     place = reachable.place_of(tensor) if name is None else None
     return TensorSource(tensor, place, name, layout(tensor))
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What a graph takes for granted of a tensor."""
+    """Return the properties of a tensor that are fixed in a graph."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def current_params() -> dict[str, Tensor]:
-    """The unconstrained parameters in the param store, by name."""
+    """Return the unconstrained parameters in the param store, by name."""
     return dict(pyro.get_param_store().named_parameters())
 
 
 def params_of(trace: Any) -> dict[str, Tensor]:
-    """The unconstrained parameters in a trace of parameters alone, by name."""
+    """Return the unconstrained parameters in a trace of parameters only, by name."""
     return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}

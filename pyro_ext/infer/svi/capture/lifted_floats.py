@@ -10,7 +10,7 @@ from pyro_ext.infer.svi.capture.graph_inputs import Arguments
 
 
 class _Attribute(NamedTuple):
-    """An attribute that is a float or a tuple of floats, and a tensor for each of those."""
+    """An attribute that is a float or a tuple of floats, with a tensor for each float."""
 
     holder: dict[str, Any]
     key: str
@@ -22,11 +22,11 @@ class _Attribute(NamedTuple):
 class LiftedFloats:
     """Floats that may change between steps, as tensors that a graph reads.
 
-    They are floats, and tuples of floats, among the attributes of an objective (such as an
-    alpha), and floats among the arguments.
+    It lifts floats and tuples of floats among the attributes of an objective (such as an alpha),
+    and floats among the arguments.
 
-    :param objectives: names, and objects whose attributes are lifted.
-    :param bool is_on: whether anything is lifted.
+    :param objectives: the objects whose attributes are lifted, with their names.
+    :param is_on: whether to lift any floats.
     """
 
     def __init__(self, objectives: list[tuple[str, Any]], is_on: bool = True) -> None:
@@ -44,7 +44,7 @@ class LiftedFloats:
         return [attribute.label for attribute in self.attributes]
 
     def lift(self, arguments: Arguments) -> Arguments:
-        """Arguments with tensors in place of floats."""
+        """Return the arguments with tensors in place of floats."""
         if not self.is_on:
             return arguments
         leaves = [_tensor(leaf) if type(leaf) is float else leaf for leaf in arguments.leaves]
@@ -52,7 +52,7 @@ class LiftedFloats:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the tensors in place of the attributes for a while."""
+        """Replace the attributes by their tensors, and restore them at the end."""
         self.update()
         before = [attribute.holder[attribute.key] for attribute in self.attributes]
         for holder, key, _, kind, tensors in self.attributes:
@@ -64,7 +64,7 @@ class LiftedFloats:
                 attribute.holder[attribute.key] = value
 
     def update(self) -> None:
-        """Copies the floats of now into the tensors."""
+        """Copy the current floats into the tensors."""
         for holder, key, _, kind, tensors in self.attributes:
             if kind is float:
                 tensors[0].fill_(holder[key])
@@ -74,7 +74,9 @@ class LiftedFloats:
 
     @contextmanager
     def nudged(self, arguments: Sequence[Tensor]) -> Iterator[None]:
-        """Changes all tensors a little for a while, to find out what would not follow.
+        """Change all tensors a little, and restore them at the end.
+
+        A run meanwhile shows which operations would not follow a change of the floats.
 
         :param arguments: the tensors in place of arguments.
         """
@@ -91,7 +93,7 @@ class LiftedFloats:
 
     @property
     def matches(self) -> bool:
-        """Whether every lifted attribute is still a float, or a tuple of as many."""
+        """Whether every lifted attribute is still a float, or a tuple of the same length."""
         return all(
             type(holder[key]) is kind and len(_floats(holder[key])) == len(tensors)
             for holder, key, _, kind, tensors in self.attributes
@@ -99,7 +101,7 @@ class LiftedFloats:
 
 
 def _floats(value: Any) -> tuple[float, ...]:
-    """The floats that a value is made of; empty if it is neither a float nor a tuple of floats."""
+    """Return the floats in a value, or () if it is neither a float nor a tuple of floats."""
     entries = value if type(value) is tuple else (value,)
     is_lifted = all(type(entry) is float and not math.isinf(entry) for entry in entries)
     return entries if is_lifted else ()

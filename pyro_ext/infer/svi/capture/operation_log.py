@@ -1,4 +1,4 @@
-"""What one run of a step does: its operations, and the tensors that it did not make itself."""
+"""Logs one run of a step: its operations, and the tensors that it reads from outside."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -25,14 +25,16 @@ from pyro_ext._private.of_torch import (
 )
 from pyro_ext._random_states import kept_random_states
 
+_MAX_LENGTH = 100  # of an operation in a message
+
 
 class CaptureError(Exception):
-    """A step does something that a graph would freeze; the message says what, and where."""
+    """An error for a step that cannot be captured. The message is the reason and the place."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step computes: the loss, and a gradient or None for each parameter by name."""
+    """The results of a step: the loss, and a gradient or None for each parameter by name."""
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
@@ -40,12 +42,12 @@ class Outcome:
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """Loss and gradients, as a graph returns them."""
+        """The loss and gradients, in the order in which a graph returns them."""
         return [self.loss, *self.gradients.values()]
 
 
 class CurrentSite(Messenger):
-    """Knows the last sample site that a program came to."""
+    """An effect handler that records the last sample site of a run."""
 
     name: str | None = None
 
@@ -54,12 +56,12 @@ class CurrentSite(Messenger):
 
     @property
     def place(self) -> str:
-        """Words for where a program is."""
-        return "before its first site" if self.name is None else f"at or after site '{self.name}'"
+        """The current place in the program, in words."""
+        return "before the first site" if self.name is None else f"at or after site '{self.name}'"
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Turns an error into a :class:`CaptureError` that says where the program was."""
+        """Turn an error into a :class:`CaptureError` that names the place in the program."""
         try:
             yield
         except Exception as error:
@@ -67,34 +69,40 @@ class CurrentSite(Messenger):
 
 
 def _reason_of(error: Exception) -> str:
-    """What keeps a step from being captured, in a line."""
+    """Return the reason why a step cannot be captured, in one line."""
     if isinstance(error, CaptureError):
         return str(error)
     if "get value out of a tracing tensor" in str(error):
-        return "the programs look at the value of a tensor, as in a branch, which a graph freezes"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return (
+            "the model or guide uses the value of a tensor in Python code (for a branch, use "
+            "torch.where)"
+        )
+    line = str(error).partition("\n")[0].rstrip(".")
+    return f"the step raises {type(error).__name__} ({line})"
 
 
 class TensorsForNumbers(TorchFunctionMode):
-    """Keeps values of tensors from becoming numbers of Python.
+    """A mode in which the values of tensors do not become Python numbers.
 
-    ``item()`` gives a detached tensor: arithmetic with it goes on, and a branch on it is refused
-    by the capture, as is an array of NumPy.
+    ``item()`` returns a detached tensor. Arithmetic with it works. A branch on it, or a conversion
+    to a NumPy array, raises an error in a capture.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.item:
             return args[0].detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
-            raise CaptureError(f"Tensor.{func.__name__} takes values out of the graph")
+            raise CaptureError(
+                f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
+            )
         return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: where, which, and with what arguments beside tensors.
+    """One operation: its place, its name, and its arguments other than tensors.
 
-    For a tensor that is made of numbers those are the first ones, and a digest of all.
+    For a tensor that is made of numbers, these are its shape and a digest of its entries.
     """
 
     place: str
@@ -102,26 +110,30 @@ class Operation:
     numbers: str
     digest: int = 0
 
+    def __str__(self) -> str:
+        text = self.name + self.numbers
+        return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 3]}..."
+
 
 @dataclass
 class OperationLog:
-    """What one run of a step did."""
+    """The operations of one run of a step."""
 
     operations: list[Operation] = field(default_factory=list)
-    #: Tensors that were used but not made, in the order of their first use.
+    #: Tensors that the run used but did not make, in the order of their first use.
     externals: list[Tensor] = field(default_factory=list)
-    #: Those that the run changed in place, and what they held.
+    #: External tensors that the run changed in place, with copies of their old values.
     originals: dict[Tensor, Tensor] = field(default_factory=dict)
-    #: Modules that were called.
+    #: Modules that the run called.
     modules: list[nn.Module] = field(default_factory=list)
-    #: Names of parameters that the programs came to.
+    #: Names of the parameters that the programs used.
     param_names: tuple[str, ...] = ()
-    #: Generators that were drawn from, with their states before.
+    #: Generators that the run used, with their states before it.
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Undoes changes in place at the end."""
+        """Undo changes in place at the end."""
         try:
             yield
         finally:
@@ -132,33 +144,39 @@ class OperationLog:
                     external.copy_(original)
 
     def difference(self, other: "OperationLog") -> str | None:
-        """Where another run did other operations; None if it did the same."""
+        """Return the first difference from the operations of another run, or None."""
         late = sorted(set(self.param_names) ^ set(other.param_names))
         if late:
-            return f"parameter '{late[0]}' is there in one of two runs only"
+            return f"parameter '{late[0]}' is used in only one of two runs of the same step"
         for mine, theirs in zip(self.operations, other.operations, strict=False):
             if mine != theirs:
-                return (
-                    f"two runs do not do the same {theirs.place}: {mine.name}{mine.numbers} in "
-                    f"one, {theirs.name}{theirs.numbers} in the other"
+                has_other_values = mine.digest != theirs.digest and str(mine) == str(theirs)
+                found = (
+                    f"{mine} is made from other numbers. Compute it from tensors"
+                    if has_other_values
+                    else f"{mine} in one, {theirs} in the other"
                 )
+                return f"two runs of the same step differ {theirs.place}: {found}"
         shorter, longer = sorted((self.operations, other.operations), key=len)
         if len(shorter) < len(longer):
             first = longer[len(shorter)]
-            return f"one of two runs has more operations: {first.name} {first.place}"
+            return f"one of two runs of the same step has more operations: {first} {first.place}"
         return None
 
     def difference_of_externals(self, other: "OperationLog") -> str | None:
-        """Whether tensors from elsewhere are others in another run, and hold something else."""
+        """Return a difference between the external tensors of two runs, or None."""
         for mine, theirs in zip(self.externals, other.externals, strict=True):
             is_same = mine is theirs or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
             if not is_same:
-                return f"a tensor of shape {tuple(mine.shape)} is made outside of torch in each run"
+                return (
+                    f"a tensor of shape {tuple(mine.shape)} is made outside of torch in each run, "
+                    "with other values. Make it with torch, or once before training"
+                )
         return None
 
 
 class _Logger(TorchDispatchMode):
-    """Writes a log."""
+    """A mode that writes all operations to a log."""
 
     def __init__(self, log: OperationLog, site: CurrentSite) -> None:
         super().__init__()
@@ -173,8 +191,8 @@ class _Logger(TorchDispatchMode):
         if func is torch.ops.aten.lift_fresh.default:
             with DisableTorchFunction():
                 array = args[0].cpu().numpy()
-            name, numbers = "torch.tensor", f" of {array.flatten()[:3]}"
-            digest = hash(array.tobytes())
+            name, numbers = "torch.tensor", f" of shape {array.shape}"
+            digest = hash((array.dtype, array.tobytes()))
         else:
             name, numbers = str(func), repr([x for x in flat if not isinstance(x, Tensor)])
             digest = 0
@@ -202,7 +220,7 @@ class _Logger(TorchDispatchMode):
         for index, argument in enumerate(schema_of(func).arguments):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if schema_of(func).is_mutable and not is_written:
-                continue  # batch_norm writes to its running statistics, but does not say so
+                continue  # the schema of batch_norm does not mark its running statistics as written
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             for x in pytree.tree_leaves(value):
                 owner = self.owner_of_storage.get(storage_of(x)) if isinstance(x, Tensor) else None
@@ -212,17 +230,19 @@ class _Logger(TorchDispatchMode):
 
 @contextmanager
 def _logged(site: CurrentSite) -> Iterator[OperationLog]:
-    """Logs all operations for a while. Changes in place are undone at the end."""
+    """Log all operations, and undo changes in place at the end."""
     log = OperationLog()
     with log.undone(), called_modules() as log.modules, _Logger(log, site):
         yield log
 
 
 def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
-    """Runs a step once, and undoes what it changes in place.
+    """Run a step once, log its operations, and undo its changes in place.
 
-    :raises CaptureError: if the step draws from the generators of Python or NumPy, or has
-        values leave the graph.
+    :param run: the step.
+    :returns: the log and the results of the step.
+    :raises CaptureError: if the step draws random numbers of Python or NumPy, or uses the values of
+        tensors outside of torch.
     """
     site = CurrentSite()
     before = _states_beside_torch()
@@ -230,9 +250,14 @@ def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
         outcome = run()
     for module, state in _states_beside_torch().items():
         if state != before[module]:
-            raise CaptureError(f"the programs draw random numbers from Python's module {module}")
+            raise CaptureError(
+                f"the model or guide draws random numbers from the module {module}. Draw them "
+                "with torch or Pyro"
+            )
     if log.generators:
-        raise CaptureError("the programs draw from a torch.Generator of their own")
+        raise CaptureError(
+            "the model or guide draws from a torch.Generator. Use torch's default generator"
+        )
     log.param_names = tuple(outcome.params)
     return log, outcome
 
@@ -245,7 +270,7 @@ def _states_beside_torch() -> dict[str, Any]:
 
 @contextmanager
 def called_modules() -> Iterator[list[nn.Module]]:
-    """A list of the modules that are called, in the order of their first calls."""
+    """Collect the modules that are called, in the order of their first calls."""
     modules: list[nn.Module] = []
     seen: set[int] = set()
 
@@ -262,9 +287,10 @@ def called_modules() -> Iterator[list[nn.Module]]:
 
 
 def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
-    """Runs programs for what happens in a first run only, and undoes what it changes in place.
+    """Run programs once so that they initialise themselves, and undo changes in place.
 
-    :returns: the modules that they call, and the names of the parameters that they use.
+    :param run: the run.
+    :returns: the modules that the run calls, and the names of the parameters that it uses.
     """
     with (
         kept_random_states(0),

@@ -1,4 +1,7 @@
-"""Finds by names what programs can reach: attributes, globals, closures, items, defaults."""
+"""Finds the values that programs reach by name.
+
+These are attributes, globals, variables of closures, items of containers, and defaults.
+"""
 
 import argparse
 import dis
@@ -40,12 +43,13 @@ _MAX_DEPTH, _MAX_PLACES = 8, 20_000
 def find_reachable(
     roots: Iterable[tuple[str, Any]], unless: Iterable[str] = (), limit: float = _MAX_PLACES
 ) -> ReachableState:
-    """Everything that is reachable by names from some objects.
+    """Find all values that can be reached by name from some objects.
 
-    :param roots: names and objects: programs, modules, objectives, arguments.
-    :param unless: labels of what may change.
+    :param roots: the objects, with their names: programs, modules, objectives and arguments.
+    :param unless: the labels of values that may change, which are left out.
     :param limit: the largest number of values.
-    :raises CaptureError: if there are more.
+    :returns: the values.
+    :raises CaptureError: if there are more values than ``limit``.
     """
     pending = deque((name, value, 0) for name, value in roots)
     return _Search(set(unless), limit, pending).run()
@@ -62,11 +66,11 @@ class _Search:
     seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
     places: set[tuple[int, Any]] = field(default_factory=set)
     attribute_names: set[str] = field(default_factory=lambda: {"forward", "__call__"})
-    #: Methods, properties and entries of modules, for when some code has their name.
+    #: Methods, properties and entries of modules. They are followed once code uses their name.
     waiting: dict[str, list[tuple[str, Any, int]]] = field(default_factory=dict)
 
     def run(self) -> ReachableState:
-        """Looks at all that is pending, and follows it."""
+        """Visit all pending values and the values that they lead to."""
         while self.pending:
             label, value, depth = self.pending.popleft()
             if id(value) not in self.seen:
@@ -155,7 +159,7 @@ class _Search:
         for key, entry in attributes.items():
             if key in internal and key != "training":
                 continue
-            # Libraries make objects of their own anew in each run, and keep tensors.
+            # Objects of libraries make other objects in each run, and cache tensors.
             is_hidden = key.startswith("_") and isinstance(entry, Tensor)
             is_known = isinstance(entry, (*_PLAIN, Tensor, *_FOLLOWED)) and not is_hidden
             is_option = isinstance(value, Messenger) and isinstance(entry, dict)
@@ -187,8 +191,8 @@ class _Search:
         self.places.add(where)
         if len(self.places) > self.limit:
             raise CaptureError(
-                f"the programs reach more than {self.limit} values by names, which is too many to "
-                f"compare in each step; the last one is '{place.label}'"
+                f"the model and guide reach more than {self.limit} values by name, too many to "
+                f"compare at each step. The last one is '{place.label}'; keep large data in tensors"
             )
         if isinstance(entry, Tensor):
             self.found.tensors.append((place, entry))
@@ -222,9 +226,9 @@ def _size(value: Any) -> int:
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The names of globals and of attributes that code loads, with the code inside of it."""
+    """Return the names of globals and of attributes that code loads, also in nested code."""
     global_names, attribute_names, codes = set(), set(), [code]
-    for part in codes:  # which grows meanwhile
+    for part in codes:  # the loop also visits the codes that it appends
         codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
         for instruction in dis.get_instructions(part):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

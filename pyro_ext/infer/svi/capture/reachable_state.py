@@ -1,4 +1,4 @@
-"""Guards: what a captured graph took for granted, and where its tensors come from."""
+"""Records the values on which a captured graph depends, and the places of its tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 MISSING = object()
-#: Up to how many entries containers are compared, and arrays with a copy.
+#: The largest size of a container or array that is compared by its entries.
 MAX_ITEMS = 100
 
 
 @dataclass(frozen=True)
 class Place:
-    """An entry of a mapping or list, or an attribute."""
+    """A place that holds a value: an entry of a mapping or list, or an attribute."""
 
     holder: Any
     key: Any
@@ -23,7 +23,7 @@ class Place:
     is_attribute: bool = False  # a slot, or the contents of a closure's cell
 
     def get(self) -> Any:
-        """What is there now."""
+        """Return the current value at this place, or ``MISSING``."""
         try:
             return getattr(self.holder, self.key) if self.is_attribute else self.holder[self.key]
         except (KeyError, IndexError, ValueError, AttributeError):
@@ -32,22 +32,22 @@ class Place:
 
 @dataclass
 class ReachableState:
-    """All that programs can reach by names: values to compare, tensors to look up again."""
+    """The values that programs reach by name, to be compared, and the tensors, to be read again."""
 
-    #: Places with numbers, strings and other objects, which are to be the same.
+    #: Places of numbers, strings and other objects, which must stay the same.
     objects: list[tuple[Place, Any]] = field(default_factory=list)
-    #: Containers and arrays with copies, which are to be equal.
+    #: Containers and arrays with copies. They must stay equal to the copies.
     copies: list[tuple[str, Callable[[], Any], Any]] = field(default_factory=list)
-    #: Places with tensors, which may be others at each step.
+    #: Places of tensors. Each step may find another tensor there.
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
-    #: What containers and counters print, to find out whether the programs themselves use them.
+    #: The ``repr`` of containers and counters. It shows whether the programs change them.
     printed: list[tuple[Place, str]] = field(default_factory=list)
-    #: Generators of NumPy, which the programs are not to use, with their states.
+    #: Generators of NumPy with their states. The programs must not use them.
     generators: list[tuple[str, np.random.BitGenerator, Any]] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of modules, by labels made unique."""
+        """The parameters and buffers of modules, by unique labels."""
         found: dict[str, Tensor] = {}
         for place, tensor in self.tensors:
             if place.is_state:
@@ -58,7 +58,7 @@ class ReachableState:
         return found
 
     def changed(self) -> str | None:
-        """The label of the first value that is not what it was; None if all are."""
+        """Return the label of the first value that has changed, or None."""
         for place, value in self.objects:
             now = place.get()
             if now is not value and not (type(now) is type(value) and _is_equal(now, value)):
@@ -69,7 +69,10 @@ class ReachableState:
         return None
 
     def changed_by_programs(self) -> str | None:
-        """As :meth:`changed`, right after runs: also for tensors, and for what counters print."""
+        """Return the label of the first value that runs of the programs have changed, or None.
+
+        Unlike :meth:`changed`, it includes tensors, generators and counters.
+        """
         for place, printed in self.printed:
             if printable(place.get()) != printed:
                 return place.label
@@ -82,7 +85,7 @@ class ReachableState:
         return self.changed()
 
     def restore(self) -> None:
-        """Puts back what programs have put elsewhere."""
+        """Restore the values that the programs have replaced."""
         for place, value in [*self.objects, *self.tensors]:
             if place.get() is not value and isinstance(place.holder, (dict, list)):
                 place.holder[place.key] = value
@@ -90,12 +93,12 @@ class ReachableState:
             generator.state = state
 
     def place_of(self, tensor: Tensor) -> Place | None:
-        """Where a tensor was found."""
+        """Return the place of a tensor, or None."""
         return next((place for place, known in self.tensors if known is tensor), None)
 
 
 def printable(value: Any) -> str:
-    """What an object prints, if it can."""
+    """Return the ``repr`` of an object, or an empty string if it fails."""
     try:
         return repr(value)
     except Exception:

@@ -79,18 +79,18 @@ def counter(x):
 
 #: name -> (model, what the warning says)
 REFUSED = {
-    "branch": (branch_on_a_draw, "look at the value of a tensor.*'z'"),
-    "branch on an item": (branch_on_an_item, "look at the value of a tensor.*'z'"),
-    "number": (number_of_a_draw, "two runs do not do the same.*'z'.*torch.tensor of"),
-    "list": (list_of_a_draw, "tolist takes values out of the graph.*'z'"),
-    "array": (array_of_a_draw, "numpy takes values out of the graph.*'z'"),
+    "branch": (branch_on_a_draw, "uses the value of a tensor in Python code.*'z'"),
+    "branch on an item": (branch_on_an_item, "uses the value of a tensor in Python code.*'z'"),
+    "number": (number_of_a_draw, "two runs of the same step differ.*'z'.*torch.tensor of"),
+    "list": (list_of_a_draw, "tolist copies values out of the graph.*'z'"),
+    "array": (array_of_a_draw, "numpy copies values out of the graph.*'z'"),
     "shape": (shape_of_a_draw, "index.Tensor depends on values"),
-    "random": (python_random_numbers, "Python's module random"),
-    "rare random": (rare_python_random_numbers, "Python's module random"),
-    "numpy.random": (numpy_random_numbers, "Python's module numpy.random"),
-    "generator": (numpy_generator, "the programs change 'default 0 of numpy_generator'"),
-    "generator's array": (numpy_array, "the programs change 'default 0 of numpy_array'"),
-    "counter": (counter, "the programs change 'COUNTS' themselves"),
+    "random": (python_random_numbers, "random numbers from the module random"),
+    "rare random": (rare_python_random_numbers, "random numbers from the module random"),
+    "numpy.random": (numpy_random_numbers, "random numbers from the module numpy.random"),
+    "generator": (numpy_generator, "the model or guide changes 'default 0 of numpy_generator'"),
+    "generator's array": (numpy_array, "the model or guide changes 'default 0 of numpy_array'"),
+    "counter": (counter, "the model or guide changes 'COUNTS' when it runs"),
 }
 
 

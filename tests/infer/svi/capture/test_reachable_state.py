@@ -140,21 +140,21 @@ def test_programs_that_keep_tensors_are_refused():
 
     kept["z"] = torch.tensor(0.0)
     svi = still(model)
-    with pytest.warns(UserWarning, match=r"the programs change 'kept"):
+    with pytest.warns(UserWarning, match=r"the model or guide changes 'kept"):
         svi.step(X)
 
 
 def test_programs_that_count_are_refused():
     owner = WithAttributes()
     svi = still(owner.counting_model)
-    with pytest.warns(UserWarning, match=r"the programs change 'WithAttributes.calls' themselves"):
+    with pytest.warns(UserWarning, match=r"the model or guide changes 'WithAttributes.calls' when"):
         svi.step(X)
 
 
 def test_refused_captures_leave_the_programs_as_they_were():
     owner = WithAttributes()
     svi = still(owner.counting_model)
-    with pytest.warns(UserWarning, match="the programs change"):
+    with pytest.warns(UserWarning, match="the model or guide changes"):
         svi.step(X)
     assert owner.calls == 1
     svi.step(X)
