@@ -2,14 +2,14 @@
 Bayes by Backprop: a network with uncertain weights
 ===================================================
 
-A classifier with two hidden layers of 400 units gets a distribution over its weights: the
-scale-mixture prior of Blundell et al. (2015), a mean-field normal guide, and the paper's weights
-of the KL term over the minibatches of an epoch. It is compared with the same network trained by
-maximum likelihood, with and without dropout: test error, calibration, the weights, and how many
-of them can be pruned. A regression shows what the uncertainty is good for.
+This tutorial learns a distribution over the weights of a classifier with two hidden layers of 400
+units. It follows Blundell et al. (2015): a scale-mixture prior, a mean-field normal guide, and the
+paper's weights of the KL term over the minibatches of an epoch. The same network is trained by
+maximum likelihood, with and without dropout. The tutorial compares test error, calibration and
+weights, and it measures how many weights can be pruned. A regression shows a use of uncertainty.
 
-The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the form in
-which Keras ships it, ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``::
+The data are scikit-learn's 8 x 8 digits (three minutes on two cores), or MNIST in the format of
+Keras: a file ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``. ::
 
     python tutorials/bayes_by_backprop.py [--data mnist.npz] [--seeds 3] [--epochs 60]
         [--smoke] [--no-progress-bar] [--output bayes_by_backprop.png]
@@ -18,7 +18,9 @@ which Keras ships it, ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` an
 # %%
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -27,10 +29,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Predictive, Trace_ELBO
-from pyro.nn import PyroModule
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from pyro_ext.distributions import NormalScaleMixture
@@ -38,7 +38,7 @@ from pyro_ext.infer import GeometricKL, KLSchedule, KLWeightedELBO, UniformKL
 from pyro_ext.nn import BayesianModule, MeanFieldGuide
 
 BATCH_SIZE = 125
-NUM_PREDICTIVE_DRAWS = 20
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
 
 
 class Data(NamedTuple):
@@ -51,74 +51,50 @@ class Data(NamedTuple):
 
 
 def load_data(path: str | None) -> Data:
-    """The digits of scikit-learn, 1,500 and 297 of them, or those in a file."""
+    """Load scikit-learn's digits (1,500 for training, 297 for testing), or the digits in a file."""
     if path is None:
         images, labels = load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(images))
-        images, labels = images[order] / 16, labels[order]
-        parts = images[:1500], labels[:1500], images[1500:], labels[1500:]
+        train, test = np.split(np.random.default_rng(0).permutation(len(images)), [1500])
+        arrays = images[train] / 16, labels[train], images[test] / 16, labels[test]
     else:
         with np.load(path) as file:
-            parts = tuple(file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-        parts = parts[0] / 255, parts[1], parts[2] / 255, parts[3]
-    x, y, x_test, y_test = map(torch.as_tensor, parts)
+            arrays = file["x_train"] / 255, file["y_train"], file["x_test"] / 255, file["y_test"]
+    x, y, x_test, y_test = map(torch.as_tensor, arrays)
     return Data(x.flatten(1).float(), y.long(), x_test.flatten(1).float(), y_test.long())
 
 
 # %%
-# The network, twice
-# ------------------
+# One network for both methods
+# ----------------------------
 #
-# ``BayesianModule`` takes the very network that maximum likelihood trains. Each parameter becomes a
-# latent site. The model is an ordinary Pyro model around it.
+# ``BayesianModule`` takes the same network that maximum likelihood trains. Each parameter becomes a
+# latent site. The model around it is an ordinary Pyro model.
+#
+# The prior of a weight is a mixture of two normal distributions. The wide one has standard
+# deviation 1 and probability three quarters. The narrow one has standard deviation exp(-7).
 
 
-def make_network(num_inputs: int, num_units: int, dropout: float = 0.0) -> nn.Sequential:
-    """Two hidden layers of rectified linear units."""
+def make_network(num_inputs: int, dropout: float = 0.0) -> nn.Sequential:
+    """Return a network with two hidden layers of 400 rectified linear units."""
     return nn.Sequential(
-        nn.Dropout(dropout / 2),
-        nn.Linear(num_inputs, num_units),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(num_units, num_units),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(num_units, 10),
+        *(nn.Dropout(dropout / 2), nn.Linear(num_inputs, 400), nn.ReLU()),
+        *(nn.Dropout(dropout), nn.Linear(400, 400), nn.ReLU()),
+        *(nn.Dropout(dropout), nn.Linear(400, 10)),
     )
-
-
-def scale_mixture() -> NormalScaleMixture:
-    """Three quarters of the weights wide, with sd 1, and the others at zero, with sd exp(-7)."""
-    return NormalScaleMixture(torch.tensor([1.0, math.exp(-7)]), probs=torch.tensor([0.75, 0.25]))
-
-
-class Classifier(PyroModule):
-    """Labels of images, given a network with latent weights."""
-
-    def __init__(self, network: nn.Module, num_data: int) -> None:
-        super().__init__()
-        self.num_data = num_data
-        self.network = BayesianModule(network, scale_mixture())
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-        """x: images of shape (B, pixels); y: their labels."""
-        logits = self.network(x)
-        with pyro.plate("data", self.num_data, subsample=x):
-            pyro.deterministic("probs", logits.softmax(-1), event_dim=1)
-            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
 
 # %%
 # Training
 # --------
 #
-# ``KLWeightedELBO`` wraps the plain ELBO. With ``GeometricKL`` the first minibatch of an epoch
-# carries half of the KL term, the second a quarter, and so on; with ``UniformKL`` all carry the
-# same. The schedule is stepped after each step of the optimiser, as those of torch are.
+# ``KLWeightedELBO`` wraps the plain ELBO. With ``GeometricKL``, the first minibatch of an epoch
+# carries half of the KL term, the second carries a quarter, and so on. With ``UniformKL``, all
+# minibatches carry the same share. Call ``schedule.step`` after each step of the optimiser, as with
+# the schedulers of torch.
 
 
 class Fit(NamedTuple):
-    """A trained network: its predictions on the test set, its weights, and their noise."""
+    """A trained network: test predictions, weights, test error of each epoch, and the guide."""
 
     probs: Tensor
     weights: Tensor
@@ -127,97 +103,85 @@ class Fit(NamedTuple):
     network: nn.Module
 
 
-def minibatches(data: Data) -> list[tuple[Tensor, Tensor]]:
-    """An epoch in a new order."""
-    order = torch.randperm(len(data.x))
-    return [(data.x[rows], data.y[rows]) for rows in order.split(BATCH_SIZE)]
-
-
 def train(
     loss: Callable[[Tensor, Tensor], Tensor],
-    parameters: list[nn.Parameter],
+    parameters: Iterator[nn.Parameter],
+    test_probs: Callable[[], Tensor],
+    schedule: KLSchedule,
     data: Data,
     num_epochs: int,
-    after_step: Callable[[], None],
-    after_epoch: Callable[[], None],
     bar: tqdm,
-) -> None:
-    """Adam, with a learning rate that falls to a tenth."""
+) -> list[float]:
+    """Train with Adam and a learning rate that falls to a tenth. Return the test errors."""
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / num_epochs))
+    curve = []
     for _ in range(num_epochs):
-        for x, y in minibatches(data):
+        for rows in torch.randperm(len(data.x)).split(BATCH_SIZE):
             optimizer.zero_grad()
-            loss(x, y).backward()
+            loss(data.x[rows], data.y[rows]).backward()
             optimizer.step()
-            after_step()
+            schedule.step()
         decay.step()
-        after_epoch()
+        curve.append(error_rate(test_probs(), data.y_test))
         bar.update()
+    return curve
 
 
-def fit_bayes(schedule: KLSchedule, data: Data, num_units: int, num_epochs: int, bar: tqdm) -> Fit:
-    """Bayes by Backprop."""
-    network = make_network(data.x.shape[1], num_units)
-    model = Classifier(network, len(data.x))
-    guide = MeanFieldGuide(model.network, init_scale=0.003)
+def flat_weights(values: dict[str, Tensor]) -> Tensor:
+    """Return the values of all weights, without biases, in one dim."""
+    return torch.cat([w.detach().flatten() for name, w in values.items() if "weight" in name])
+
+
+def fit_bayes(schedule: KLSchedule, data: Data, num_epochs: int, bar: tqdm) -> Fit:
+    """Train with Bayes by Backprop."""
+    network = make_network(data.x.shape[1])
+    scales, probs = torch.tensor([1.0, math.exp(-7)]), torch.tensor([0.75, 0.25])
+    latent_network = BayesianModule(network, NormalScaleMixture(scales, probs=probs))
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        logits = latent_network(x)
+        with pyro.plate("data", len(data.x), subsample=x):
+            pyro.deterministic("probs", logits.softmax(-1), event_dim=1)
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    guide = MeanFieldGuide(latent_network, init_scale=0.003)
     elbo = KLWeightedELBO(Trace_ELBO(), schedule)(model, guide)
     elbo(data.x[:1], data.y[:1])
 
-    def probs(num_draws: int) -> Tensor:
-        predictive = Predictive(
-            model, guide=guide, num_samples=num_draws, parallel=True, return_sites=["probs"]
-        )
+    def test_probs(num_draws: int = 4) -> Tensor:
+        predictive = Predictive(model, guide=guide, num_samples=num_draws, parallel=True)
         return predictive(data.x_test)["probs"].mean(0)
 
-    curve: list[float] = []
-    train(
-        lambda x, y: elbo(x, y) / len(data.x),
-        list(guide.parameters()),
-        data,
-        num_epochs,
-        schedule.step,
-        lambda: curve.append(error_rate(probs(4), data.y_test)),
-        bar,
-    )
-    weights = torch.cat([w.detach().flatten() for name, w in guide().items() if "weight" in name])
-    return Fit(probs(NUM_PREDICTIVE_DRAWS), weights, curve, guide, network)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return elbo(x, y) / len(data.x)
+
+    curve = train(loss, guide.parameters(), test_probs, schedule, data, num_epochs, bar)
+    weights = flat_weights(guide())
+    return Fit(test_probs(num_draws=20), weights, curve, guide, network)
 
 
-def fit_maximum_likelihood(
-    dropout: float, data: Data, num_units: int, num_epochs: int, bar: tqdm
-) -> Fit:
-    """The same network without a prior."""
-    network = make_network(data.x.shape[1], num_units, dropout)
+def fit_maximum_likelihood(dropout: float, data: Data, num_epochs: int, bar: tqdm) -> Fit:
+    """Train the same network by maximum likelihood."""
+    network = make_network(data.x.shape[1], dropout)
 
     @torch.no_grad()
-    def probs() -> Tensor:
-        network.eval()
-        output = network(data.x_test).softmax(-1)
-        network.train()
-        return output
+    def test_probs() -> Tensor:
+        return network.eval()(data.x_test).softmax(-1)
 
-    curve: list[float] = []
-    train(
-        lambda x, y: cross_entropy(network(x), y),
-        list(network.parameters()),
-        data,
-        num_epochs,
-        lambda: None,
-        lambda: curve.append(error_rate(probs(), data.y_test)),
-        bar,
-    )
-    named = network.named_parameters()
-    weights = torch.cat([w.detach().flatten() for name, w in named if "weight" in name])
-    return Fit(probs(), weights, curve, None, network)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(network.train()(x), y)
+
+    curve = train(loss, network.parameters(), test_probs, UniformKL(), data, num_epochs, bar)
+    return Fit(test_probs(), flat_weights(dict(network.named_parameters())), curve, None, network)
 
 
-BAYES = "Bayes by Backprop, geometric KL"
+BAYES = "Bayes, geometric KL"
 METHODS: dict[str, Callable[..., Fit]] = {
     BAYES: lambda data, *rest: fit_bayes(GeometricKL(-(-len(data.x) // BATCH_SIZE)), data, *rest),
-    "Bayes by Backprop, uniform KL": lambda *rest: fit_bayes(UniformKL(), *rest),
+    "Bayes, uniform KL": lambda *rest: fit_bayes(UniformKL(), *rest),
     "maximum likelihood": lambda *rest: fit_maximum_likelihood(0.0, *rest),
-    "maximum likelihood, dropout": lambda *rest: fit_maximum_likelihood(0.5, *rest),
+    "dropout": lambda *rest: fit_maximum_likelihood(0.5, *rest),
 }
 
 
@@ -225,125 +189,91 @@ METHODS: dict[str, Callable[..., Fit]] = {
 # Test error, log-likelihood and calibration
 # ------------------------------------------
 #
-# A network is calibrated if, of the digits that it calls with a confidence of 80 %, it gets 80 %
-# right. The expected calibration error is the mean distance from that, over bins of confidence.
+# A network is calibrated if its confidence equals its accuracy. For example, it is right about 80 %
+# of the digits that it classifies with a confidence of 80 %. The expected calibration error is the
+# mean distance between confidence and accuracy, over bins of confidence.
 
 
 def error_rate(probs: Tensor, y: Tensor) -> float:
-    """The share of wrong labels, in percent."""
+    """Return the share of wrong labels, in percent."""
     return 100 * (probs.argmax(-1) != y).double().mean().item()
 
 
-def negative_log_likelihood(probs: Tensor, y: Tensor) -> float:
-    """The mean over test digits, in nats."""
-    return -probs.gather(1, y.unsqueeze(1)).log().mean().item()
-
-
-def calibration(probs: Tensor, y: Tensor, num_bins: int = 10) -> tuple[list[Tensor], float]:
-    """(confidence, accuracy, share) of each bin that has digits, and the calibration error."""
+def calibration(probs: Tensor, y: Tensor, num_bins: int = 10) -> Tensor:
+    """Return the confidence, accuracy and share of each bin that contains digits."""
     confidence, label = probs.max(-1)
-    is_right = (label == y).float()
     bins = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    rows = [
-        torch.stack(
-            [confidence[bins == b].mean(), is_right[bins == b].mean(), (bins == b).float().mean()]
-        )
-        for b in bins.unique()
-    ]
-    error = sum(share * (c - a).abs() for c, a, share in rows)
-    return rows, 100 * float(error)
+    values = torch.stack([confidence, (label == y).float(), bins.bincount()[bins] / len(y)])
+    return torch.stack([values[:, bins == b].mean(1) for b in bins.unique()], dim=1)
+
+
+def scores(probs: Tensor, y: Tensor) -> list[float]:
+    """Return test error in percent, nats per digit, and calibration error in percent."""
+    nats = -probs.gather(1, y.unsqueeze(1)).log().mean().item()
+    confidence, accuracy, share = calibration(probs, y)
+    error = (share * (confidence - accuracy).abs()).sum().item()
+    return [error_rate(probs, y), nats, 100 * error]
 
 
 def print_table(fits: dict[str, list[Fit]], y: Tensor) -> None:
-    """Mean and standard deviation over seeds of each figure."""
-    print(f"\n{'':32} {'test error, %':>16} {'nats per digit':>18} {'calibration, %':>16}")
+    """Print the mean of each score and its standard deviation over seeds."""
+    print("Mean +- standard deviation over seeds; nats: negative log-likelihood")
+    print(f"{'':20}{'test error, %':>22}{'nats per digit':>22}{'calibration error, %':>22}")
     for name, row in fits.items():
-        figures = torch.tensor(
-            [
-                [
-                    error_rate(f.probs, y),
-                    negative_log_likelihood(f.probs, y),
-                    calibration(f.probs, y)[1],
-                ]
-                for f in row
-            ]
-        )
-        mean, spread = figures.mean(0), figures.std(0) if len(row) > 1 else torch.zeros(3)
-        print(
-            f"{name:32} {mean[0]:8.2f} +- {spread[0]:4.2f} {mean[1]:10.3f} +- {spread[1]:5.3f} "
-            f"{mean[2]:8.2f} +- {spread[2]:4.2f}"
-        )
-    print(f"+- is the standard deviation over {len(row)} seeds (0, 1, ...).")
+        values = torch.tensor([scores(fit.probs, y) for fit in row])
+        spread = values.std(0, correction=min(1, len(row) - 1))
+        cells = [f"{m:.3f} +- {s:.3f}" for m, s in zip(values.mean(0), spread, strict=True)]
+        print(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 # %%
 # Pruning
 # -------
 #
-# A weight whose mean is small against its standard deviation says little: it can be set to zero. As
-# in the paper, weights are removed in the order of abs(mu) / sigma, and the means of the others are
-# the network.
-
-
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
+# A weight carries little information if its mean mu is small relative to its standard deviation
+# sigma. It can be set to zero. As in the paper, weights are removed in increasing order of their
+# signal-to-noise ratio abs(mu) / sigma. The pruned network uses the means of the other weights.
 
 
 @torch.no_grad()
-def signal_to_noise(guide: MeanFieldGuide) -> Tensor:
-    """|mu| / sigma of all weights."""
-    posteriors = guide.distributions().items()
-    bases = [fn.base_dist for name, fn in posteriors if "weight" in name]
-    return torch.cat([(base.loc.abs() / base.scale).flatten() for base in bases])
-
-
-@torch.no_grad()
-def errors_of_pruned(fit: Fit, data: Data) -> list[float]:
-    """Test errors after removing shares of the weights with the lowest signal-to-noise ratio."""
-    assert fit.guide is not None
-    ratios = signal_to_noise(fit.guide)
-    found = []
+def prune(fit: Fit, data: Data) -> tuple[Tensor, list[float]]:
+    """Return the ratios of all weights, and test errors after removing the lowest shares."""
+    bases = {name: fn.base_dist for name, fn in fit.guide.distributions().items()}
+    ratios = flat_weights({name: base.loc.abs() / base.scale for name, base in bases.items()})
+    errors = []
     for share in SHARES:
         threshold = ratios.sort().values[int(share * (len(ratios) - 1))] if share else -1.0
-        for name, fn in fit.guide.distributions().items():
-            loc, scale = fn.base_dist.loc, fn.base_dist.scale
-            is_kept = loc.abs() / scale > threshold if "weight" in name else torch.ones_like(loc)
-            fit.network.get_parameter(name.removeprefix("network.")).copy_(loc * is_kept)
-        fit.network.eval()
-        found.append(error_rate(fit.network(data.x_test), data.y_test))
-    return found
+        for name, base in bases.items():
+            is_kept = (base.loc.abs() / base.scale > threshold) | ("weight" not in name)
+            fit.network.get_parameter(name).copy_(base.loc * is_kept)
+        errors.append(error_rate(fit.network.eval()(data.x_test), data.y_test))
+    return ratios, errors
 
 
 # %%
 # Regression with uncertainty bands
 # ---------------------------------
 #
-# The paper's curve: y = x + 0.3 sin(2 pi (x + e)) + 0.3 sin(4 pi (x + e)) + e with e ~ N(0, 0.02),
-# observed on [0, 0.5] alone. Eight particles run at once, in a dim to the left of the data.
+# The paper's curve is y = x + 0.3 sin(2 pi (x + e)) + 0.3 sin(4 pi (x + e)) + e with
+# e ~ N(0, 0.02). It is observed only on [0, 0.5]. Eight particles run at once, in a dim to the left
+# of the data.
 
 
 def fit_regression(num_steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The data, a grid, and functions drawn from the posterior on it."""
-    x = 0.5 * torch.rand(200)
-    noise = 0.02 * torch.randn(200)
-    y = x + 0.3 * torch.sin(2 * math.pi * (x + noise))
-    y = y + 0.3 * torch.sin(4 * math.pi * (x + noise)) + noise
-    network = nn.Sequential(
-        nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 1)
-    )
+    """Return the data, a grid, and functions on the grid drawn from the posterior."""
+    x, noise = 0.5 * torch.rand(200), 0.02 * torch.randn(200)
+    phase = 2 * math.pi * (x + noise)
+    y = x + 0.3 * phase.sin() + 0.3 * (2 * phase).sin() + noise
+    hidden = nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()
+    network = BayesianModule(nn.Sequential(*hidden, nn.Linear(100, 1)), dist.Normal(0.0, 0.5))
 
-    class Regression(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = BayesianModule(network, dist.Normal(0.0, 0.5))
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        loc = network(x.unsqueeze(-1)).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.deterministic("loc", loc)
+            pyro.sample("y", dist.Normal(loc, 0.05), obs=y)
 
-        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-            loc = self.network(x.unsqueeze(-1)).squeeze(-1)
-            with pyro.plate("data", len(x)):
-                pyro.deterministic("loc", loc)
-                pyro.sample("y", dist.Normal(loc, 0.05), obs=y)
-
-    model = Regression()
-    guide = MeanFieldGuide(model.network, init_scale=0.01)
+    guide = MeanFieldGuide(network, init_scale=0.01)
     elbo = Trace_ELBO(8, vectorize_particles=True, max_plate_nesting=1)(model, guide)
     elbo(x, y)
     optimizer = torch.optim.Adam(guide.parameters(), lr=3e-3)
@@ -353,9 +283,7 @@ def fit_regression(num_steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor, T
         optimizer.step()
         bar.update()
     grid = torch.linspace(-0.3, 1.0, 200)
-    predictive = Predictive(
-        model, guide=guide, num_samples=500, parallel=True, return_sites=["loc"]
-    )
+    predictive = Predictive(model, guide=guide, num_samples=500, parallel=True)
     return x, y, grid, predictive(grid)["loc"]
 
 
@@ -364,118 +292,109 @@ def fit_regression(num_steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor, T
 # ----------
 
 
+#: Title and axes of each panel.
+PANELS = (
+    ("Geometric and uniform KL weights\nhave similar test errors", "epoch", "test error, %"),
+    ("Confident predictions are\nnearly always right", "confidence", "accuracy"),
+    ("The prior pulls many weights\nclose to zero", "weight (one draw for Bayes)", "density"),
+    ("The weights form groups\nof low and high ratios", "|mu| / sigma of a weight, dB", "density"),
+    ("Three quarters of the weights\ncan go at almost no cost", "removed, %", "test error, %"),
+    ("The bands widen\naway from the data", "x", "y"),
+)
+
+
 def draw_figure(
-    fits: dict[str, list[Fit]],
-    pruned: list[list[float]],
-    regression: tuple[Tensor, Tensor, Tensor, Tensor],
-    y_test: Tensor,
-    output: str,
+    fits: dict[str, list[Fit]], pruned: list, regression: tuple, y_test: Tensor, output: str
 ) -> None:
-    """Learning curves, calibration, weights, their signal-to-noise ratios, pruning, regression."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    (curves, reliability, weights), (ratios, pruning, bands) = axes
+    """Draw learning curves, calibration, weights, their ratios, pruning and the regression."""
+    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8.4))
+    for axis, (title, xlabel, ylabel) in zip(axes.flat, PANELS, strict=True):
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    curves, reliability, weights, ratios, pruning, bands = axes.flat
     for name, row in fits.items():
         mean = torch.tensor([fit.curve for fit in row]).mean(0)
         curves.plot(range(1, len(mean) + 1), mean, label=name)
-        bins, _ = calibration(torch.cat([f.probs for f in row]), y_test.repeat(len(row)))
-        reliability.plot(*torch.stack(bins).T[:2], marker="o", label=name)
-        values = torch.cat([fit.weights for fit in row])
-        density, edges = np.histogram(values.clamp(-0.3, 0.3).numpy(), bins=120, density=True)
-        weights.plot((edges[1:] + edges[:-1]) / 2, density, label=name)
-    limit = 4 * min(min(fit.curve) for row in fits.values() for fit in row)
-    curves.set(title="Test error", xlabel="epoch", ylabel="%", ylim=(0, max(limit, 1.0)))
-    curves.legend(fontsize=8)
-    reliability.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    reliability.set(title="Calibration", xlabel="confidence", ylabel="share that is right")
-    weights.set(title="Weights (for Bayes by Backprop, one draw)", yscale="log", xlabel="value")
-
-    fit = fits[BAYES][0]
-    assert fit.guide is not None
-    decibels = 20 * signal_to_noise(fit.guide).log10()
-    ratios.hist(decibels.numpy(), bins=150, range=(-60, 30), density=True)
-    ratios.set(title="Signal-to-noise ratio of the weights", xlabel="|mu| / sigma, dB")
-    pruning.errorbar(
-        [100 * share for share in SHARES],
-        torch.tensor(pruned).mean(0),
-        torch.tensor(pruned).std(0) if len(pruned) > 1 else None,
-        marker="o",
-        capsize=3,
-    )
-    pruning.set(
-        title="Pruning by signal-to-noise ratio", xlabel="removed, %", ylabel="test error, %"
-    )
+        bins = calibration(torch.cat([fit.probs for fit in row]), y_test.repeat(len(row)))
+        reliability.plot(bins[0], bins[1], marker="o")
+        values = torch.cat([fit.weights for fit in row]).clamp(-0.3, 0.3).numpy()
+        weights.hist(values, bins=120, density=True, histtype="step", log=True, linewidth=1.5)
+    curves.set_ylim(0, 2.5 * max(fit.curve[-1] for row in fits.values() for fit in row))
+    curves.legend(loc="upper right")
+    reliability.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    ratios.hist(20 * pruned[0][0].log10().numpy(), bins=150, range=(-60, 30), density=True)
+    errors = torch.tensor([errors for _, errors in pruned])
+    spread = errors.std(0, correction=min(1, len(errors) - 1))
+    pruning.errorbar([100 * share for share in SHARES], errors.mean(0), spread, marker="o")
     pruning.set_ylim(bottom=0)
 
     x, y, grid, functions = regression
-    low, q1, median, q3, high = functions.quantile(
-        torch.tensor([0.025, 0.25, 0.5, 0.75, 0.975]), dim=0
-    )
+    low, q1, mid, q3, high = functions.quantile(torch.tensor([0.025, 0.25, 0.5, 0.75, 0.975]), 0)
     bands.fill_between(grid, low, high, alpha=0.2, color="C0", label="95 %")
     bands.fill_between(grid, q1, q3, alpha=0.4, color="C0", label="50 %")
-    bands.plot(grid, median, color="C3", label="median")
+    bands.plot(grid, mid, color="C1", label="median")
     bands.scatter(x, y, s=4, color="black", label="data")
-    bands.set(title="Regression", xlabel="x", ylim=(-1.5, 2.0))
-    bands.legend(fontsize=8)
-    figure.savefig(output, dpi=120)
+    bands.set_ylim(-1.5, 2.0)
+    bands.legend(loc="lower right", ncols=2)
+    figure.savefig(output)
     print(f"\nFigure: {output}")
 
 
-# Each module keeps parameters of its own, as in plain torch.
+# Each module keeps its own parameters, as in plain torch.
 @pyro.settings.context(module_local_params=True)
 def main() -> None:
-    """Trains, prints and draws."""
+    """Train, print and draw."""
     parser = argparse.ArgumentParser(description="Bayes by Backprop on digits.")
-    parser.add_argument(
-        "--data", help="a file like Keras's mnist.npz; scikit-learn's digits if none"
-    )
+    parser.add_argument("--data", help="a file like Keras's mnist.npz; default: 8 x 8 digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--smoke", action="store_true", help="two epochs, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="two epochs, to test the script")
     parser.add_argument("--no-progress-bar", action="store_true")
-    parser.add_argument("--output", default="bayes_by_backprop.png", help="where the figure goes")
+    parser.add_argument("--output", default="bayes_by_backprop.png", help="path of the figure")
     arguments = parser.parse_args()
-    num_seeds, num_epochs, num_units, num_steps = arguments.seeds, arguments.epochs, 400, 2000
+    num_seeds, num_epochs, num_steps = arguments.seeds, arguments.epochs, 2000
     if arguments.smoke:
-        num_seeds, num_epochs, num_units, num_steps = 2, 2, 20, 20
+        num_seeds, num_epochs, num_steps = 2, 2, 20
     torch.set_flush_denormal(True)
-
     data = load_data(arguments.data)
     fits: dict[str, list[Fit]] = {name: [] for name in METHODS}
     total = len(METHODS) * num_seeds * num_epochs + num_steps
-    with tqdm(total=total, disable=arguments.no_progress_bar, mininterval=1) as bar:
+    with tqdm(total=total, disable=arguments.no_progress_bar or None, mininterval=1) as bar:
         for seed in range(num_seeds):
             for name, fit in METHODS.items():
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 pyro.set_rng_seed(seed)
-                fits[name].append(fit(data, num_units, num_epochs, bar))
-        bar.set_postfix_str("regression")
+                fits[name].append(fit(data, num_epochs, bar))
         pyro.set_rng_seed(0)
         regression = fit_regression(num_steps, bar)
-    print(f"{len(data.x)} training and {len(data.x_test)} test digits, {num_epochs} epochs")
+    print(f"{len(data.x):,} training and {len(data.x_test):,} test digits, {num_epochs} epochs\n")
     print_table(fits, data.y_test)
-    pruned = [errors_of_pruned(fit, data) for fit in fits[BAYES]]
-    print("\nTest error, %, after pruning a share of the weights")
-    for share, errors in zip(SHARES, torch.tensor(pruned).T, strict=True):
-        print(f"  {100 * share:5.0f} %  {errors.mean():6.2f}")
+    pruned = [prune(fit, data) for fit in fits[BAYES]]
+    print(f"\nTest error after pruning ({BAYES})\n  removed   error, %")
+    for share, errors in zip(SHARES, zip(*(row for _, row in pruned), strict=True), strict=True):
+        print(f"  {100 * share:5.0f} %  {np.mean(errors):9.2f}")
     draw_figure(fits, pruned, regression, data.y_test, arguments.output)
 
 
 if __name__ == "__main__":
     main()
 
+# sphinx_gallery_thumbnail_path = "images/thumbnails/bayes_by_backprop.png"
+
 # %%
-# What was learnt
-# ---------------
+# Findings
+# --------
 #
-# With 8,000 digits of MNIST for training and 2,000 for testing (60 epochs, seeds 0 to 2):
+# Results with 8,000 MNIST digits for training and 2,000 for testing (60 epochs, seeds 0 to 2):
 #
-# - Bayes by Backprop has a test error of 3.6 %, about that of maximum likelihood (3.4 %), but a
-#   better log-likelihood (0.142 against 0.187 nats per digit) and calibration. Dropout is better
-#   than both (2.3 %, 0.087 nats); on the 8 x 8 digits, where it is too strong, it is the worst.
-# - Geometric and uniform weights of the KL term end up alike: 3.6 % against 3.8 %, which is hardly
-#   more than the spread over seeds.
+# - Bayes by Backprop has a test error of 3.6 %, close to maximum likelihood with 3.4 %. It has a
+#   better log-likelihood (0.142 nats per digit, and 0.187 for maximum likelihood) and a better
+#   calibration. Dropout is better than both: 2.3 % and 0.087 nats. On the 8 x 8 digits, dropout is
+#   too strong and has the worst results.
+# - Geometric and uniform weights of the KL term give similar test errors, 3.6 % and 3.8 %. The
+#   difference is hardly more than the spread over seeds.
 # - Three quarters of the weights can be removed at no cost. The prior has put them into its narrow
-#   component: they are the left hump of the signal-to-noise ratios.
-# - The standard deviation to begin with decides how far training gets in so many epochs: try
-#   ``init_scale=0.02`` in place of 0.003.
-# - Away from the data the regression's bands widen, as they should.
+#   component. They are the left hump of the signal-to-noise ratios.
+# - The initial standard deviation decides how far training gets in these epochs. Try
+#   ``init_scale=0.02`` instead of 0.003.
+# - Away from the data, the bands of the regression widen, as they should.

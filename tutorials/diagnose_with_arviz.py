@@ -1,11 +1,11 @@
 """
-Did it work? Diagnosing a fit by SVI with ArviZ
-===============================================
+Diagnose a fit by SVI with ArviZ
+================================
 
-SVI always ends with a number and a guide. Whether the guide is near the posterior is another
-question. If it were the posterior, the importance weights of its draws would all be equal; where
-they have a heavy tail, it misses something. (A mode that no draw has reached stays unseen.) This
-tutorial asks eight schools, two regressions, and an autoencoder. ::
+SVI always ends with a loss and a guide. Is the guide close to the posterior? If the guide were the
+posterior, all importance weights of its draws would be equal. If the weights have a heavy tail, the
+guide misses part of the posterior. (A mode that no draw reaches stays undetected.) This tutorial
+diagnoses fits of the eight schools model, of two regressions, and of an autoencoder. ::
 
     python tutorials/diagnose_with_arviz.py [--smoke] [--no-progress-bar]
         [--output diagnose_with_arviz.png]
@@ -13,6 +13,7 @@ tutorial asks eight schools, two regressions, and an autoencoder. ::
 
 # %%
 import argparse
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,13 @@ from pyro_ext.diagnostics import diagnose, from_pyro_svi, loo, simulation_based_
 from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
 
 # %%
-# Eight schools, two ways
-# -----------------------
+# Eight schools in two parameterisations
+# --------------------------------------
 #
-# The effects of coaching in eight schools, with their standard errors (Rubin 1981). The centred
-# model draws each effect from N(mu, tau). The non-centred one draws a standardised effect and
-# scales it: the same model, with a posterior that is nearer to a normal distribution.
+# The data are the effects of coaching in eight schools, with their standard errors (Rubin 1981).
+# The centred model draws each effect from N(mu, tau). The non-centred model draws a standardised
+# effect and scales it. Both are the same model, but the posterior of the non-centred one is closer
+# to a normal distribution.
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -64,28 +66,34 @@ def non_centred() -> None:
         pyro.sample("effect", dist.Normal(theta, ERRORS), obs=EFFECTS)
 
 
+#: The names of the fits in tables and figures.
+MODELS = {"centred": centred, "non-centred": non_centred}
+GUIDES = {"mean-field": AutoNormal, "full-rank": AutoMultivariateNormal}
+
+
 def fit(
     model: Callable, guide: Callable, args: tuple[Any, ...], num_steps: int, hide: bool, name: str
 ) -> tuple[SVI, list[float]]:
-    """An SVI that has been stepped, and its losses."""
+    """Return a trained SVI and its losses."""
     elbo = Trace_ELBO(10, vectorize_particles=True, max_plate_nesting=1)
     optim = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.05 ** (1 / num_steps)})
     svi = SVI(model, guide, optim, elbo)
-    losses = [svi.step(*args) for _ in tqdm(range(num_steps), desc=name, disable=hide)]
+    losses = [svi.step(*args) for _ in tqdm(range(num_steps), desc=name, disable=hide or None)]
     return svi, losses
 
 
 def eight_schools(num_steps: int, num_samples: int, hide: bool) -> tuple[dict[str, float], Any]:
-    """Pareto k by model and guide, and the export of the best."""
+    """Return the Pareto k of each model and guide, and an export of the best fit."""
     pareto_k, best = {}, None
-    for model in (centred, non_centred):
-        for kind in (AutoNormal, AutoMultivariateNormal):
-            name = f"{model.__name__}, {kind.__name__}"
+    for model_name, model in MODELS.items():
+        for guide_name, guide in GUIDES.items():
+            name = f"{model_name},\n{guide_name}"
             pyro.clear_param_store()
             pyro.set_rng_seed(0)
-            svi, losses = fit(model, kind(model, init_scale=0.2), (), num_steps, hide, name)
+            bar_name = f"{model_name}, {guide_name}"
+            svi, losses = fit(model, guide(model, init_scale=0.2), (), num_steps, hide, bar_name)
             found = diagnose(svi, num_samples=num_samples, losses=losses)
-            print(f"\n{name}\n{found}")
+            print(f"\nEight schools, {bar_name} guide\n{found}")
             pareto_k[name] = found.pareto_k
             if pareto_k[name] == min(pareto_k.values()):
                 best = from_pyro_svi(
@@ -101,12 +109,13 @@ def eight_schools(num_steps: int, num_samples: int, hide: bool) -> tuple[dict[st
 # Two regressions, compared by leave-one-out
 # ------------------------------------------
 #
-# A line and a parabola for data that come from a parabola. ``loo`` folds the importance weights
-# into the leave-one-out weights, so that the comparison does not suffer from the guide's error.
+# The data come from a parabola. We fit a line and a parabola. ``loo`` multiplies the importance
+# weights into the leave-one-out weights. The comparison therefore does not suffer from the error of
+# the guide.
 
 
 def regression(degree: int) -> Callable:
-    """A polynomial with a normal prior for its coefficients."""
+    """Return a polynomial regression with a normal prior for its coefficients."""
 
     def model(x: Tensor, y: Tensor) -> None:
         prior = dist.Normal(torch.zeros(degree + 1), 2.0).to_event(1)
@@ -120,7 +129,7 @@ def regression(degree: int) -> Callable:
 
 
 def compare_regressions(num_steps: int, num_samples: int, hide: bool) -> Any:
-    """ArviZ's table of both."""
+    """Return ArviZ's comparison of both regressions."""
     import arviz as az
 
     pyro.set_rng_seed(0)
@@ -131,8 +140,8 @@ def compare_regressions(num_steps: int, num_samples: int, hide: bool) -> Any:
         pyro.clear_param_store()
         model = regression(degree)
         svi, _ = fit(model, AutoMultivariateNormal(model), (x, y), num_steps, hide, name)
-        found[name] = loo(svi, model_args=(x, y), num_samples=num_samples)
-        print(f"\n{name}\n{found[name]}")
+        found[name] = loo(svi, x, y, num_samples=num_samples)
+        print(f"\nLeave-one-out, {name}\n{found[name]}")
     return az.compare(found)
 
 
@@ -140,14 +149,17 @@ def compare_regressions(num_steps: int, num_samples: int, hide: bool) -> Any:
 # Is the guide right on average?
 # ------------------------------
 #
-# Simulation-based calibration fits the guide to data that the model simulates, and looks where the
-# truth lies among the guide's draws. A mean-field guide for a line is too narrow where the
-# covariate is far from zero, because intercept and slope are then correlated; it is right when
-# the covariate is centred.
+# Simulation-based calibration fits the guide to data that are simulated from the model. It computes
+# the fraction of the guide's draws that are below the true value. For a correct guide, these
+# fractions are uniform.
+#
+# Here we fit a line with a mean-field guide. If the covariate is far from zero, the posterior of
+# intercept and slope is correlated, and the guide is too narrow. If the covariate is centred, the
+# guide is correct.
 
 
 def calibrate(centre: bool, num_steps: int, num_simulations: int, hide: bool) -> np.ndarray:
-    """The fractions of draws below the true slope."""
+    """Return the fractions of draws below the true slope."""
     x = torch.linspace(1, 3, 10)
     x = x - x.mean() if centre else x
 
@@ -163,9 +175,9 @@ def calibrate(centre: bool, num_steps: int, num_simulations: int, hide: bool) ->
         lambda model, data: AutoNormal(model),
         num_simulations=num_simulations,
         num_steps=num_steps,
-        progress_bar=not hide,
+        progress_bar=not hide and sys.stderr.isatty(),
     )
-    print(f"\n{'centred' if centre else 'uncentred'} covariate\n{found}")
+    print(f"\nA line with {'a centred' if centre else 'an uncentred'} covariate\n{found}")
     return found.probabilities["slope"]
 
 
@@ -173,12 +185,12 @@ def calibrate(centre: bool, num_steps: int, num_simulations: int, hide: bool) ->
 # Which digits does an encoder miss?
 # ----------------------------------
 #
-# An autoencoder has a guide for each digit, and a Pareto k for each: those with the largest are the
-# ones whose posterior the encoder describes worst.
+# An autoencoder has a guide and a Pareto k for each digit. The encoder approximates the posterior
+# worst for the digits with the largest Pareto k.
 
 
 class VAE(nn.Module):
-    """Grey digits as sums of 16 Bernoulli draws a pixel, with 8 latent dims."""
+    """A model of grey digits. A pixel is the sum of 16 Bernoulli draws. z has 8 dims."""
 
     def __init__(self, latent: int = 8) -> None:
         super().__init__()
@@ -202,7 +214,7 @@ class VAE(nn.Module):
 
 
 def worst_digits(num_steps: int, num_samples: int, hide: bool) -> tuple[Tensor, Tensor]:
-    """The Pareto k of 300 digits, and the digits in the order of it, largest first."""
+    """Return the Pareto k of 300 digits, and the digits in decreasing order of k."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     digits = torch.tensor(load_digits().data, dtype=torch.float32)
@@ -210,10 +222,10 @@ def worst_digits(num_steps: int, num_samples: int, hide: bool) -> tuple[Tensor, 
     vae = VAE()
     optim = pyro.optim.ClippedAdam({"lr": 3e-3})
     svi = SVI(vae.model, vae.guide, optim, ImportanceWeightedELBO(10, max_plate_nesting=1))
-    for _ in tqdm(range(num_steps), desc="autoencoder", disable=hide):
+    for _ in tqdm(range(num_steps), desc="autoencoder", disable=hide or None):
         svi.step(train[torch.randint(len(train), (100,))])
-    found = estimate_evidence(vae.model, vae.guide, test, num_samples=num_samples)
-    print(f"\nautoencoder: {found}")
+    found = estimate_evidence(svi, test, num_samples=num_samples)
+    print(f"\nAutoencoder\n{found}")
     return found.pareto_k, test[found.pareto_k.argsort(descending=True)]
 
 
@@ -223,59 +235,86 @@ def draw_figure(
     digits: tuple[Tensor, Tensor],
     output: str,
 ) -> None:
-    """Four panels."""
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    """Draw the Pareto k of all fits, the calibration, and the best and worst digits."""
+    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    figure, grid = plt.subplots(2, 2, figsize=(11.5, 8.4))
+    axes = grid.flat
     axes[0].barh(list(pareto_k), list(pareto_k.values()))
     axes[0].axvline(0.7, color="black", linewidth=0.8, linestyle="--")
-    axes[0].set(title="Eight schools", xlabel="Pareto k of the joint weights")
+    axes[0].invert_yaxis()
+    axes[0].set(
+        title="Eight schools: only non-centred\nmodels have k below 0.7",
+        xlabel="Pareto k of the importance weights",
+    )
     for name, values in fractions.items():
         axes[1].hist(values, bins=10, range=(0, 1), alpha=0.6, label=name)
-    axes[1].set(title="Mean-field guide of a line", xlabel="fraction of draws below the true slope")
-    axes[1].legend()
+    axes[1].set(
+        title="A line: the guide is too narrow\nif the covariate is uncentred",
+        xlabel="fraction of draws below the true slope",
+        ylabel="simulations",
+    )
+    axes[1].legend(loc="upper center")
     axes[2].hist(digits[0].numpy(), bins=30)
     axes[2].axvline(0.7, color="black", linewidth=0.8, linestyle="--")
-    axes[2].set(title="Autoencoder", xlabel="Pareto k of a digit")
+    axes[2].set(
+        title="Autoencoder: most digits\nhave k above 0.7",
+        xlabel="Pareto k of a digit",
+        ylabel="digits",
+    )
     shown = nn.functional.pad(torch.cat([digits[1][:8], digits[1][-8:]]).reshape(16, 8, 8), [1] * 4)
-    axes[3].imshow(shown.reshape(4, 4, 10, 10).permute(0, 2, 1, 3).reshape(40, 40), cmap="gray_r")
+    axes[3].imshow(shown.reshape(4, 4, 10, 10).permute(0, 2, 1, 3).reshape(40, 40))
     axes[3].axhline(19.5, color="black", linewidth=0.8)
-    axes[3].set(title="Largest k above, smallest below", xticks=[], yticks=[])
-    figure.savefig(output, dpi=120)
+    axes[3].set(title="Most of the digits with\nthe largest k are twos", xticks=[])
+    axes[3].set_yticks([9.5, 29.5], ["largest k", "smallest k"], rotation=90, va="center")
+    axes[3].tick_params(length=0)
+    axes[3].grid(False)
+    figure.savefig(output)
     print(f"\nFigure: {output}")
 
 
 def draw_with_arviz(data: Any, output: Path) -> None:
-    """What ArviZ draws of an export."""
+    """Draw the export with ArviZ."""
     import arviz as az
 
-    plots: dict[str, Callable] = {}
-    if hasattr(az, "plot_posterior"):
-        plots["trace"] = lambda: az.plot_trace(data, var_names=["mu", "tau"])
-        plots["forest"] = lambda: az.plot_forest(data, var_names=["theta"])
-        plots["predictions"] = lambda: az.plot_ppc(data, num_pp_samples=50)
-    else:
-        plots["trace"] = lambda: az.plot_trace_dist(data, var_names=["mu", "tau"])
-        plots["forest"] = lambda: az.plot_forest(data, var_names=["theta"])
-        plots["predictions"] = lambda: az.plot_ppc_dist(data)
-    for name, plot in plots.items():
+    is_old = hasattr(az, "plot_posterior")
+
+    def trace() -> None:
+        (az.plot_trace if is_old else az.plot_trace_dist)(data, var_names=["mu", "tau"])
+
+    def forest() -> None:
+        az.plot_forest(data, var_names=["theta"])
+
+    def predictions() -> None:
+        az.plot_ppc(data, num_pp_samples=50) if is_old else az.plot_ppc_dist(data)
+
+    mu, tau, effect = "mu, points", "tau, points", "effect of coaching, points"
+    plots: dict[Callable, list[tuple[str, str]]] = {
+        trace: [(mu, "density"), ("draw", mu), (tau, "density"), ("draw", tau)],
+        forest: [(effect, "school")],
+        predictions: [(effect, "density")],
+    }
+    for plot, labels in plots.items():
         plot()
-        path = output.with_name(f"{output.stem}_{name}{output.suffix}")
-        plt.savefig(path, dpi=120, bbox_inches="tight")
+        for axis, (xlabel, ylabel) in zip(plt.gcf().axes, labels, strict=False):
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+        path = output.with_name(f"{output.stem}_{plot.__name__}{output.suffix}")
+        plt.savefig(path, bbox_inches="tight")
         plt.close()
         print(f"Figure: {path}")
 
 
 def main() -> None:
-    """Fits, diagnoses, prints and draws."""
+    """Fit, diagnose, print and draw."""
     parser = argparse.ArgumentParser(description="Diagnoses fits by SVI.")
-    parser.add_argument("--smoke", action="store_true", help="few steps, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="few steps, to test the script")
     parser.add_argument("--no-progress-bar", action="store_true")
-    parser.add_argument("--output", default="diagnose_with_arviz.png", help="where the figure goes")
+    parser.add_argument("--output", default="diagnose_with_arviz.png", help="path of the figure")
     arguments = parser.parse_args()
     hide = arguments.no_progress_bar
     num_steps, num_samples, num_simulations = 2000, 4000, 200
     if arguments.smoke:
         num_steps, num_samples, num_simulations = 20, 50, 10
-    # The verdicts and the figure show the Pareto k; the rest is ArviZ's with newer libraries.
+    # The diagnoses and the figure show the Pareto k. Other warnings come from ArviZ.
     warnings.simplefilter("ignore")
     pareto_k, export = eight_schools(num_steps, num_samples, hide)
     print(f"\n{compare_regressions(num_steps, num_samples, hide)}")
@@ -291,14 +330,17 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
+# sphinx_gallery_thumbnail_path = "images/thumbnails/diagnose_with_arviz.png"
+
 # %%
-# What was learnt
-# ---------------
+# Findings
+# --------
 #
-# - The ELBO of a fit does not say whether to doubt it; the Pareto k of its weights does. The
-#   non-centred model with a full-rank guide is the one to resample and export.
-# - ``loo`` prefers the parabola, and says by how much and how sure that is.
-# - A guide that is too narrow for each coefficient alone can still have the right mean:
-#   calibration tells width from bias.
-# - An encoder is not equally good for all data. The digits with a large Pareto k are where its
-#   evidence should not be trusted.
+# - The ELBO of a fit does not show whether you can trust the guide. The Pareto k of its importance
+#   weights does. Here the non-centred model with a full-rank guide is the fit to resample and
+#   export.
+# - ``loo`` prefers the parabola. It reports the difference and its standard error.
+# - A guide that is too narrow for each coefficient can still have the right mean. Calibration
+#   distinguishes a wrong width from a bias.
+# - An encoder is not equally good for all data. Do not trust the evidence of digits with a large
+#   Pareto k.

@@ -2,15 +2,17 @@
 Discretized logistic mixtures: images as integers
 ==================================================
 
-Pixels are integers, and a model of images should be a distribution over integers, so that its log
-evidence is in honest bits: comparable with any other such model, and with the 8 bits (here log2 17
-for the grey digits) that storing a pixel takes. The discretized logistic mixture of PixelCNN++
-(Salimans et al. 2017) does that with a few numbers a pixel, and knows that 100 is next to 101. A
-categorical distribution over 256 levels has 256 numbers for each channel, and has to learn it.
+Pixels are integers, so a model of images should be a distribution over integers. Then its log
+evidence is in true bits. You can compare it with any other such model, and with the bits that it
+takes to store a pixel: 8 bits, or log2 17 for the grey digits of this tutorial.
 
-The same autoencoder is trained with each of them, on scikit-learn's 8 x 8 digits and on 32 x 32
-patches of scikit-learn's two colour photographs. The right-hand parts of the photographs are held
-out::
+The discretized logistic mixture of PixelCNN++ (Salimans et al. 2017) needs only a few parameters
+for each pixel, and it treats the levels 100 and 101 as neighbours. A categorical distribution over
+256 levels has 256 parameters for each channel, and it has to learn that levels are ordered.
+
+This tutorial trains the same autoencoder with each of these likelihoods. The data are
+scikit-learn's 8 x 8 digits, and 32 x 32 patches of scikit-learn's two colour photographs. The
+right-hand parts of the photographs are held out. ::
 
     python tutorials/discretized_logistic.py [--smoke] [--no-progress-bar]
         [--output discretized_logistic.png]
@@ -19,8 +21,10 @@ out::
 # %%
 import argparse
 import math
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -46,7 +50,7 @@ HELD_OUT_COLUMNS = 160
 
 
 class Images(NamedTuple):
-    """Training images are drawn by a function of the batch size; held-out images are fixed."""
+    """A function that draws n training images, and fixed held-out images."""
 
     draw: Callable[[int], Tensor]
     test: Tensor
@@ -54,7 +58,7 @@ class Images(NamedTuple):
 
 
 def load_grey() -> Images:
-    """Digits of shape (8, 8, 1), with 17 levels."""
+    """Return digits of shape (8, 8, 1) with 17 levels."""
     images = torch.tensor(np.random.default_rng(0).permutation(load_digits().images))
     images = images[..., None].float()
     train, test = images[:1500], images[1500:]
@@ -62,7 +66,7 @@ def load_grey() -> Images:
 
 
 def load_colour() -> Images:
-    """Patches of shape (32, 32, 3), with 256 levels: any for training, a grid for the test."""
+    """Return (32, 32, 3) patches with 256 levels: random for training, on a grid for testing."""
     photographs = torch.tensor(np.stack(load_sample_images().images)).float()
     left, right = photographs.split([640 - HELD_OUT_COLUMNS, HELD_OUT_COLUMNS], dim=2)
     grid = right.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
@@ -83,13 +87,14 @@ def load_colour() -> Images:
 # The likelihoods
 # ---------------
 #
-# A likelihood takes the decoder's output of shape (..., height, width, outputs), and says how many
-# outputs for each pixel it needs. Locations and scales are in the units of the pixels. In the RGB
-# mixture green depends on red, and blue on both, by coefficients that the network puts out.
+# A likelihood takes the output of the decoder, which has shape (..., height, width, outputs). It
+# defines the number of outputs for each pixel. Locations and scales have the units of the pixels.
+# In the RGB mixture, green depends on red, and blue depends on both. The network outputs the
+# coefficients of this dependence.
 
 
 class Likelihood(NamedTuple):
-    """Of images of shape (height, width, channels)."""
+    """A distribution of images of shape (height, width, channels)."""
 
     num_outputs: int
     distribution: Callable[[Tensor], dist.Distribution]
@@ -97,7 +102,7 @@ class Likelihood(NamedTuple):
 
 
 def grey_mixture(num_components: int, num_levels: int) -> Likelihood:
-    """For one channel: a weight, a location and a scale for each component."""
+    """Return a mixture for one channel: weight, location and scale of each component."""
     middle = (num_levels - 1) / 2
 
     def distribution(output: Tensor) -> dist.Distribution:
@@ -110,7 +115,7 @@ def grey_mixture(num_components: int, num_levels: int) -> Likelihood:
 
 
 def rgb_mixture(num_components: int) -> Likelihood:
-    """For three channels: a weight, three locations, scales and coefficients a component."""
+    """Return a mixture for RGB: weight, 3 locations, scales and coefficients of each component."""
 
     def distribution(output: Tensor) -> dist.Distribution:
         output = output.unflatten(-1, (10, num_components))
@@ -123,13 +128,13 @@ def rgb_mixture(num_components: int) -> Likelihood:
 
 
 def categorical(num_channels: int, num_levels: int, svi_class: type[SVI]) -> Likelihood:
-    """A number for each level of each channel."""
+    """Return a categorical distribution: a logit for each level of each channel."""
 
     def distribution(output: Tensor) -> dist.Distribution:
         logits = output.unflatten(-1, (num_channels, num_levels))
         return dist.Categorical(logits=logits).to_event(3)
 
-    # Where most of a step is moving numbers to and from memory, a compiled one is twice as fast.
+    # Memory transfers dominate this step. A compiled step is twice as fast.
     return Likelihood(num_channels * num_levels, distribution, svi_class)
 
 
@@ -137,12 +142,12 @@ def categorical(num_channels: int, num_levels: int, svi_class: type[SVI]) -> Lik
 # The autoencoder
 # ---------------
 #
-# Convolutions insist on one batch dim. ``LeadingDims`` lets them take the particles as well. They
-# also have the channels first, which distributions have last.
+# Convolutions accept only one batch dim. ``LeadingDims`` lets them accept the dim of the particles
+# too. Convolutions have the channels first, and distributions have them last.
 
 
 class MoveDim(nn.Module):
-    """A step of a network that moves a dim."""
+    """A layer that moves a dim."""
 
     def __init__(self, source: int, destination: int) -> None:
         super().__init__()
@@ -153,7 +158,7 @@ class MoveDim(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """p(x, z) with a likelihood that is given, and q(z | x)."""
+    """p(x, z) with a given likelihood, and q(z | x)."""
 
     def __init__(self, images: Images, likelihood: Likelihood, width: int, latent: int) -> None:
         super().__init__()
@@ -190,14 +195,14 @@ class Autoencoder(nn.Module):
         )
 
     def model(self, x: Tensor) -> None:
-        """z ~ N(0, 1); pixels are independent given z."""
+        """z ~ N(0, 1). The pixels are independent given z."""
         pyro.module("autoencoder", self)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
             pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """The normal approximation of the posterior of z."""
+        """A normal approximation of the posterior of z."""
         with pyro.plate("images", len(x)):
             loc, log_scale = self.encoder(x / self.middle - 1).chunk(2, dim=-1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
@@ -207,13 +212,13 @@ class Autoencoder(nn.Module):
 # Training and evaluation
 # -----------------------
 #
-# ``estimate_evidence`` gives log p(x) of each held-out image, and its bits per dimension.
+# ``estimate_evidence`` estimates log p(x) of each held-out image, in nats or in bits per dimension.
 
 
 def fit(
     images: Images, likelihood: Likelihood, size: tuple[int, int], num_steps: int, bar: tqdm
 ) -> Autoencoder:
-    """A network trained on the ELBO, with batches of 16."""
+    """Train a network on the ELBO with batches of 16."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     network = Autoencoder(images, likelihood, *size)
@@ -227,7 +232,7 @@ def fit(
 
 
 def evaluate(network: Autoencoder, test: Tensor, num_samples: int) -> Evidence:
-    """The evidence of the held-out images."""
+    """Estimate the evidence of the held-out images."""
     return estimate_evidence(
         network.model,
         network.guide,
@@ -239,8 +244,9 @@ def evaluate(network: Autoencoder, test: Tensor, num_samples: int) -> Evidence:
 
 
 def print_table(title: str, num_levels: int, num_dims: int, found: dict[str, Evidence]) -> None:
-    """Bits per dimension, whose standard error is that over held-out images."""
-    print(f"\n{title:36} {'nats per image':>16} {'bits per dim':>20}")
+    """Print bits per dimension, with the standard error over held-out images."""
+    print(f"\n{title}; +- is the standard error over images")
+    print(f"{'':36} {'nats per image':>16} {'bits per dim':>22}")
     for name, evidence in found.items():
         bits = evidence.bits_per_dim(num_dims)
         error = bits.std().item() / math.sqrt(len(bits))
@@ -249,37 +255,38 @@ def print_table(title: str, num_levels: int, num_dims: int, found: dict[str, Evi
     print(f"{'uniform':36} {-num_dims * math.log(num_levels):16.1f} {math.log2(num_levels):12.3f}")
     bits = {name: evidence.bits_per_dim(num_dims) for name, evidence in found.items()}
     baseline, *others = bits
+    print("Paired differences in bits per dimension")
     for name in others:
         gain = bits[name] - bits[baseline]
         error = gain.std().item() / math.sqrt(len(gain))
-        print(f"  {name} less {baseline}: {gain.mean():+.3f} +- {error:.3f} bits")
+        print(f"  {name} minus {baseline}: {gain.mean():+.3f} +- {error:.3f}")
 
 
 # %%
 # The figure
 # ----------
 #
-# Held-out patches, and patches drawn from each model: the pixels too are drawn, not averaged, so
-# that the noise in them is what the model does not explain. Below, what two of the models say of
-# one channel of one pixel.
+# The upper part shows held-out patches and patches drawn from each model. The pixels are drawn, not
+# averaged. Their noise is the part of the images that the model does not explain. The lower part
+# shows the distributions of two models for one channel of one pixel.
 
 
 def to_picture(images: Tensor, num_levels: int) -> np.ndarray:
-    """A row of images, in [0, 1]."""
+    """Return a row of images in [0, 1]."""
     row = nn.functional.pad(images / (num_levels - 1), (0, 0, 1, 1, 1, 1), value=1.0)
     return row.movedim(0, 1).flatten(1, 2).numpy()
 
 
 @torch.no_grad()
 def draw_images(network: Autoencoder, num_images: int) -> Tensor:
-    """From the model."""
+    """Draw images from the model."""
     z = torch.randn(num_images, network.latent)
     return network.likelihood.distribution(network.decoder(z)).sample()
 
 
 @torch.no_grad()
 def masses(network: Autoencoder, x: Tensor, num_levels: int) -> Tensor:
-    """Of each level of the first channel in the middle of x, at the guide's location."""
+    """Return the share of each level of the first channel in the middle of x, given the guide."""
     loc = network.encoder(x[None] / network.middle - 1).chunk(2, dim=-1)[0]
     draws = network.likelihood.distribution(network.decoder(loc)).sample((4000,))
     row = len(x) // 2
@@ -288,43 +295,51 @@ def masses(network: Autoencoder, x: Tensor, num_levels: int) -> Tensor:
 
 
 def draw_figure(colour: Images, grey: Images, networks: dict, output: str) -> None:
-    """Rows of images above, distributions of a pixel below."""
-    rows = {"held out": to_picture(colour.test[:: len(colour.test) // 10][:10], 256)}
+    """Draw rows of images, and distributions of a pixel."""
+    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    rows = {"held-out patches": to_picture(colour.test[:: len(colour.test) // 10][:10], 256)}
     for name, network in networks["colour"].items():
-        rows[name] = to_picture(draw_images(network, 10), 256)
-    figure = plt.figure(figsize=(12, 1.1 * len(rows) + 4.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.1 * len(rows), 4.6))
+        rows[f"drawn from {name}"] = to_picture(draw_images(network, 10), 256)
+    figure = plt.figure(figsize=(11, 1.15 * len(rows) + 4.8))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15 * len(rows), 4.8))
     for axis, (name, picture) in zip(top.subplots(len(rows), 1), rows.items(), strict=True):
         axis.imshow(picture)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_axis_off()
+        axis.set_title(name, fontsize=11, pad=3)
     left, right = bottom.subplots(1, 2)
-    for axis, kind, images in ((left, "grey", grey), (right, "colour", colour)):
+    titles = (
+        "17 grey levels: both likelihoods\nlearn the same distribution",
+        "256 levels: only the mixture\nlearns a smooth distribution",
+    )
+    for axis, title, kind, images in zip(
+        (left, right), titles, ("grey", "colour"), (grey, colour), strict=True
+    ):
         x = images.test[len(images.test) // 3]
         names = list(networks[kind])
         for name in (names[-2], names[-1]):
-            axis.plot(masses(networks[kind][name], x, images.num_levels), label=name)
-        axis.axvline(x[len(x) // 2, len(x) // 2, 0], color="grey", linewidth=0.8, label="the pixel")
-        axis.set(title=f"One pixel, {kind}: shares in 4,000 draws", xlabel="level")
-        axis.legend(fontsize=8)
-    figure.savefig(output, dpi=120)
+            axis.plot(masses(networks[kind][name], x, images.num_levels), label=name, linewidth=1.5)
+        pixel = x[len(x) // 2, len(x) // 2, 0]
+        axis.axvline(pixel, color="black", linewidth=0.8, label="observed level")
+        axis.set(title=title, xlabel="level of one pixel", ylabel="share of 4,000 draws")
+        axis.legend()
+    figure.savefig(output)
     print(f"\nFigure: {output}")
 
 
 # %%
-# All of it
-# ---------
+# Running the tutorial
+# --------------------
 
 
 def main() -> None:
-    """Trains, evaluates, prints and draws."""
+    """Train, evaluate, print and draw."""
     parser = argparse.ArgumentParser(description="Likelihoods of pixels, in bits.")
-    parser.add_argument("--smoke", action="store_true", help="few steps, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="few steps, to test the script")
     parser.add_argument("--no-progress-bar", action="store_true")
-    parser.add_argument("--output", default="discretized_logistic.png", help="where it goes")
+    parser.add_argument("--output", default="discretized_logistic.png", help="path of the figure")
     arguments = parser.parse_args()
     num_steps, num_samples, num_test = (1, 2, 2) if arguments.smoke else (1500, 100, None)
-    # With a hundred draws for thousands of pixels the tails are heavy; differences are paired.
+    # A hundred draws for thousands of pixels give heavy tails. The differences are paired.
     warnings.filterwarnings("ignore", message=".*Pareto k")
     torch.set_flush_denormal(True)
     svi_class = SVI if arguments.smoke else CompiledSVI
@@ -346,7 +361,7 @@ def main() -> None:
     }
     networks: dict[str, dict[str, Autoencoder]] = {}
     total = num_steps * sum(len(likelihoods) for _, _, likelihoods in tasks.values())
-    with tqdm(total=total, disable=arguments.no_progress_bar) as bar:
+    with tqdm(total=total, disable=arguments.no_progress_bar or None) as bar:
         for kind, (images, size, likelihoods) in tasks.items():
             networks[kind], found = {}, {}
             test = images.test[:num_test]
@@ -354,24 +369,28 @@ def main() -> None:
                 bar.set_postfix_str(f"{kind}, {name}")
                 networks[kind][name] = fit(images, likelihood, size, num_steps, bar)
                 found[name] = evaluate(networks[kind][name], test, num_samples)
-            print_table(f"{len(test)} images, {kind}", images.num_levels, test[0].numel(), found)
+            print_table(
+                f"{len(test)} held-out images, {kind}", images.num_levels, test[0].numel(), found
+            )
     draw_figure(colour, grey, networks, arguments.output)
 
 
 if __name__ == "__main__":
     main()
 
+# sphinx_gallery_thumbnail_path = "images/thumbnails/discretized_logistic.png"
+
 # %%
-# What was learnt
-# ---------------
+# Findings
+# --------
 #
-# - On 17 grey levels all three likelihoods are alike, to a fiftieth of a bit; five components
-#   gain a little over one.
-# - On 256 levels of three channels the mixtures need four bits for a sub-pixel where storing it
-#   takes eight, and the categorical distribution six after as many steps: it has to learn each of
-#   768 numbers a pixel, and its samples show the gaps that it has not filled.
-# - Five and ten components are not better than one here. The differences are within two of their
-#   standard errors, which take the patches of two photographs for independent; longer training
-#   may bring them out.
-# - Pixels are independent given z, hence the grain. PixelCNN++ lets each pixel depend on those
-#   before it, with the same mixture.
+# - On 17 grey levels, all three likelihoods agree to a fiftieth of a bit. Five components gain a
+#   little over one.
+# - On 256 levels of three channels, the mixtures need four bits for a sub-pixel. Storing it takes
+#   eight bits. After the same number of steps, the categorical distribution needs six bits. It has
+#   to learn 768 numbers for each pixel, and its samples show the gaps in what it has learnt.
+# - Five and ten components are not better than one here. The differences are within two standard
+#   errors, and these errors treat the patches of two photographs as independent. Longer training
+#   may show a difference.
+# - Pixels are independent given z, so the samples are grainy. PixelCNN++ uses the same mixture, but
+#   each pixel depends on the pixels before it.

@@ -2,23 +2,26 @@
 Training on several processes
 ==============================
 
-``elbo(model, guide)`` is a torch module that returns the loss, and so
-``DistributedDataParallel`` can wrap it: each process takes its share of the minibatch, and
-gradients are averaged. The plate's size stays that of all the data. With B / P of N rows, a process
-scales its bound by N P / B, and the average over P processes is the N / B of the whole minibatch.
+``elbo(model, guide)`` is a torch module that returns the loss, so ``DistributedDataParallel`` can
+wrap it. Each process takes its share of the minibatch, and the gradients are averaged over
+processes. The size of the plate remains the number N of all data points. With B rows in a minibatch
+and P processes, each process has B / P rows and scales its bound by N P / B. The average over P
+processes has the scale N / B, as for the whole minibatch.
 
-A global latent variable asks for one thing more: each process has to draw the same value. Here
-noise is drawn for the whole minibatch from a seed that all share, and each process takes its rows;
-so the run on two processes can be compared with one on a single process, number by number. ::
+A global latent variable needs one more thing: all processes must draw the same value. In this
+tutorial, all processes draw the noise of the whole minibatch from the same seed, and each process
+takes the noise of its rows. The run on two processes can therefore be compared with a run on one
+process, number by number. ::
 
     python tutorials/several_processes.py [--smoke] [--no-progress-bar]
         [--output several_processes.png]
 
-starts itself twice. On a machine with GPUs, or on several machines, torchrun does::
+This command runs the script on one process, and then starts it on two processes. On a machine with
+GPUs, or on several machines, start it with torchrun::
 
     torchrun --nproc-per-node=2 tutorials/several_processes.py --no-progress-bar
 
-with NCCL where there is a GPU for each process, else with gloo on the CPU.
+It uses NCCL if there is a GPU for each process, and gloo on the CPU otherwise.
 """
 
 # %%
@@ -46,11 +49,12 @@ LATENT = 8
 NUM_PARTICLES = 5
 
 # %%
-# The noise as data
-# -----------------
+# Passing the noise as data
+# -------------------------
 #
-# A normal whose draw is given. In an ordinary run this class is not needed: local latents may be
-# drawn by each process as it likes, and ``pyro.set_rng_seed`` before a draw makes globals equal.
+# ``NormalOf`` is a normal distribution whose noise is given. You do not need it in an ordinary run.
+# There, each process draws its own local latents. To make the draws of global latents equal, call
+# ``pyro.set_rng_seed`` before the draw.
 
 
 class NormalOf(dist.Normal):
@@ -71,12 +75,12 @@ class NormalOf(dist.Normal):
 # Model and guide
 # ---------------
 #
-# An autoencoder of grey digits. The scale of the pixels is global, with a posterior of its own, and
-# ``local_plate`` gives each digit a bound of its own given it.
+# This is an autoencoder of grey digits. The scale of the pixels is a global latent variable with
+# its own posterior. Given the scale, ``local_plate`` gives each digit a separate bound.
 
 
 class Model(PyroModule):
-    """Pixels given latents z and one scale."""
+    """The pixels depend on latents z and one scale."""
 
     def __init__(self, num_data: int) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class Model(PyroModule):
 
 
 class Guide(PyroModule):
-    """Normals; the noise is given."""
+    """All latents are normal with given noise."""
 
     def __init__(self, num_data: int) -> None:
         super().__init__()
@@ -109,14 +113,14 @@ class Guide(PyroModule):
 
 
 # %%
-# One process of several, or the only one
-# ---------------------------------------
+# Training on one process or on several
+# -------------------------------------
 #
 # Every process makes the same minibatches and noise, and takes its share of the rows.
 
 
 def batches(images: Tensor, num_steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The same in each process."""
+    """Return minibatches and noise, which are the same in each process."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(num_steps):
@@ -127,7 +131,7 @@ def batches(images: Tensor, num_steps: int) -> list[tuple[Tensor, Tensor, Tensor
 
 
 def train(num_steps: int, hide_bar: bool) -> dict[str, Tensor | list[float]]:
-    """Trains in this process; in a group of processes, on its share of each minibatch."""
+    """Train in this process. In a group of processes, use a share of each minibatch."""
     rank, size, device = 0, 1, torch.device("cpu")
     if distributed.is_initialized():
         rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -160,7 +164,7 @@ def train(num_steps: int, hide_bar: bool) -> dict[str, Tensor | list[float]]:
 
 
 def train_in_group(num_steps: int, hide_bar: bool, result: str) -> None:
-    """As a process that torchrun has started; the first one saves the result."""
+    """Train in a process that torchrun started. The first process saves the result."""
     has_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     distributed.init_process_group("nccl" if has_gpus else "gloo")
     found = train(num_steps, hide_bar)
@@ -170,7 +174,7 @@ def train_in_group(num_steps: int, hide_bar: bool, result: str) -> None:
 
 
 def start_group(num_processes: int, num_steps: int, hide_bar: bool) -> dict:
-    """Starts this script by torchrun."""
+    """Start this script with torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
         command = [
@@ -189,31 +193,42 @@ def start_group(num_processes: int, num_steps: int, hide_bar: bool) -> dict:
 
 
 def draw_figure(one: dict, two: dict, output: str) -> None:
-    """Losses, and parameters against parameters."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    left.plot(one["losses"], linewidth=4, alpha=0.4, label="one process")
-    left.plot(two["losses"], linewidth=1, label="two processes")
-    left.set(title="Loss", xlabel="step", ylabel="nats per digit")
+    """Draw the losses, and the final parameters against each other."""
+    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    left.plot(one["losses"], linewidth=5, alpha=0.4, label="one process")
+    left.plot(two["losses"], linewidth=1.2, label="two processes")
+    left.set(
+        title="Two processes have the same losses\nas one process",
+        xlabel="training steps",
+        ylabel="loss, nats per digit",
+    )
     left.legend()
-    right.plot(one["parameters"], two["parameters"], ".", markersize=3)
-    right.set(title="Parameters at the end", xlabel="one process", ylabel="two processes")
-    figure.savefig(output, dpi=120)
+    right.plot(one["parameters"], two["parameters"], ".")
+    right.set(
+        title="They end with the same parameters",
+        xlabel="value on one process",
+        ylabel="value on two processes",
+    )
+    figure.savefig(output)
     print(f"\nFigure: {output}")
 
 
 # %%
-# All of it
-# ---------
+# Running the tutorial
+# --------------------
 
 
 def main() -> None:
-    """Trains on one process and on two, and compares."""
+    """Train on one process and on two processes, and compare."""
     parser = argparse.ArgumentParser(description="One process and several.")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--result", default="several_processes.pt", help="under torchrun")
+    parser.add_argument(
+        "--result", default="several_processes.pt", help="path of the result under torchrun"
+    )
     parser.add_argument("--smoke", action="store_true", help="20 steps")
     parser.add_argument("--no-progress-bar", action="store_true")
-    parser.add_argument("--output", default="several_processes.png", help="where the figure goes")
+    parser.add_argument("--output", default="several_processes.png", help="path of the figure")
     arguments = parser.parse_args()
     num_steps = 20 if arguments.smoke else arguments.steps
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -222,18 +237,23 @@ def main() -> None:
     one = train(num_steps, arguments.no_progress_bar)
     two = start_group(2, num_steps, arguments.no_progress_bar)
     difference = (one["parameters"] - two["parameters"]).abs().max()
-    print(f"Loss of the last step: {one['losses'][-1]:.5f} and {two['losses'][-1]:.5f} nats")
-    print(f"Largest difference of a parameter after {num_steps} steps: {difference:.1e}")
+    print("Loss of the last step, nats per digit")
+    print(f"  one process    {one['losses'][-1]:.5f}")
+    print(f"  two processes  {two['losses'][-1]:.5f}")
+    print(f"Largest difference between parameters after {num_steps} steps: {difference:.1e}")
     draw_figure(one, two, arguments.output)
 
 
 if __name__ == "__main__":
     main()
 
+# sphinx_gallery_thumbnail_path = "images/thumbnails/several_processes.png"
+
 # %%
-# What was learnt
-# ---------------
+# Findings
+# --------
 #
-# - Two processes end with the parameters of one, up to the rounding of sums in another order.
-# - Neither model, guide nor estimator knows of the processes. What they have to get right is that
-#   each sees rows of its own and that all draw the same globals.
+# - Two processes end with the same parameters as one process. The differences are rounding errors
+#   of sums in a different order.
+# - Model, guide and estimator do not depend on the number of processes. You have to ensure two
+#   things: each process gets its own rows, and all processes draw the same global latents.
