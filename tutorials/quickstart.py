@@ -331,8 +331,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*Pareto k is above")
     # Saturated units produce denormal numbers, which slow down matrix products on a CPU.
     torch.set_flush_denormal(True)
-    # These matrix products are too small to gain from several threads.
-    torch.set_num_threads(1)
 
     images, test = load_images()
     runs: dict[str, list[Run]] = {name: [] for name in OBJECTIVES}

@@ -49,7 +49,10 @@ def test_overridden_losses_are_not_bypassed():
     ("loss", "message"),
     [
         (TraceGraph_ELBO(), "TraceGraph_ELBO has no differentiable_loss"),
-        (ImportanceWeightedELBO(4, particle_chunk_size=2), "does not support particle_chunk_size=2"),
+        (
+            ImportanceWeightedELBO(4, particle_chunk_size=2),
+            "does not support particle_chunk_size=2",
+        ),
     ],
 )
 def test_objectives_without_a_differentiable_loss_take_eager_steps(loss, message):
