@@ -57,5 +57,5 @@ def tables(options: Options) -> Iterator[Table]:
     for (key, step), (milliseconds, times) in zip(steps.items(), found.values(), strict=True):
         peak = peak_bytes(step, options.device) / 2**20
         table.rows.append([*key, milliseconds, times, peak])
-    table.note = f"Batch {BATCH_SIZE}, K = {K}."
+    table.note = f"All rows use batch {BATCH_SIZE} and K = {K}."
     yield table

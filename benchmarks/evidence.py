@@ -69,7 +69,7 @@ def tables(options: Options) -> Iterator[Table]:
             peak_bytes(partial(estimate, x[:8], n, 100), options.device) for n in (1000, 20_000)
         )
     table.note = (
-        f"Peak memory, 8 images, chunks of 100: {few / 2**20:.2f} MiB at 1,000 draws, "
-        f"{many / 2**20:.2f} MiB at 20,000: {many / few:.3f}."
+        f"Peak memory with 8 images and chunks of 100 is {few / 2**20:.2f} MiB at 1,000 draws and "
+        f"{many / 2**20:.2f} MiB at 20,000 draws, a ratio of {many / few:.3f}."
     )
     yield table

@@ -61,5 +61,7 @@ def tables(options: Options) -> Iterator[Table]:
         for name, found in compare(steps, options).items():
             peak = peak_bytes(steps[name], options.device) / 2**20
             table.rows.append([order, K, name, *found, peak])
-    table.note = f"Forward and backward over {NUM_POINTS} data points, float32."
+    table.note = (
+        f"Each time covers forward and backward passes over {NUM_POINTS} data points in float32."
+    )
     yield table

@@ -114,9 +114,10 @@ def tables(options: Options) -> Iterator[Table]:
     compiled = geometric_mean(ratios["CompiledSVI"])
     means = {name: compiled / geometric_mean(values) for name, values in ratios.items()}
     table.note = (
-        "Geometric mean over (20, 5), (20, 50), (100, 50) of the compiled step over: "
-        + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if name != "CompiledSVI")
-        + f". First call, which compiles: {min(first_calls):.1f} to {max(first_calls):.1f} s."
+        "Time of the compiled step, divided by the time of another step, as a geometric mean over "
+        "(batch, K) = (20, 5), (20, 50) and (100, 50): "
+        + ", ".join(f"{m:.2f} for {name}" for name, m in means.items() if name != "CompiledSVI")
+        + f". The first call compiles and takes {min(first_calls):.1f} to {max(first_calls):.1f} s."
     )
     yield table
     yield others

@@ -44,7 +44,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
     (r"py:.*", r"jaxtyping\.\w+|Tensor|.*'.*"),  # shapes in annotations
-    (r"py:.*", r"pyro_ext\.(tracing|infer|nn)\.[a-z_.]+\.[A-Z]\w+"),  # classes inside of the package
+    (
+        r"py:.*",
+        r"pyro_ext\.(tracing|infer|nn)\.[a-z_.]+\.[A-Z]\w+",
+    ),  # classes inside of the package
     (r"py:.*", r"PyroOptim|ELBO|Module"),
 ]
 autodoc_typehints = "description"
