@@ -218,7 +218,8 @@ def print_remedies(estimates: dict[str, dict[str, Evidence]]) -> None:
 # estimate is too low at any affordable K, and its Pareto k shows this.
 #
 # The jackknife removes the term of the bias that falls with 1/K. This helps if that term dominates
-# the bias, as with the encoder. With the prior, most of the bias remains.
+# the bias, as with the encoder. With the prior, more than one order is needed. At 5,000 draws the
+# gap to annealing is 1.78 nats, 0.61 with order 1 and 0.18 with order 2.
 
 
 def draw_figure(proposals: dict[str, Evidence], annealed: Evidence, output: str) -> None:
