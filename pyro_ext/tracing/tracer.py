@@ -135,15 +135,22 @@ class ParticleTracer:
         # The place of the particles makes no difference to a linear objective.
         return None if self.is_linear else self.local_plate
 
-    def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
-        """Return the number of nested plates, guessed in one run if it is not given."""
-        if self.max_plate_nesting != math.inf:
-            return int(self.max_plate_nesting)
+    def run_first(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
+        """Run model and guide once, unless they have run, and return their number of nested plates.
+
+        A first run may draw initial values of parameters.
+        """
         memory = self.memory.recall(programs)
         if memory.plate_nesting is None:
             # A run is hidden from the handlers around it, so the handler goes inside.
             memory.plate_nesting = _guess_plate_nesting(with_one_minibatch(programs, subsamples))
         return memory.plate_nesting
+
+    def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
+        """Return the number of nested plates, found by a first run if it is not given."""
+        if self.max_plate_nesting != math.inf:
+            return int(self.max_plate_nesting)
+        return self.run_first(programs, subsamples)
 
 
 @torch.no_grad()

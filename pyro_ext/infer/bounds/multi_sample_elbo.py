@@ -344,7 +344,7 @@ class MultiSampleELBO(ELBO):
 
     def _two_pass(self, programs: Programs) -> TwoPass:
         tracer = self.tracer
-        tracer.plate_nesting(programs)  # before the passes: a first run may draw initial values
+        tracer.run_first(programs)  # a first run may draw initial values: not in a pass
 
         def trace(size: int, subsamples: SharedSubsamples, has_leaves: bool) -> Particles:
             return tracer.trace(programs, size, subsamples, has_leaves)

@@ -9,6 +9,8 @@ import torch
 from pyro.infer import SVI
 
 from pyro_ext.infer import ImportanceWeightedELBO
+from pyro_ext.infer.gradients.two_pass import linearize
+from pyro_ext.tracing import Programs
 from tests.models import NormalNormal
 from tests.registry import ESTIMATORS
 
@@ -151,3 +153,38 @@ def test_errors():
     ):
         elbo.loss_and_grads(model, guide, X * math.nan)
     assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"max_plate_nesting": 1}, {"vectorize_particles": False}])
+def test_a_first_step_draws_initial_values_before_the_passes(options):
+    # Chunks and no chunks: the same initial values, then the same noise, hence the same step.
+    found = []
+    for size in (4, None):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        elbo = ImportanceWeightedELBO(12, particle_chunk_size=size, **options)
+        if size is None:
+            elbo.tracer.run_first(Programs(model, guide, (X,)))
+        loss = elbo.loss_and_grads(model, guide, X)
+        params = dict(pyro.get_param_store().named_parameters())
+        found.append([torch.tensor(loss, **F64), *(params[name].grad for name in sorted(params))])
+    for chunked, whole in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_random_states_are_restored_if_a_rule_fails():
+    class Failing:
+        def needs_leaves(self, bound):
+            return False
+
+        def objective(self, bound, particles):
+            raise ZeroDivisionError
+
+    elbo = ImportanceWeightedELBO(4, particle_chunk_size=2)
+    elbo.loss(model, guide, X)
+    passes = elbo._two_pass(Programs(model, guide, (X,)))
+    log_w, _ = passes.weigh()
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        passes.differentiate(Failing(), linearize(elbo, log_w, False), None)
+    assert torch.equal(before, torch.get_rng_state())
