@@ -29,6 +29,7 @@ from pyro_ext.diagnostics.site_arrays import (
 from pyro_ext.tracing import ParticleTracer, Program, Programs
 from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import warn_of_points
+from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
@@ -52,6 +53,7 @@ class DrawSource:
         self.owner = owner
         self.programs = programs
         self.chunk_size = chunk_size
+        raise_for_handlers_of_linear_objectives()  # the importance weights are not linear
         self._tracer = ParticleTracer(is_linear=True, remedy="chunk_size=1")
         self.nesting = self._tracer.plate_nesting(programs)
         self._constants: set[str] = set()

@@ -172,12 +172,12 @@ def _user_scales() -> tuple[Any, ...]:
     return (number, *tensors) if scales else ()
 
 
-def raise_for_handlers_of_linear_objectives(num_particles: int) -> None:
+def raise_for_handlers_of_linear_objectives() -> None:
     """Raise a ValueError if an active handler makes separate draws for each data point."""
     for handler in HANDLER_STACK:
         if getattr(handler, "needs_linear_objective", False):
             raise ValueError(
-                f"{type(handler).__name__} requires num_particles=1, but it is {num_particles}. "
-                "With more particles the bound is not linear, and it needs the drawn weights. Use "
+                f"{type(handler).__name__} requires an ELBO with num_particles=1. Any other "
+                "objective is not linear, and needs the weights that were drawn. Use "
                 f"num_particles=1, or leave out {type(handler).__name__}."
             )

@@ -17,7 +17,6 @@ from pyro_ext.tracing.leaves import Draw, LeafDraws
 from pyro_ext.tracing.matching import (
     SiteRecord,
     SiteRecorder,
-    raise_for_handlers_of_linear_objectives,
 )
 from pyro_ext.tracing.particle_plate import ParticlePlate
 from pyro_ext.tracing.programs import Programs
@@ -108,7 +107,6 @@ def run_at_once(
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
-    raise_for_handlers_of_linear_objectives(num_particles)
     in_guide = SiteRecorder(particle_dim, local_plate=local_plate)
     in_model = SiteRecorder(particle_dim, in_guide, local_plate)
     plate = ParticlePlate(num_particles, particle_dim, local_plate)
@@ -155,8 +153,6 @@ def run_in_turn(
 
     See :func:`run_at_once` for the other arguments.
     """
-    if num_particles > 1:
-        raise_for_handlers_of_linear_objectives(num_particles)
     rows = subsamples or SharedSubsamples()
     shared_globals = nullcontext() if local_plate is None else SharedGlobals(local_plate)
     model_traces, guide_traces = [], []

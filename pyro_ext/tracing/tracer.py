@@ -8,6 +8,7 @@ from pyro.util import check_site_shape
 
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.gather import gather_particles
+from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.plates import (
     check_local_plate,
@@ -84,6 +85,8 @@ class ParticleTracer:
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
+        if not self.is_linear:
+            raise_for_handlers_of_linear_objectives()
         K = self.num_particles if num_particles is None else num_particles
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             particle_dim = -1 - self.plate_nesting(programs, subsamples)

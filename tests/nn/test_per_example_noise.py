@@ -373,9 +373,16 @@ def test_programs_that_are_refused(name):
             vectorized.loss(model, mean_field, x, y)
         with pytest.raises(ValueError, match="guide does not draw 'weight', in this run"):
             Trace_ELBO().loss(model, joint, x, y)
-        with pytest.raises(ValueError, match=f"{name} requires num_particles=1, but it is 3"):
+        with pytest.raises(ValueError, match=f"{name} requires an ELBO with num_particles=1"):
             looped.loss(model, mean_field, x, y)
-        with pytest.raises(ValueError, match=f"{name} requires num_particles=1"):
+        # One particle at a time is no linear objective.
+        chunked = ImportanceWeightedELBO(3, particle_chunk_size=1)
+        for call in (chunked.loss, chunked.loss_and_grads):
+            with pytest.raises(ValueError, match=f"{name} requires an ELBO with num_particles=1"):
+                call(model, mean_field, x, y)
+        with pytest.raises(ValueError, match=f"{name} requires an ELBO with num_particles=1"):
+            estimate_evidence(model, mean_field, x, y, chunk_size=1)
+        with pytest.raises(ValueError, match=f"{name} requires an ELBO with num_particles=1"):
             estimate_evidence(model, mean_field, x, y, num_samples=10)
     Trace_ELBO().loss(model, joint, x, y)
 
