@@ -59,6 +59,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../tutorials",
     "gallery_dirs": "tutorials",
     "filename_pattern": r"\.py$",
+    "ignore_pattern": r"figure_style\.py$",
     "within_subsection_order": "gallery.position",
     "reset_argv": f"gallery.{'smoke_arguments' if tags.has('smoke') else 'arguments'}",
     "abort_on_example_error": True,

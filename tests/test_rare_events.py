@@ -1,6 +1,7 @@
 """The project of ten tasks: exact figures, and the errors that estimates report."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("matplotlib")
 PATH = Path(__file__).parent.parent / "tutorials" / "importance_sampling.py"
 SPEC = importlib.util.spec_from_file_location("rare_events", PATH)
 project = importlib.util.module_from_spec(SPEC)
+sys.path.insert(0, str(PATH.parent))  # for figure_style
 SPEC.loader.exec_module(project)
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TUTORIALS = sorted(
+    path for path in (ROOT / "tutorials").glob("*.py") if path.stem != "figure_style"
+)
 
 
 def fenced_blocks(language):
@@ -60,7 +63,7 @@ def test_links_lead_somewhere(name):
 
 
 @pytest.mark.slow  # the build of the documentation runs them too
-@pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorials_run(path, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

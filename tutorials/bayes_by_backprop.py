@@ -18,9 +18,7 @@ Keras: a file ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_te
 # %%
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -28,6 +26,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import Predictive, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -307,7 +306,7 @@ def draw_figure(
     fits: dict[str, list[Fit]], pruned: list, regression: tuple, y_test: Tensor, output: str
 ) -> None:
     """Draw learning curves, calibration, weights, their ratios, pruning and the regression."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, axes = plt.subplots(2, 3, figsize=(14, 8.4))
     for axis, (title, xlabel, ylabel) in zip(axes.flat, PANELS, strict=True):
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -20,9 +20,7 @@ Each module is trained by maximum likelihood with weight decay, and with ``MeanF
 # %%
 import argparse
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -30,6 +28,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.nn import PyroModule
 from sklearn.datasets import load_digits
@@ -290,7 +289,7 @@ def draw_figure(
     scores: dict[str, Tensor], found: dict[str, Tensor], y: Tensor, output: str
 ) -> None:
     """Draw histograms of mutual information, and the calibration of the graph convolution."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
     for name, score in scores.items():
         left.hist(score.numpy(), bins=np.linspace(0, 1.2, 40), alpha=0.6, label=name)

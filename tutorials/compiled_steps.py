@@ -15,7 +15,6 @@ Compiling takes about ten seconds for each objective. On a CPU it needs a C++ co
 # %%
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +24,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ def draw_figure(
     output: str,
 ) -> None:
     """Draw the times, the losses of both classes, and the losses of the two other runs."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2))
     places = range(len(found))
     for offset, label, column in ((-0.2, "SVI", 2), (0.2, "CompiledSVI", 3)):

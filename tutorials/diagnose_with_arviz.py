@@ -24,6 +24,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from sklearn.datasets import load_digits
@@ -236,7 +237,7 @@ def draw_figure(
     output: str,
 ) -> None:
     """Draw the Pareto k of all fits, the calibration, and the best and worst digits."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, grid = plt.subplots(2, 2, figsize=(11.5, 8.4))
     axes = grid.flat
     axes[0].barh(list(pareto_k), list(pareto_k.values()))

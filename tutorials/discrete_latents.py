@@ -23,10 +23,8 @@ The first two differ only in the baseline. The last two differ only in the bound
 # %%
 import argparse
 import math
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -34,6 +32,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import label_lines, use_style
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -177,25 +176,9 @@ def to_picture(images: Tensor, border: float) -> np.ndarray:
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1).numpy()
 
 
-def label_lines(axis: plt.Axes) -> None:
-    """Write the label of each line at its right end, at least 13 points apart."""
-    axis.figure.draw_without_rendering()
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
-    height = math.inf
-    for line in sorted(lines, key=lambda line: -line.get_ydata()[-1]):
-        end = axis.transData.transform(line.get_xydata()[-1])[1] * 72 / axis.figure.dpi
-        height = min(end, height - 13)
-        axis.annotate(
-            *(line.get_label(), line.get_xydata()[-1], (7, height - end)),
-            textcoords="offset points",
-            va="center",
-            color=line.get_color(),
-        )
-
-
 def draw_figure(fits: dict[str, Fit], num_steps: int, output: str) -> None:
     """Draw learning curves, the weights of features, and digits drawn from the model."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(13, 5), width_ratios=(1.3, 0.8, 0.8)
     )

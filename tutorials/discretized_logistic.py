@@ -21,10 +21,8 @@ right-hand parts of the photographs are held out. ::
 # %%
 import argparse
 import math
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -32,6 +30,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import SVI
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
@@ -296,7 +295,7 @@ def masses(network: Autoencoder, x: Tensor, num_levels: int) -> Tensor:
 
 def draw_figure(colour: Images, grey: Images, networks: dict, output: str) -> None:
     """Draw rows of images, and distributions of a pixel."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     rows = {"held-out patches": to_picture(colour.test[:: len(colour.test) // 10][:10], 256)}
     for name, network in networks["colour"].items():
         rows[f"drawn from {name}"] = to_picture(draw_images(network, 10), 256)

@@ -15,15 +15,14 @@ The example is from Owen (2013), Monte Carlo Theory, Methods and Examples, chapt
 
 # %%
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from torch import Tensor
 
 from pyro_ext.infer import Expectation, estimate_expectation
@@ -193,7 +192,7 @@ def print_table(found: dict[str, Expectation]) -> None:
 
 def draw_figure(curves: dict[str, list[Expectation]], output: str) -> None:
     """Draw the estimates against the number of draws, with two reported standard errors."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     titles = {
         "plain Monte Carlo": "Plain Monte Carlo",

@@ -24,10 +24,7 @@ The data are scikit-learn's 8 x 8 digits, or MNIST in the format of Keras: a fil
 
 # %%
 import argparse
-import math
-import sys
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -35,6 +32,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import label_lines, use_style
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -266,25 +264,9 @@ def print_table(num_layers: int, rows: dict[str, list[Row]], num_samples: int) -
 # ----------
 
 
-def label_lines(axis: plt.Axes) -> None:
-    """Write the label of each line at its right end, at least 13 points apart."""
-    axis.figure.draw_without_rendering()
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
-    height = math.inf
-    for line in sorted(lines, key=lambda line: -line.get_ydata()[-1]):
-        end = axis.transData.transform(line.get_xydata()[-1])[1] * 72 / axis.figure.dpi
-        height = min(end, height - 13)
-        axis.annotate(
-            *(line.get_label(), line.get_xydata()[-1], (7, height - end)),
-            textcoords="offset points",
-            va="center",
-            color=line.get_color(),
-        )
-
-
 def draw_figure(results: dict[int, dict[str, list[Row]]], output: str) -> None:
     """Draw learning curves and held-out evaluations, one row for each number of layers."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, axes = plt.subplots(
         len(results), 2, figsize=(12, 4.2 * len(results)), squeeze=False, width_ratios=(1, 1.1)
     )

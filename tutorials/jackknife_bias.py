@@ -17,14 +17,13 @@ higher variance. ::
 # %%
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import label_lines, use_style
 from pyro.infer import SVI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -172,27 +171,11 @@ def print_digits(
 # ----------
 
 
-def label_lines(axis: plt.Axes) -> None:
-    """Write the label of each line at its right end, at least 13 points apart."""
-    axis.figure.draw_without_rendering()
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
-    height = math.inf
-    for line in sorted(lines, key=lambda line: -line.get_ydata()[-1]):
-        end = axis.transData.transform(line.get_xydata()[-1])[1] * 72 / axis.figure.dpi
-        height = min(end, height - 13)
-        axis.annotate(
-            *(line.get_label(), line.get_xydata()[-1], (7, height - end)),
-            textcoords="offset points",
-            va="center",
-            color=line.get_color(),
-        )
-
-
 def draw_figure(
     found: dict[int, tuple[Tensor, Tensor]], sizes: tuple[int, ...], output: str
 ) -> None:
     """Draw the biases against K for Gamma weights and for digits, and the error of one estimate."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2))
     draws = (8, 12, 16, 24, 32, 48, 64)
     for order, label in zip(ORDERS, LABELS, strict=True):

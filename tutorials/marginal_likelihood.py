@@ -25,12 +25,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import SVI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def print_remedies(estimates: dict[str, dict[str, Evidence]]) -> None:
 
 def draw_figure(proposals: dict[str, Evidence], annealed: Evidence, output: str) -> None:
     """Draw the mean evidence against the number of draws, and the Pareto k of the digits."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
     titles = (
         "The encoder as proposal comes close\nto annealing after a few hundred draws",

@@ -13,16 +13,15 @@ its error bars show which differences are real. ::
 # %%
 import argparse
 import math
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import label_lines, use_style
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import nn
@@ -255,27 +254,11 @@ def print_bias(bias: dict[int, dict[int, torch.Tensor]], num_draws: int) -> None
 # ----------
 
 
-def label_lines(axis: plt.Axes) -> None:
-    """Write the label of each line at its right end, at least 13 points apart."""
-    axis.figure.draw_without_rendering()
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
-    height = math.inf
-    for line in sorted(lines, key=lambda line: -line.get_ydata()[-1]):
-        end = axis.transData.transform(line.get_xydata()[-1])[1] * 72 / axis.figure.dpi
-        height = min(end, height - 13)
-        axis.annotate(
-            *(line.get_label(), line.get_xydata()[-1], (7, height - end)),
-            textcoords="offset points",
-            va="center",
-            color=line.get_color(),
-        )
-
-
 def draw_figure(
     runs: dict[str, list[Run]], bias: dict[int, dict[int, torch.Tensor]], output: str
 ) -> None:
     """Draw learning curves, the bias of the estimates, and samples."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1, 1, 0.92))
     colors = {"ELBO": "C1", "importance-weighted": "C0", "jackknife": "C2"}
     for name, row in runs.items():

@@ -36,6 +36,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.nn import PyroModule, PyroParam
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
@@ -194,7 +195,7 @@ def start_group(num_processes: int, num_steps: int, hide_bar: bool) -> dict:
 
 def draw_figure(one: dict, two: dict, output: str) -> None:
     """Draw the losses, and the final parameters against each other."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     left.plot(one["losses"], linewidth=5, alpha=0.4, label="one process")
     left.plot(two["losses"], linewidth=1.2, label="two processes")

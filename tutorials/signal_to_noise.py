@@ -18,14 +18,13 @@ autoencoder, early and late in training. ::
 # %%
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from figure_style import use_style
 from pyro.infer import SVI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -181,7 +180,7 @@ def draw_figure(
     output: str,
 ) -> None:
     """Draw the ratio against K, and the ratios of all estimators on the autoencoder."""
-    plt.style.use(Path(sys.argv[0]).with_name("pyro_ext.mplstyle"))
+    use_style()
     figure, axes = plt.subplots(1, 1 + len(found), figsize=(14, 4.5), width_ratios=(0.9, 1, 1))
     for rule, row in ratios.items():
         (line,) = axes[0].plot(sizes, row, marker="o")
