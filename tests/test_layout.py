@@ -32,9 +32,18 @@ PUBLIC = {
 }
 
 #: What each part may import beside itself; the arrows run one way.
-BASE = {"_arguments", "_deprecated", "_figures", "_private", "_random_states"}
+BASE = {
+    "_arguments",
+    "_deprecated",
+    "_digest",
+    "_figures",
+    "_files",
+    "_interruption",
+    "_private",
+    "_random_states",
+}
 ARROWS = {
-    **{name: {"_private"} & ({"_private"} - {name}) for name in BASE},
+    **{name: {"_digest", "_private"} - {name} for name in BASE},
     "ops": {"_private"},
     "distributions": {"ops", *BASE},
     "nn": {"ops", *BASE},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, describe
+from pyro_ext._interruption import postponed_interrupts
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
@@ -18,7 +19,6 @@ from pyro_ext.infer.svi.capture.operation_log import called_modules, set_up
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.checkpoint import ProgramState, StrPath, optimizer_state, read, write
 from pyro_ext.infer.svi.history import TrainingHistory
-from pyro_ext.infer.svi.interruption import postponed_interrupts
 from pyro_ext.tracing import Program
 
 Data = int | Iterable[Any]
