@@ -3,25 +3,86 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """The signals that arrived inside of :func:`postponed_interrupts`. It is true if there is one.
+
+    :param usual: a dict from the number of each postponed signal to what the user does about it.
+    """
+
+    def __init__(self, usual: dict[int, Any]) -> None:
+        self._usual = usual
+        self._waiting: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def keep(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: keep the first one, and deliver a second one at once."""
+        if self._waiting:
+            self._deliver(number)
+        else:
+            self._waiting.append(number)
+
+    def deliver(self) -> None:
+        """Do what the signal asks for, if there is one. Call this at a safe point.
+
+        An interrupt raises ``KeyboardInterrupt``. Any other signal is raised again, as if it had
+        not been postponed. If the user's own handler returns, this method returns as well.
+        """
+        if self._waiting:
+            self._deliver(self._waiting.pop())
+
+    def drop_interrupt(self) -> None:
+        """Forget an interrupt, because an exception that ends the program is on its way."""
+        self._waiting = [number for number in self._waiting if number != signal.SIGINT]
+
+    def raise_rest(self) -> None:
+        """Raise the signal that no safe point has delivered, once the handlers are the user's."""
+        if self._waiting:
+            signal.raise_signal(self._waiting.pop())
+
+    def _deliver(self, number: int) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, self._usual[number])
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, self.keep)
 
 
 @contextmanager
-def postponed_interrupts() -> Iterator[list[int]]:
-    """Postpone the first interrupt (Ctrl-C), and raise a second one at once.
+def postponed_interrupts(*signals: int) -> Iterator[Interrupts]:
+    """Postpone the first interrupt (Ctrl-C) to a safe point, and raise a second one at once.
 
-    The first interrupt is appended to the list that the context manager yields. Only the main
-    thread can postpone interrupts. In other threads, the list stays empty.
+    Call :meth:`Interrupts.deliver` of the yielded value at each safe point. A signal that is not
+    delivered inside of the block is raised after it. Enter this context before all others, so that
+    it is left after them. Only the main thread can postpone signals.
+
+    :param signals: the signals to postpone; SIGINT alone by default.
     """
-    interrupts: list[int] = []
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        if interrupts:
-            raise KeyboardInterrupt
-        interrupts.append(number)
-
-    usual = signal.getsignal(signal.SIGINT)
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread() and callable(usual):
-            stack.callback(signal.signal, signal.SIGINT, usual)
-            signal.signal(signal.SIGINT, keep)
-        yield interrupts
+    usual: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals or (signal.SIGINT,):
+            handler = signal.getsignal(number)
+            # With the default SIGINT, the user wants no KeyboardInterrupt. None comes from C.
+            is_default = handler is signal.SIG_DFL and number != signal.SIGINT
+            if callable(handler) or is_default:
+                usual[number] = handler
+    interrupts = Interrupts(usual)
+    try:
+        with ExitStack() as stack:
+            for number, handler in usual.items():
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, interrupts.keep)
+            yield interrupts
+    except Exception:
+        raise
+    except BaseException:
+        interrupts.drop_interrupt()
+        raise
+    finally:
+        interrupts.raise_rest()

@@ -1,5 +1,7 @@
 import itertools
 import math
+import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from pathlib import Path
@@ -107,7 +109,9 @@ class EagerSVI(SVI):
         """Train for a number of steps or epochs.
 
         After an interrupt (Ctrl-C), the run finishes the step, writes the checkpoint if there is
-        one, and raises ``KeyboardInterrupt``. A second interrupt ends it at once. The KL schedule
+        one, and raises ``KeyboardInterrupt``. A second interrupt ends it at once. SIGTERM is
+        postponed in the same way, and then does what it usually does: by default, it ends the
+        process. If you have a handler that returns, the run goes on after it. The KL schedule
         of a :class:`KLWeightedELBO` advances after each step. Schedulers of learning rates do not
         advance: step them in the callback.
 
@@ -154,26 +158,29 @@ class EagerSVI(SVI):
             disable=not progress_bar,
             unit="step",
         )
-        with bar, postponed_interrupts() as interrupts:
+        with postponed_interrupts(signal.SIGINT, signal.SIGTERM) as interrupts, bar:
             try:
                 for _ in self._steps(data, num_epochs, args, kwargs, bar):
                     wants_stop = callback is not None and bool(callback(self.history))
                     is_due = self.history.is_epoch_end or wants_stop
                     if checkpoint_every is not None:
                         is_due = is_due or len(self.history.losses) % checkpoint_every == 0
-                    if checkpoint is not None and (is_due or interrupts):
+                    is_interrupted = bool(interrupts)
+                    if checkpoint is not None and (is_due or is_interrupted):
                         self._save(checkpoint, data)
-                    if interrupts:
-                        raise KeyboardInterrupt
+                    if is_interrupted:
+                        interrupts.deliver()
                     if wants_stop:
                         break
             except Exception as error:
                 if not interrupts:
                     raise
-                # The interrupt also reached the workers of the data loader, and made them fail.
-                if checkpoint is not None:
+                # The signal also reached the workers of the data loader, and made them fail. If
+                # this error came up inside of a step, the state is that of half a step.
+                if checkpoint is not None and not _is_in_step(error):
                     self._save(checkpoint, data)
-                raise KeyboardInterrupt from error
+                interrupts.deliver()
+                raise
         return self.history
 
     def save(self, path: StrPath) -> None:
@@ -345,3 +352,9 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     return (batch,), {}
+
+
+def _is_in_step(error: Exception) -> bool:
+    """Return whether an exception came up inside of a step, and not between two steps."""
+    steps = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "step" in steps or "_after_step" in steps
