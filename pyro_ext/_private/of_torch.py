@@ -17,7 +17,9 @@ __all__ = [
     "TorchDispatchMode",
     "buffers_of",
     "children_of",
+    "global_hooks",
     "has_gradient_hooks",
+    "hooks_of",
     "inductor",
     "is_in_transform",
     "mark_as_stepped",
@@ -25,7 +27,6 @@ __all__ = [
     "pytree",
     "schema_of",
     "storage_of",
-    "without_validation",
 ]
 
 
@@ -49,6 +50,27 @@ def children_of(module: nn.Module) -> dict[str, Any]:
     return module._modules
 
 
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the hooks of a module, in dicts that the module changes in place."""
+    return [
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    ]
+
+
+def global_hooks() -> tuple[Any, ...]:
+    """Return the hooks that run in every module."""
+    module = torch.nn.modules.module
+    return (
+        *module._global_forward_pre_hooks.values(),
+        *module._global_forward_hooks.values(),
+        *module._global_backward_pre_hooks.values(),
+        *module._global_backward_hooks.values(),
+    )
+
+
 def has_gradient_hooks(x: Tensor) -> bool:
     """Return whether a hook runs when a tensor receives its gradient."""
     return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
@@ -67,17 +89,6 @@ def schema_of(operator: Any) -> Any:
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimiser as stepped, for learning-rate schedulers."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def without_validation() -> Any:
-    """Return a patch under which no distribution validates its samples."""
-    from unittest.mock import patch
-
-    return patch.object(torch.distributions.Distribution, "_validate_sample", _accept)
-
-
-def _accept(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 class Inductor(NamedTuple):

@@ -1,7 +1,7 @@
 import math
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import pyro
 import torch
@@ -12,36 +12,25 @@ from torch import Tensor
 
 from pyro_ext._arguments import check_integer, describe
 from pyro_ext._private.of_pyro import HANDLER_STACK
-from pyro_ext._private.of_torch import has_gradient_hooks, pytree
-from pyro_ext.infer.svi.capture.backends import MODES, Backend, CompileError
-from pyro_ext.infer.svi.capture.compiled_step import (
-    CompiledStep,
-    NeedsEagerStepError,
-    Step,
-    build_step,
-)
-from pyro_ext.infer.svi.capture.graph_inputs import (
-    Arguments,
-    current_params,
-    layout,
-    params_of,
-)
-from pyro_ext.infer.svi.capture.operation_log import CaptureError
+from pyro_ext._private.of_torch import has_gradient_hooks
+from pyro_ext.infer.svi.capture.backends import MODES, Backend
+from pyro_ext.infer.svi.capture.comparison import Results
+from pyro_ext.infer.svi.capture.compiled_step import Step, as_tensor
+from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
 from pyro_ext.tracing import Program
-
-_FIRST_AUDIT = 2
 
 
 class CompiledSVI(EagerSVI):
     r"""Pyro's ``SVI`` with steps that run as one compiled graph.
 
-    The first step is Pyro's own. The second step captures the loss and its gradients as a graph.
+    The first step is Pyro's own. At its end, the loss and its gradients are captured as a graph.
     The graph is checked against an eager step on the same noise, and then compiled. Later steps run
-    no effect handlers, except in the checks below. The graph gives the same results as ``SVI`` from
-    the same random numbers, up to rounding, and ``pyro.set_rng_seed`` seeds it. Each combination of
-    shapes, dtypes, devices and plain values among the arguments gets its own graph.
+    no effect handlers, except in audits. The graph gives the same results as ``SVI`` from the same
+    random numbers, up to rounding, and ``pyro.set_rng_seed`` seeds it. Each combination of shapes,
+    dtypes, devices and plain values among the arguments gets its own graph.
 
     Each step reads the current parameters, buffers and other tensors. Updates,
     ``load_state_dict`` and edits of the param store therefore take effect at once. Each step
@@ -50,14 +39,18 @@ class CompiledSVI(EagerSVI):
     Floats are inputs of the graph if they are arguments, or attributes of the objective such as
     an alpha. The factor of a :class:`KLWeightedELBO` is an input too.
 
-    At steps 2, 4, 8, ... model and guide run once more, to check that their operations have not
-    changed. Capture and checks run them about six times, with separate random numbers. Side
-    effects other than those on tensors, such as printing and counting, happen only in these runs.
+    Some changes escape this comparison. Therefore audits compare the graph with Pyro's own step on
+    the same noise and state, at random steps: often at first, and later at least every
+    ``audit_every`` steps of a graph. If they differ beyond rounding, the steps after the audit are
+    eager, and a warning names the steps whose results are suspect.
+
+    A capture runs model and guide about six times, with separate random numbers. Side effects other
+    than those on tensors, such as printing and counting, happen only in captures and audits.
 
     Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
     or NumPy, results whose shape depends on values, or hooks on gradients. ``CompiledSVI`` then
-    takes eager steps, and one warning gives the reason. Distributions do not validate their
-    arguments in a compiled step.
+    takes eager steps, and one warning gives the reason. The same holds for any error in a capture
+    or in the compiler. Distributions do not validate their arguments in a compiled step.
 
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.
@@ -74,11 +67,13 @@ class CompiledSVI(EagerSVI):
     :param fallback: whether to take eager steps, with a warning, if there is no graph. If False,
         that is an error.
     :param max_graphs: the largest number of graphs, >= 1.
-    :raises TypeError: if ``max_graphs`` is not an integer.
+    :param audit_every: the largest number of steps of a graph from one audit to the next, >= 1. An
+        audit costs about as much as one eager step and one compiled step.
+    :raises TypeError: if ``max_graphs`` or ``audit_every`` is not an integer.
     :raises ValueError: if an argument is out of range. A step raises it if the loss is not finite,
         and then leaves the parameters as they were.
-    :raises RuntimeError: in a step, if a compiled graph and the eager step give different results,
-        or if the step cannot be captured and ``fallback`` is False.
+    :raises RuntimeError: in a step, if the step cannot be captured or an audit fails, and
+        ``fallback`` is False.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import ImportanceWeightedELBO
@@ -106,6 +101,7 @@ class CompiledSVI(EagerSVI):
         mode: str = "default",
         fallback: bool = True,
         max_graphs: int = 8,
+        audit_every: int = 2000,
     ) -> None:
         if backend not in ("inductor", "eager"):
             raise ValueError(
@@ -118,17 +114,30 @@ class CompiledSVI(EagerSVI):
                 f"{describe(mode)}."
             )
         check_integer("CompiledSVI", "max_graphs", max_graphs, 1)
+        check_integer("CompiledSVI", "audit_every", audit_every, 1)
         super().__init__(model, guide, optim, loss)
         self.backend = Backend(backend, mode)
         self.fallback = fallback
         self.max_graphs = max_graphs
+        self.audit_every = audit_every
+        self._num_steps = 0
+        self._warned: set[str] = set()
+        self._with_gradients: set[str] = set()
         self._optimizer = JointOptimizer(optim)
-        self._graphs = _Graphs(self.backend)
+        self._graphs = self._no_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        optimizer = JointOptimizer(state["optim"])
-        return {**state, "_optimizer": optimizer, "_graphs": _Graphs(self.backend)}
+        del state["_optimizer"], state["_graphs"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._optimizer = JointOptimizer(self.optim)
+        self._graphs = self._no_graphs()
+
+    def _no_graphs(self) -> Graphs:
+        return Graphs(self.backend, self.max_graphs, self.audit_every, self._do_without)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step, like ``SVI.step``.
@@ -141,32 +150,26 @@ class CompiledSVI(EagerSVI):
         """
         if self._called is None:
             loss = super().step(*args, **kwargs)
+            self._num_steps += 1
             self._ready(True, args, kwargs)
             return loss
         ready = self._ready(True, args, kwargs)
-        if ready is None:
-            return self._eager_step(*args, **kwargs)
-        names = ready.graph.names
-        params = [ready.params[name] for name in names]
-        if any(has_gradient_hooks(param) for param in params):
+        if ready is not None and any(has_gradient_hooks(ready.params[n]) for n in ready.names):
             self._do_without(
                 "a graph does not run the hook on the gradient of a parameter. Remove the hook"
             )
-            return self._eager_step(*args, **kwargs)
-        outputs = ready.graph(ready.arguments, ready.inputs)
-        loss = outputs[0].item()
-        if not math.isfinite(loss):
-            self._raise_for(loss, args, kwargs)
-        for name, param, gradient in zip(names, params, outputs[1:], strict=False):
-            if gradient is not None:
-                param.grad = gradient if param.grad is None else param.grad + gradient
-                self._graphs.with_gradients.add(name)
-            elif param.grad is None and name in self._graphs.with_gradients:
-                param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
-        self._update(params)
-        for param in params:
-            param.grad = None
-        self._audit(ready)
+            ready = None
+        if ready is None:
+            loss = self._eager_step(*args, **kwargs)
+        elif ready.graph.audit_times.is_due():
+            loss = self._audited_step(ready, args, kwargs)
+        else:
+            loss, *gradients = ready.graph(ready.arguments, ready.inputs)
+            loss = loss.item()
+            if not math.isfinite(loss):
+                self._raise_for(loss, args, kwargs)
+            self._finish([ready.params[name] for name in ready.names], ready.names, gradients)
+        self._num_steps += 1
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,17 +181,94 @@ class CompiledSVI(EagerSVI):
         :raises ValueError: if the loss is NaN.
         :raises RuntimeError: as for the class.
         """
-        ready = None if self._called is None else self._ready(False, args, kwargs)
-        if ready is None:
-            return super().evaluate_loss(*args, **kwargs)
-        loss = ready.graph(ready.arguments, ready.inputs)[0].item()
-        if math.isnan(loss):
+        # Parameters that are created in inference mode could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            ready = None if self._called is None else self._ready(False, args, kwargs)
+            if ready is None:
+                return super().evaluate_loss(*args, **kwargs)
+            if ready.graph.audit_times.is_due():
+                found = ready.graph.rehearse(ready.arguments, ready.inputs)
+                loss = super().evaluate_loss(*args, **kwargs)
+                passed = self._passes(ready, [as_tensor(loss)], found)
+                return as_tensor(found.tensors[0]).item() if passed else loss
+            loss = ready.graph(ready.arguments, ready.inputs)[0].item()
+            if math.isnan(loss):
+                self._raise_for(loss, args, kwargs)
+            return loss
+
+    def _finish(
+        self, params: list[Tensor], names: Iterable[str], gradients: Iterable[Tensor | None]
+    ) -> None:
+        """Add the gradients to those of the user, and update the parameters."""
+        seen = self._with_gradients
+        for name, param, gradient in zip(names, params, gradients, strict=False):
+            if gradient is not None:
+                param.grad = gradient if param.grad is None else param.grad + gradient
+                seen.add(name)
+            elif param.grad is None and name in seen:
+                param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
+        self._update(params)
+        for param in params:
+            param.grad = None
+
+    def _audited_step(
+        self, ready: ReadyGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Take Pyro's step, and compare it with the graph on the same noise and state."""
+        found = ready.graph.rehearse(ready.arguments, ready.inputs)
+        before = {param: param.grad for param in ready.params.values()}
+        for param in before:
+            param.grad = None
+        gradients: dict[Tensor, Tensor | None] = {}
+        used: dict[str, Tensor] = {}
+        try:
+            with poutine.trace(param_only=True) as trace:
+                loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            used = params_of(trace.trace)
+            gradients = {param: param.grad for param in used.values()}
+        finally:
+            for param in {**before, **gradients}:
+                param.grad = before.get(param)
+        if not math.isfinite(loss):
             self._raise_for(loss, args, kwargs)
-        self._audit(ready)
+        of_names = [gradients.get(ready.params[name]) for name in ready.graph.names]
+        if self._passes(ready, [as_tensor(loss), *of_names], found, used):
+            # The results do not depend on the time of an audit, not even by rounding.
+            with torch.no_grad():
+                written = ready.graph.tensors_written(ready.arguments, ready.inputs)
+                for tensor, value in zip(written, found.written, strict=True):
+                    tensor.copy_(value)
+            params = [ready.params[name] for name in ready.names]
+            self._finish(params, ready.names, found.tensors[1:])
+            return as_tensor(found.tensors[0]).item()
+        first_names = {param: name for name, param in reversed(used.items())}
+        self._finish(list(first_names), first_names.values(), map(gradients.get, first_names))
         return loss
+
+    def _passes(
+        self,
+        ready: ReadyGraph,
+        tensors: list[Tensor | None],
+        found: Results,
+        used: Iterable[str] | None = None,
+    ) -> bool:
+        """Compare the results of the programs with those of the graph, and give up if they differ.
+
+        :param ready: the graph, with its inputs.
+        :param tensors: the loss and the gradients of the programs, after their step.
+        :param found: the results of the graph before it.
+        :param used: the names of the parameters that the programs use; None if it is not known.
+        :returns: whether they are equal up to rounding.
+        """
+        written = ready.graph.tensors_written(ready.arguments, ready.inputs)
+        after = [x.detach().clone() for x in written]
+        expected = Results(tensors, after, torch.get_rng_state())
+        return self._graphs.passes_audit(ready, expected, found, used, self._num_steps + 1)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take Pyro's step, with the optimiser that compiled steps use."""
+        if pyro.settings.get("module_local_params"):
+            return super()._eager_step(*args, **kwargs)
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         params = list(dict.fromkeys(params_of(trace.trace).values()))  # tied parameters once
@@ -203,71 +283,14 @@ class CompiledSVI(EagerSVI):
 
     def _ready(
         self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> "_Ready | None":
-        """Return the graph for these arguments, or None for an eager step.
-
-        If there is no such graph yet, capture one.
-        """
-        graphs = self._graphs
-        if has_gradients in graphs.given_up or has_gradients > torch.is_grad_enabled():
-            return None
-        arguments = Arguments(*pytree.tree_flatten((args, kwargs)))
-        handlers = tuple(HANDLER_STACK)
-        key = (
-            has_gradients,
-            str(arguments.spec),  # older versions of torch cannot hash a spec
-            *(_describe(leaf, graphs.lifts) for leaf in arguments.leaves),
-            *map(_SameObject, (self.objective, self.model, self.guide, *handlers)),
-            *_context(),
-        )
-        params = current_params()
-        reason = "the arguments differ"
-        for graph in graphs.by_key.get(key, ()):
-            changed = graph.reachable.changed()
-            inputs = graph.inputs(params) if changed is None else None
-            if inputs is not None:
-                return _Ready(graph, params, arguments, inputs)
-            reason = (
-                "a tensor has another shape, dtype or device"
-                if changed is None
-                else f"'{changed}' has another value"
-            )
-        if graphs.count >= self.max_graphs:
-            self._do_without(
-                f"there are max_graphs={self.max_graphs} graphs, and now {reason}. Set max_graphs "
-                "higher, or change fewer values between steps"
-            )
+    ) -> ReadyGraph | None:
+        """Return the graph for these arguments, or None for an eager step."""
+        if has_gradients > torch.is_grad_enabled():
             return None
         svi_loss = self.loss_and_grads if has_gradients else self.loss
+        handlers = tuple(HANDLER_STACK)
         step = Step(self.objective, self.model, self.guide, svi_loss, has_gradients, handlers)
-        try:
-            built = build_step(step, arguments, graphs.lifts, graphs.backend)
-        except NeedsEagerStepError:
-            return None
-        except CompileError as error:
-            self._do_without(str(error), error, "runs graphs without compiling them")
-            graphs.backend = Backend("eager", self.backend.mode)
-            return self._ready(has_gradients, args, kwargs)
-        except CaptureError as error:
-            if graphs.lifts:
-                # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
-                graphs.lifts = False
-                return self._ready(has_gradients, args, kwargs)
-            graphs.given_up.add(has_gradients)
-            self._do_without(str(error), error)
-            return None
-        graphs.by_key.setdefault(key, []).append(built)
-        params = current_params()
-        inputs = built.inputs(params)
-        return None if inputs is None else _Ready(built, params, arguments, inputs)
-
-    def _audit(self, ready: "_Ready") -> None:
-        runs = ready.graph.num_runs
-        if runs >= _FIRST_AUDIT and runs & (runs - 1) == 0:
-            reason = ready.graph.audit(ready.arguments)
-            if reason is not None:
-                self._graphs.given_up.add(ready.graph.step.has_gradients)
-                self._do_without(f"after {runs} steps, {reason}")
+        return self._graphs.find(step, args, kwargs, self._num_steps)
 
     def _do_without(
         self, reason: str, cause: Exception | None = None, instead: str = "takes eager steps"
@@ -277,8 +300,8 @@ class CompiledSVI(EagerSVI):
                 f"CompiledSVI cannot compile this step: {reason}. With fallback=True, it warns "
                 "instead and goes on without a compiled graph."
             ) from cause
-        if reason not in self._graphs.warned:
-            self._graphs.warned.add(reason)
+        if reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=4)
 
     def _raise_for(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -289,61 +312,3 @@ class CompiledSVI(EagerSVI):
             f"CompiledSVI: the loss is {loss}. Check the data, the parameters and the learning "
             "rate; this step has not changed the parameters."
         )
-
-
-@dataclass
-class _Graphs:
-    """The graphs of an SVI, and the reasons for steps without a graph."""
-
-    backend: Backend
-    by_key: dict[Any, list[CompiledStep]] = field(default_factory=dict)
-    lifts: bool = True
-    given_up: set[bool] = field(default_factory=set)
-    with_gradients: set[str] = field(default_factory=set)
-    warned: set[str] = field(default_factory=set)
-
-    @property
-    def count(self) -> int:
-        """The number of graphs."""
-        return sum(map(len, self.by_key.values()))
-
-
-class _Ready(NamedTuple):
-    """A graph with the inputs of one step."""
-
-    graph: CompiledStep
-    params: dict[str, Tensor]
-    arguments: Arguments
-    inputs: list[Tensor]
-
-
-def _describe(leaf: Any, lifts: bool) -> Any:
-    if isinstance(leaf, Tensor):
-        return layout(leaf) if leaf.layout == torch.strided else (leaf.layout, leaf.shape)
-    if type(leaf) is float and lifts:
-        return float
-    if isinstance(leaf, (bool, int, float, str, bytes, type(None))):
-        return type(leaf), leaf
-    return _SameObject(leaf)
-
-
-class _SameObject:
-    """A key that compares an object by identity, and keeps it alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SameObject) and self.value is other.value
-
-
-def _context() -> tuple[Any, ...]:
-    """Return the global settings of torch that change the operations of a step."""
-    autocast = [
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-    ]
-    return torch.get_default_dtype(), *autocast

@@ -66,6 +66,12 @@ class JointOptimizer:
     def _make_optimizer(self, param: Tensor) -> None:
         """Make the optimiser of a new parameter, in the same way as Pyro."""
         optim = self.optim
+        if param.is_inference():
+            name = pyro.get_param_store().param_name(param)
+            raise RuntimeError(
+                f"Parameter '{name}' was created in torch.inference_mode(), so it cannot be "
+                "trained. Create it outside, or use torch.no_grad()."
+            )
         own = optim.optim_objs[param] = make_optimizer(optim, param)
         optim.grad_clip[param] = make_grad_clip(optim, param)
         name = pyro.get_param_store().param_name(param)

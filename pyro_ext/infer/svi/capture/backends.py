@@ -36,8 +36,6 @@ def compile_graph(
 
     :raises CompileError: if the backend fails.
     """
-    if backend.name == "eager":
-        return graph
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's warnings about itself
         try:
@@ -51,8 +49,11 @@ def compile_graph(
 
 def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Any:
     compiler = inductor()
-    # The eager generator gives the same random numbers as a step of Pyro, and is faster.
-    with compiler.config.patch({**compiler.list_mode_options(mode), "fallback_random": True}):
+    # The eager generator gives the same random numbers as a step of Pyro, and is faster. To save
+    # memory, some versions of the compiler put random operations into another order.
+    options = {"fallback_random": True, "reorder_for_peak_memory": False}
+    options = {key: value for key, value in options.items() if hasattr(compiler.config, key)}
+    with compiler.config.patch({**compiler.list_mode_options(mode), **options}):
         decompositions = {
             operator: decomposition
             for operator, decomposition in compiler.select_decomp_table().items()

@@ -1,9 +1,8 @@
 """Builds, checks and runs one captured step."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import pytree
+from pyro_ext._private.of_torch import pytree, storage_of
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
-from pyro_ext.infer.svi.capture.graph import capture, compute
+from pyro_ext.infer.svi.capture.comparison import Results, coarsest, difference, rehearse
+from pyro_ext.infer.svi.capture.graph import LOCK, capture, compute
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     TensorSource,
@@ -79,8 +80,7 @@ class Step:
             with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = self._evaluate(self.svi_loss, arguments)
-            dtype = None if isinstance(loss, Tensor) else torch.float64
-            return [torch.as_tensor(loss, dtype=dtype), *(params[name].grad for name in names)]
+            return [as_tensor(loss), *(params[name].grad for name in names)]
         finally:
             for param, gradient in before.items():
                 param.grad = gradient
@@ -105,21 +105,38 @@ class Step:
 
 @dataclass
 class CompiledStep:
-    """A captured step, and the conditions under which it is valid."""
+    """A captured step, and the conditions under which it is valid.
+
+    :ivar graph: the graph as it was captured.
+    :ivar run: the compiled graph.
+    :ivar is_compiled: whether ``run`` is another function than ``graph``.
+    :ivar sources: the places of the tensors that the graph reads, other than its arguments.
+    :ivar written: the positions of the inputs that the graph changes in place.
+    :ivar names: the parameters whose gradients the graph returns.
+    :ivar tied: pairs of names of the same parameter.
+    :ivar eps: the coarsest rounding error of its operations.
+    :ivar checked_at: the number of steps of the SVI when the graph was last compared with the
+        programs.
+    :ivar audit_times: the runs after which to compare them again.
+    """
 
     step: Step
+    graph: GraphModule
     run: Callable[..., _Outputs]
+    is_compiled: bool
     sources: list[TensorSource]
+    written: list[int]
     names: list[str]
     tied: list[tuple[str, str]]
     reachable: ReachableState
     lifted: LiftedFloats
     log: OperationLog
-    num_runs: int = 0
+    eps: float
+    audit_times: AuditTimes = field(default_factory=AuditTimes)
+    checked_at: int = 0
 
     def __call__(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Return the loss, then the gradients in the order of ``names``."""
-        self.num_runs += 1
         self.lifted.update()
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
@@ -140,18 +157,60 @@ class CompiledStep:
             found.append(tensor)
         return found
 
-    def audit(self, arguments: Arguments) -> str | None:
-        """Compare the current operations of the programs with the captured ones.
+    def tensors_written(self, arguments: Arguments, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return those arguments and inputs that the graph changes in place."""
+        tensors = [*self.lifted.lift(arguments).tensors, *inputs]
+        return [tensors[index] for index in self.written]
 
-        :returns: the first difference; None if there is none.
+    def rehearse(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Results:
+        """Return the results of a run of the graph on the next noise, and undo its effects."""
+        written = self.tensors_written(arguments, inputs)
+        return rehearse(lambda: self(arguments, inputs)[: len(self.names) + 1], written)
+
+    def compare(
+        self, arguments: Arguments, inputs: Sequence[Tensor], expected: Results, found: Results
+    ) -> str | None:
+        """Compare the results of the programs with those of the graph.
+
+        If they differ by more than a few rounding errors, the operations of the programs are
+        compared as well. Then only rounding can be the reason, unless the compiler is wrong.
+
+        :param arguments: the arguments of the step.
+        :param inputs: the other tensors that the graph reads.
+        :param expected: the results of the programs.
+        :param found: the results of the graph on the same noise and state.
+        :returns: the difference of programs and graph; None if there is none beyond rounding.
+        :raises CompileError: if only the compiled graph differs.
         """
+        if difference(expected, found, self.names, self.eps, is_strict=True) is None:
+            return None
         aliases = self.lifted.lift(arguments).aliases
+        tensors = [*aliases.tensors, *inputs]
+        written = [tensors[index] for index in self.written]
         try:
-            with kept_random_states(_SEED), self.lifted.in_place():
-                now, _ = log_operations(partial(self.step.compute, aliases))
+            with self.lifted.in_place(), kept_random_states(_SEED):
+                now, outcome = log_operations(partial(self.step.compute, aliases))
+                state = torch.get_rng_state()
         except CaptureError as error:
             return str(error)
-        return self.log.difference(now)
+        reason = self.log.difference(now)
+        if reason is not None:
+            return reason
+        run = partial(self.graph, *tensors)
+        plain = rehearse(lambda: run()[: len(self.names) + 1], written, _SEED)
+        direct = Results(outcome.tensors, plain.written, state)
+        reason = difference(direct, plain, self.names, self.eps, is_strict=True)
+        if reason is not None:
+            return f"{reason}, because a tensor that no name leads to has changed"
+        reason = difference(expected, found, self.names, self.eps)
+        if reason is None or not self.is_compiled:
+            return reason
+        plain = rehearse(lambda: run()[: len(self.names) + 1], written, _SEED)
+        as_svi = partial(self.step.run_as_svi, arguments, self.names)
+        other = difference(rehearse(as_svi, written, _SEED), plain, self.names, self.eps)
+        if other is not None:
+            return other
+        raise CompileError(f"the compiled graph gives other results than the programs: {reason}")
 
 
 class NeedsEagerStepError(Exception):
@@ -167,11 +226,26 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
         the objective.
     :param backend: the settings for compiling.
     :returns: the compiled step.
-    :raises CaptureError: if a graph would give other results than the programs.
+    :raises CaptureError: if a graph would give other results than the programs, or if anything goes
+        wrong during the capture.
     :raises NeedsEagerStepError: if the programs create parameters.
-    :raises CompileError: if the compiler fails.
-    :raises RuntimeError: if the compiled graph gives other results than the programs.
+    :raises CompileError: if the compiler fails, or the compiled graph gives other results.
     """
+    known = set(current_params())
+    with LOCK:
+        try:
+            return _build(step, arguments, lifts, backend)
+        except (CaptureError, CompileError, NeedsEagerStepError):
+            raise
+        except Exception as error:
+            line = str(error).partition("\n")[0].rstrip(".")
+            raise CaptureError(f"its capture fails with {type(error).__name__} ({line})") from error
+        finally:
+            for name in current_params().keys() - known:
+                del pyro.get_param_store()[name]
+
+
+def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
     if any(tensor.requires_grad for tensor in arguments.tensors):
         raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
     if any(tensor.layout != torch.strided for tensor in arguments.tensors):
@@ -179,6 +253,11 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
     before = find_reachable(step.roots, [*lifted.labels, _SCHEDULE])
+    if before.iterators:
+        raise CaptureError(
+            f"the model or guide reaches the iterator '{before.iterators[0]}', which a capture "
+            "would advance. Pass the values as arguments"
+        )
     try:
         with lifted.in_place():
             log, reachable, externals, outcome = _log_twice(step, arguments, aliases, lifted)
@@ -186,19 +265,27 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
             with kept_random_states(_SEED + 2), log.undone():
                 graph = capture(partial(step.compute, aliases), inputs)
         names = list(outcome.gradients)
-        expected = _outputs(partial(step.run_as_svi, arguments, names), log)
+        written = _written(log, inputs)
+        eps = coarsest(log.dtypes)
+        as_svi = partial(step.run_as_svi, arguments, names)
+        expected = rehearse(as_svi, log.originals, _SEED + 3)
 
-        def difference(run: Callable[..., _Outputs]) -> str | None:
-            return _difference(expected, _outputs(partial(run, *inputs), log), names)
+        def difference_of(run: Callable[..., _Outputs]) -> str | None:
+            run_on_inputs = lambda: run(*inputs)[: len(names) + 1]  # noqa: E731
+            found = rehearse(run_on_inputs, log.originals, _SEED + 3)
+            return difference(expected, found, names, eps)
 
-        compiled = _compile(graph, inputs, backend, difference)
+        compiled = _compile(graph, inputs, backend, difference_of)
     finally:
         before.restore()
     params = current_params()
     return CompiledStep(
         step=step,
+        graph=graph,
         run=compiled,
+        is_compiled=compiled is not graph,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
+        written=written,
         names=names,
         tied=[
             (name, other)
@@ -208,8 +295,15 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
         ],
         reachable=reachable,
         lifted=lifted,
-        log=log,
+        log=log.without_tensors(),
+        eps=eps,
     )
+
+
+def _written(log: OperationLog, inputs: Sequence[Tensor]) -> list[int]:
+    """Return the positions of the inputs that a run changes in place."""
+    storages = {storage_of(tensor) for tensor in log.originals}
+    return [index for index, tensor in enumerate(inputs) if storage_of(tensor) in storages]
 
 
 def _log_twice(
@@ -227,10 +321,7 @@ def _log_twice(
     with kept_random_states(_SEED):
         # Programs may initialise themselves in a first run, for example by counting plates.
         warm_up, _ = log_operations(run)
-    born = current_params().keys() - known
-    if born:
-        for name in born:
-            del pyro.get_param_store()[name]
+    if current_params().keys() - known:
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
@@ -263,67 +354,36 @@ def _compile(
     graph: GraphModule,
     inputs: Sequence[Tensor],
     backend: Backend,
-    difference: Callable[[Callable[..., _Outputs]], str | None],
+    difference_of: Callable[[Callable[..., _Outputs]], str | None],
 ) -> Callable[..., _Outputs]:
     """Compile a graph, and compare its outputs with those of the programs before and after.
 
-    :param difference: a function that returns the first difference between the outputs of a graph
-        and those of the programs, or None.
+    :param difference_of: a function that returns the first difference between the outputs of a
+        graph and those of the programs, or None.
     :returns: the compiled graph.
     """
-    reason = difference(graph)
+    reason = difference_of(graph)
     if reason is not None:
         raise CaptureError(
             f"the graph gives other results than the eager step: {reason}. Check that the loss and "
             "the differentiable_loss of the ELBO agree"
         )
+    if backend.name == "eager":
+        return graph
     compiled = compile_graph(graph, inputs, backend)
     try:
-        reason = difference(compiled)
+        reason = difference_of(compiled)
     except Exception as error:
         line = str(error).partition("\n")[0]
         raise CompileError(f"the graph compiled by {backend.name} fails ({line})") from error
     if reason is not None:
-        raise RuntimeError(
-            f"CompiledSVI: the graph compiled by {backend.name} gives other results than the eager "
-            f"step: {reason}. Use backend='eager', which runs the graph without compiling it."
+        raise CompileError(
+            f"the graph compiled by {backend.name} gives other results than the eager step: "
+            f"{reason}"
         )
     return compiled
 
 
-def _outputs(run: Callable[[], _Outputs], log: OperationLog) -> list[Any]:
-    """Return the outputs for new noise, and the state of the random generator after the run."""
-    with log.undone(), kept_random_states(_SEED + 3), torch.no_grad():
-        outputs = [x if x is None else x.detach().clone() for x in run()]
-        return [*outputs, torch.get_rng_state()]
-
-
-def _difference(expected: Sequence[Any], found: Sequence[Any], names: Sequence[str]) -> str | None:
-    """Return the first difference of outputs beyond rounding, or None."""
-    if not torch.equal(expected[-1], found[-1]):
-        return "the two draw different random numbers"
-    gradients = [x for x in expected[1:-1] if x is not None]
-    largest = max((_max_abs(x) for x in gradients), default=0.0)
-    labels = ["the loss", *(f"the gradient of '{name}'" for name in names)]
-    pairs = zip(labels, expected, found, strict=False)
-    for i, (label, x, y) in enumerate(pairs):
-        if x is None or y is None:
-            if x is not y:
-                return f"{label} exists in only one of the two"
-            continue
-        if i > 0 and x.dtype != y.dtype:
-            return f"{label} has dtype {y.dtype}, not {x.dtype}"
-        eps = torch.finfo(y.dtype).eps
-        tolerance = math.sqrt(eps) * _max_abs(x) + 100 * eps * largest
-        finite = x.isfinite()
-        if not torch.equal(finite, y.isfinite()):
-            return f"{label} is finite in only one of the two"
-        difference = _max_abs((x - y)[finite])
-        if difference > tolerance:
-            return f"{label} differs by {difference:.3g} (largest entry: {_max_abs(x):.3g})"
-    return None
-
-
-def _max_abs(x: Tensor) -> float:
-    x = x[x.isfinite()]
-    return float(x.abs().max()) if x.numel() else 0.0
+def as_tensor(loss: Any) -> Tensor:
+    """Return a loss as a tensor without dims."""
+    return torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64)

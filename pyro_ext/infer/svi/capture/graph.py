@@ -1,12 +1,14 @@
 """Captures the loss and gradients of a step as a graph, a function of tensors only."""
 
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ext._private.of_torch import storage_of, without_validation
+from pyro_ext._private.of_torch import storage_of
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.capture.operation_log import (
     CaptureError,
@@ -67,29 +69,58 @@ def _own_gradients(
     return own
 
 
+#: One capture at a time, because a capture replaces functions of torch and Pyro for its thread.
+LOCK = threading.RLock()
+
+
 @contextmanager
 def without_looking_at_values() -> Iterator[None]:
-    """Turn off all checks that read values: validation, and Pyro's warnings of NaN."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("pyro.infer")]
-    initialize = Distribution.__init__
+    """Turn off all checks that read values: validation, and Pyro's warnings of NaN.
+
+    They stay on in other threads.
+    """
+    thread = threading.get_ident()
+    initialize, validate = Distribution.__init__, Distribution._validate_sample
 
     def initialize_unchecked(self: Any, *args: Any, **kwargs: Any) -> None:
-        shapes = args[:2]  # the third is validate_args
-        initialize(self, *shapes, **{**kwargs, "validate_args": False})
+        if threading.get_ident() == thread:
+            # Distributions with validate_args=True ignore the global switch.
+            args, kwargs = args[:2], {**kwargs, "validate_args": False}
+        initialize(self, *args, **kwargs)
 
-    with ExitStack() as stack:
-        stack.enter_context(pyro.validation_enabled(False))
-        # Distributions made earlier, or with validate_args=True, ignore the global switch.
+    def accept(self: Any, value: Tensor) -> None:
+        if threading.get_ident() != thread:
+            validate(self, value)
+
+    with LOCK, ExitStack() as stack:
         stack.enter_context(patch.object(Distribution, "__init__", initialize_unchecked))
-        stack.enter_context(without_validation())
-        for module in modules:
-            if hasattr(module, "warn_if_nan"):
-                stack.enter_context(patch.object(module, "warn_if_nan", _do_nothing))
+        stack.enter_context(patch.object(Distribution, "_validate_sample", accept))
+        for module, (name, otherwise) in itertools.product(list(sys.modules.values()), _CHECKS):
+            original = vars(module).get(name) if isinstance(module, ModuleType) else None
+            if callable(original) and original.__module__.startswith("pyro."):
+                replaced = _unless_in(thread, original, otherwise)
+                stack.enter_context(patch.object(module, name, replaced))
         yield
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+#: Functions of Pyro that read values, or decide whether to read them, with replacements.
+_CHECKS: list[tuple[str, Callable[..., Any]]] = [
+    ("is_validation_enabled", lambda: False),
+    ("warn_if_nan", lambda value, *args, **kwargs: value),
+    ("warn_if_inf", lambda value, *args, **kwargs: value),
+]
+
+
+def _unless_in(
+    thread: int, function: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a function that is replaced by another one in one thread."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = otherwise if threading.get_ident() == thread else function
+        return chosen(*args, **kwargs)
+
+    return call
 
 
 def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:

@@ -32,35 +32,36 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """The place where each step finds a tensor that the graph reads."""
+    """The places where each step finds a tensor that the graph reads."""
 
     tensor: Tensor
-    place: Place | None
+    places: list[Place]
     param: str | None
     layout: tuple[Any, ...]
 
     def get(self, params: dict[str, Tensor]) -> Tensor | None:
-        """Return the current tensor at this place, or None if it does not fit the graph."""
+        """Return the current tensor at these places, or None if it does not fit the graph."""
         if self.param is not None:
             now = params.get(self.param)
-        elif self.place is None:
-            now = self.tensor
+        elif self.places:
+            now = self.places[0].get()
+            if any(place.get() is not now for place in self.places[1:]):
+                return None  # nothing shows which of the places the programs read
         else:
-            value = self.place.get()
-            now = value if isinstance(value, Tensor) else None
-        return now if now is not None and layout(now) == self.layout else None
+            now = self.tensor
+        return now if isinstance(now, Tensor) and layout(now) == self.layout else None
 
 
 def find_source(
     tensor: Tensor, params: dict[str, Tensor], reachable: ReachableState
 ) -> TensorSource:
-    """Find the place of an external tensor of a run.
+    """Find the places of an external tensor of a run.
 
-    It is in the param store, or has a name. Otherwise the source keeps the tensor itself.
+    It is in the param store, or has names. Otherwise the source keeps the tensor itself.
     """
     name = next((name for name, param in params.items() if param is tensor), None)
-    place = reachable.place_of(tensor) if name is None else None
-    return TensorSource(tensor, place, name, layout(tensor))
+    places = reachable.places_of(tensor) if name is None else []
+    return TensorSource(tensor, places, name, layout(tensor))
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:

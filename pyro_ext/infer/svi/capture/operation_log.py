@@ -86,9 +86,17 @@ class TensorsForNumbers(TorchFunctionMode):
 
     ``item()`` returns a detached tensor. Arithmetic with it works. A branch on it, or a conversion
     to a NumPy array, raises an error in a capture.
+
+    :param touch: a function that is called with each tensor whose values or shape are used.
     """
 
+    def __init__(self, touch: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.touch = touch
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.touch is not None and args and isinstance(args[0], Tensor):
+            self.touch(args[0])
         if func is Tensor.item:
             return args[0].detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
@@ -124,6 +132,8 @@ class OperationLog:
     externals: list[Tensor] = field(default_factory=list)
     #: External tensors that the run changed in place, with copies of their old values.
     originals: dict[Tensor, Tensor] = field(default_factory=dict)
+    #: The dtypes of the results of all operations.
+    dtypes: set[torch.dtype] = field(default_factory=set)
     #: Modules that the run called.
     modules: list[nn.Module] = field(default_factory=list)
     #: Names of the parameters that the programs used.
@@ -142,6 +152,10 @@ class OperationLog:
             with torch.no_grad():
                 for external, original in self.originals.items():
                     external.copy_(original)
+
+    def without_tensors(self) -> "OperationLog":
+        """Return the operations and names alone, which :meth:`difference` compares."""
+        return OperationLog(self.operations, param_names=self.param_names)
 
     def difference(self, other: "OperationLog") -> str | None:
         """Return the first difference from the operations of another run, or None."""
@@ -196,7 +210,9 @@ class _Logger(TorchDispatchMode):
         else:
             name, numbers = str(func), repr([x for x in flat if not isinstance(x, Tensor)])
             digest = 0
-            self._add_externals(flat)
+            for x in flat:
+                if isinstance(x, Tensor):
+                    self.add_external(x)
             if schema_of(func).is_mutable or "batch_norm" in name:
                 self._keep_originals(func, args, kwargs)
         for x in flat:
@@ -207,14 +223,15 @@ class _Logger(TorchDispatchMode):
         for x in pytree.tree_leaves(out):
             if isinstance(x, Tensor):
                 self.known[x] = True
+                self.log.dtypes.add(x.dtype)
         return out
 
-    def _add_externals(self, flat: list[Any]) -> None:
-        for x in flat:
-            if isinstance(x, Tensor) and x not in self.known:
-                self.known[x] = True
-                self.owner_of_storage.setdefault(storage_of(x), x)
-                self.log.externals.append(x)
+    def add_external(self, x: Tensor) -> None:
+        """Note that the run uses a tensor, if it has not made it."""
+        if x not in self.known:
+            self.known[x] = True
+            self.owner_of_storage.setdefault(storage_of(x), x)
+            self.log.externals.append(x)
 
     def _keep_originals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, argument in enumerate(schema_of(func).arguments):
@@ -229,11 +246,11 @@ class _Logger(TorchDispatchMode):
 
 
 @contextmanager
-def _logged(site: CurrentSite) -> Iterator[OperationLog]:
+def _logged(site: CurrentSite) -> Iterator[_Logger]:
     """Log all operations, and undo changes in place at the end."""
     log = OperationLog()
-    with log.undone(), called_modules() as log.modules, _Logger(log, site):
-        yield log
+    with log.undone(), called_modules() as log.modules, _Logger(log, site) as logger:
+        yield logger
 
 
 def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
@@ -246,8 +263,10 @@ def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
     """
     site = CurrentSite()
     before = _states_beside_torch()
-    with site.named_in_errors(), site, _logged(site) as log, TensorsForNumbers():
+    # The shape of a tensor may be used without any operation on it.
+    with site.named_in_errors(), site, _logged(site) as logger, TensorsForNumbers(_touch(logger)):
         outcome = run()
+    log = logger.log
     for module, state in _states_beside_torch().items():
         if state != before[module]:
             raise CaptureError(
@@ -260,6 +279,14 @@ def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
         )
     log.param_names = tuple(outcome.params)
     return log, outcome
+
+
+def _touch(logger: _Logger) -> Callable[[Tensor], None]:
+    def touch(x: Tensor) -> None:
+        with DisableTorchFunction():
+            logger.add_external(x)
+
+    return touch
 
 
 def _states_beside_torch() -> dict[str, Any]:
@@ -295,7 +322,7 @@ def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
     with (
         kept_random_states(0),
         poutine.trace(param_only=True) as trace,
-        _logged(CurrentSite()) as log,
+        _logged(CurrentSite()) as logger,
     ):
         run()
-    return log.modules, list(trace.trace.nodes)
+    return logger.log.modules, list(trace.trace.nodes)

@@ -4,13 +4,16 @@ These are attributes, globals, variables of closures, items of containers, and d
 """
 
 import argparse
+import contextlib
 import dis
 import enum
+import io
+import random
 import sys
-from collections import deque
-from collections.abc import Iterable, Sized
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial, partialmethod
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,30 +23,42 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_ext._private.of_torch import buffers_of, children_of, parameters_of
+from pyro_ext._private.of_torch import (
+    buffers_of,
+    children_of,
+    hooks_of,
+    parameters_of,
+)
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.reachable_state import (
-    MAX_ITEMS,
     MISSING,
+    Generator,
     Place,
     ReachableState,
+    Snapshot,
     printable,
 )
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
 _LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "functools", "tqdm", *sys.stdlib_module_names}
 _LIBRARIES -= {"__main__"}
-_NAMESPACES = (SimpleNamespace, argparse.Namespace)
-_KNOWN = (nn.Module, ELBO, Messenger, Distribution)
+#: Objects of libraries that hold values of the user.
+_HOLDERS = (SimpleNamespace, argparse.Namespace, UserDict, UserList)
+_KNOWN = (nn.Module, ELBO, Messenger, Distribution, contextlib.ContextDecorator)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, Distribution)
-_STATEFUL = {"builtins", "collections", "itertools"}
+_METHODS = (FunctionType, staticmethod, classmethod, property, cached_property, partialmethod)
+_STATEFUL = {"builtins", "collections"}
 _MAX_DEPTH, _MAX_PLACES = 8, 20_000
+#: The largest container of plain values, and the largest array, that are compared at each step.
+_MAX_PLAIN, _MAX_ARRAY = 1_000, 10_000
 
 
 def find_reachable(
     roots: Iterable[tuple[str, Any]], unless: Iterable[str] = (), limit: float = _MAX_PLACES
 ) -> ReachableState:
     """Find all values that can be reached by name from some objects.
+
+    A foreign object that raises an error when it is looked at is compared by identity alone.
 
     :param roots: the objects, with their names: programs, modules, objectives and arguments.
     :param unless: the labels of values that may change, which are left out.
@@ -65,9 +80,9 @@ class _Search:
     found: ReachableState = field(default_factory=ReachableState)
     seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
     places: set[tuple[int, Any]] = field(default_factory=set)
-    attribute_names: set[str] = field(default_factory=lambda: {"forward", "__call__"})
+    attribute_names: set[str] = field(default_factory=lambda: {"forward"})
     #: Methods, properties and entries of modules. They are followed once code uses their name.
-    waiting: dict[str, list[tuple[str, Any, int]]] = field(default_factory=dict)
+    waiting: dict[str, list[tuple[Place, int]]] = field(default_factory=dict)
 
     def run(self) -> ReachableState:
         """Visit all pending values and the values that they lead to."""
@@ -75,86 +90,140 @@ class _Search:
             label, value, depth = self.pending.popleft()
             if id(value) not in self.seen:
                 self.seen[id(value)] = value
-                self._look_at(label, value, depth)
+                try:
+                    self._look_at(label, value, depth)
+                except CaptureError:
+                    raise
+                except Exception:  # a foreign object, whose place is compared by identity
+                    continue
         return self.found
 
     def _look_at(self, label: str, value: Any, depth: int) -> None:
-        if isinstance(value, np.random.Generator):
-            generator = value.bit_generator
-            self.found.generators.append((label, generator, generator.state))
+        if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            self._look_at_generator(label, value)
         elif isinstance(value, FunctionType):
-            if _library(value.__globals__.get("__name__")) not in _LIBRARIES:
-                self._look_at_function(value, depth)
+            self._look_at_function(value, depth)
         elif isinstance(value, MethodType):
             self.pending.append((label, value.__func__, depth))
             self.pending.append((type(value.__self__).__name__, value.__self__, depth))
-        elif isinstance(value, partial):
+        elif isinstance(value, (partial, partialmethod)):
             self.pending.append((label, value.func, depth))
-            self._look_at(label, value.args, depth)
-            self._look_at(label, value.keywords, depth)
+            self._look_at_container(label, value.args, depth)
+            self._look_at_container(label, value.keywords, depth)
         elif isinstance(value, ModuleType):
             if _library(value.__name__) not in _LIBRARIES:
                 for key in vars(value):
-                    place = Place(vars(value), key, f"{label}.{key}")
-                    self._follow_once_named(key, place.label, place, depth)
-        elif isinstance(value, (dict, list, tuple)):
+                    self._add_once_named(Place(vars(value), key, f"{label}.{key}"), depth)
+        elif isinstance(value, (dict, list, tuple, deque, set, frozenset)):
             self._look_at_container(label, value, depth)
         elif isinstance(value, type):
-            self._look_at_class(label, value, depth)
+            self._look_at_class(value, depth)
+        elif isinstance(value, property):
+            self.pending += [(label, f, depth) for f in (value.fget, value.fset) if f is not None]
+        elif isinstance(value, cached_property):
+            self.pending.append((label, value.func, depth))
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            self.found.iterators.append(label)
         else:
             self._look_at_instance(label, value, depth)
 
+    def _look_at_generator(self, label: str, value: Any) -> None:
+        read: Callable[[], Any]
+        put_back: Callable[[Any], None]
+        if isinstance(value, random.Random):
+            read, put_back = value.getstate, value.setstate
+        elif isinstance(value, np.random.RandomState):
+            read, put_back = value.get_state, value.set_state
+        else:
+            bits = value.bit_generator
+            read, put_back = lambda: bits.state, partial(setattr, bits, "state")
+        self.found.generators.append(Generator(label, read, put_back, read()))
+
     def _look_at_function(self, function: FunctionType, depth: int) -> None:
-        code = function.__code__
+        code, name = function.__code__, function.__name__
+        is_library = _library(function.__globals__.get("__name__")) in _LIBRARIES
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._add(Place(cell, "cell_contents", variable, is_attribute=True), depth)
+            place = Place(cell, "cell_contents", variable, is_attribute=True)
+            # A decorator of a library holds the function that it decorates.
+            if not is_library or isinstance(place.get(), _FOLLOWED):
+                self._add(place, depth)
+        for key in vars(function):
+            place = Place(vars(function), key, f"{name}.{key}")
+            if key == "__wrapped__":
+                self._add(place, depth)
+            elif not is_library:
+                self._add_once_named(place, depth)
+        if is_library:
+            return
+        for i in range(len(function.__defaults__ or ())):
+            self._add(Place(function.__defaults__, i, f"default {i} of {name}"), depth)
+        for key in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._add(Place(function, key, f"{name}.{key}", is_attribute=True), depth)
         global_names, attribute_names = _names(code)
         for variable in sorted(global_names & function.__globals__.keys()):
             self._add(Place(function.__globals__, variable, variable), depth)
-        for i, default in enumerate(function.__defaults__ or ()):
-            if not isinstance(default, _PLAIN):
-                self.pending.append((f"default {i} of {function.__name__}", default, depth + 1))
-        for name in sorted(attribute_names - self.attribute_names):
-            self.attribute_names.add(name)
-            for waiting in self.waiting.pop(name, ()):
-                self._follow(*waiting)
+        for key in sorted(attribute_names - self.attribute_names):
+            self.attribute_names.add(key)
+            for place, depth_of_place in self.waiting.pop(key, ()):
+                self._add(place, depth_of_place)
 
     def _look_at_container(self, label: str, value: Any, depth: int) -> None:
-        if len(value) > MAX_ITEMS:
+        is_frozen = isinstance(value, (tuple, frozenset))
+        if _is_plain(value):
+            if not is_frozen:
+                self._compare_contents(label, value)
             return
-        for key in value if isinstance(value, dict) else range(len(value)):
-            self._add(Place(value, key, f"{label}[{key!r}]"), depth)
-        if isinstance(value, dict):
-            self.found.copies.append((label, lambda: tuple(value), tuple(value)))
-        elif isinstance(value, list):
-            self.found.copies.append((label, lambda: len(value), len(value)))
+        if isinstance(value, (set, frozenset)):
+            self.pending += [(f"an entry of {label}", item, depth + 1) for item in value]
+        else:
+            for key in value if isinstance(value, dict) else range(len(value)):
+                self._add(Place(value, key, f"{label}[{printable(key)}]"), depth)
+        if isinstance(value, dict) and len(value) <= _MAX_PLAIN:
+            self.found.snapshots.append(Snapshot(label, lambda: tuple(value), tuple(value)))
+        elif not is_frozen:
+            put_back = _put_back(value) if isinstance(value, (list, deque)) else None
+            self.found.snapshots.append(Snapshot(label, lambda: len(value), len(value), put_back))
 
-    def _look_at_class(self, label: str, cls: type, depth: int) -> None:
+    def _compare_contents(self, label: str, value: Any) -> None:
+        """Compare the plain values in a container, or only their number if there are many."""
+        if len(value) > _MAX_PLAIN:
+            self.found.snapshots.append(Snapshot(label, lambda: len(value), len(value)))
+            return
+        copy = value.copy()  # of a subclass, perhaps an instance of the base class
+        convert = type(copy) if type(copy) is not type(value) else lambda x: x
+        self.found.snapshots.append(Snapshot(label, lambda: convert(value), copy, _put_back(value)))
+
+    def _look_at_class(self, cls: type, depth: int) -> None:
         for base in cls.__mro__:
+            if id(base) in self.seen and base is not cls:
+                continue
+            self.seen[id(base)] = base
             if _library(getattr(base, "__module__", "")) in _LIBRARIES:
                 continue
-            for key, value in vars(base).items():
-                function = value.fget if isinstance(value, property) else value
-                if isinstance(value, (staticmethod, classmethod)):
-                    function = value.__func__
-                if isinstance(function, FunctionType):
-                    self._follow_once_named(key, label, function, depth)
-                elif not key.startswith("__") and not hasattr(value, "__get__"):
-                    self._add(Place(vars(base), key, f"{base.__name__}.{key}"), depth)
+            namespace = vars(base)
+            self.found.sizes.append((base.__name__, namespace, len(namespace)))
+            for key, value in namespace.items():
+                is_special = key.startswith("__") and key.endswith("__")
+                place = Place(namespace, key, f"{base.__name__}.{key}")
+                if isinstance(value, _METHODS):
+                    # No name in the code of a program shows the use of a special method.
+                    (self._add if is_special else self._add_once_named)(place, depth)
+                elif not is_special and not hasattr(value, "__get__"):
+                    self._add(place, depth)
 
     def _look_at_instance(self, label: str, value: Any, depth: int) -> None:
         cls = type(value)
         library = _library(getattr(cls, "__module__", ""))
-        is_library = library in _LIBRARIES and not isinstance(value, _NAMESPACES)
+        is_library = library in _LIBRARIES and not isinstance(value, _HOLDERS)
+        attributes = getattr(value, "__dict__", {})
+        for key in ("__wrapped__", "__func__"):  # such as a function with a cache
+            wrapped = getattr(value, key, None)
+            if isinstance(wrapped, FunctionType):
+                self.pending.append((label, wrapped, depth))
         if is_library and not isinstance(value, _KNOWN) and library != "pyro_ext":
             return
         if isinstance(value, nn.Module):
-            for holder in (parameters_of(value), buffers_of(value)):
-                for key in holder:
-                    self._add(Place(holder, key, f"{label}.{key}", is_state=True), depth)
-            for key in children_of(value):
-                self._add(Place(children_of(value), key, f"{label}.{key}"), depth - 1)
-        attributes = getattr(value, "__dict__", {})
+            self._look_at_module(label, value, depth)
         internal = vars(nn.Module()) if isinstance(value, nn.Module) else {}
         for key, entry in attributes.items():
             if key in internal and key != "training":
@@ -166,22 +235,29 @@ class _Search:
             if not is_library or is_known or is_option:
                 self._add(Place(attributes, key, f"{label}.{key}"), depth)
         if not is_library:
-            self._look_at_class(label, cls, depth)
-            self.found.copies.append((label, lambda: tuple(attributes), tuple(attributes)))
+            self._add(Place(value, "__class__", f"{label}.__class__", is_attribute=True), depth)
+            self.found.sizes.append((label, attributes, len(attributes)))
             for key in (key for base in cls.__mro__ for key in _slots(base)):
                 self._add(Place(value, key, f"{label}.{key}", is_attribute=True), depth)
 
-    def _follow_once_named(self, name: str, label: str, value: Any, depth: int) -> None:
-        if name in self.attribute_names:
-            self._follow(label, value, depth)
-        else:
-            self.waiting.setdefault(name, []).append((label, value, depth))
+    def _look_at_module(self, label: str, module: nn.Module, depth: int) -> None:
+        state = [parameters_of(module), buffers_of(module)]
+        others: list[dict[Any, Any]] = [children_of(module), *hooks_of(module)]
+        for holder in state:
+            for key in holder:
+                self._add(Place(holder, key, f"{label}.{key}", is_state=True), depth)
+        for holder in others:
+            for key in holder:
+                self._add(Place(holder, key, f"{label}.{key}"), depth - 1)
+        self.found.sizes += [(label, holder, len(holder)) for holder in (*state, *others)]
+        # A parametrisation replaces the class.
+        self._add(Place(module, "__class__", f"{label}.__class__", is_attribute=True), depth)
 
-    def _follow(self, label: str, value: Any, depth: int) -> None:
-        if isinstance(value, Place):
-            self._add(value, depth)
+    def _add_once_named(self, place: Place, depth: int) -> None:
+        if place.key in self.attribute_names:
+            self._add(place, depth)
         else:
-            self.pending.append((label, value, depth))
+            self.waiting.setdefault(place.key, []).append((place, depth))
 
     def _add(self, place: Place, depth: int) -> None:
         entry = place.get()
@@ -198,14 +274,13 @@ class _Search:
             self.found.tensors.append((place, entry))
             return
         self.found.objects.append((place, entry))
-        is_plain_list = isinstance(entry, list) and all(isinstance(x, _PLAIN) for x in entry)
-        is_array = isinstance(entry, np.ndarray) and entry.size <= MAX_ITEMS
-        is_set = isinstance(entry, (set, frozenset)) and len(entry) <= MAX_ITEMS
-        if is_plain_list or is_array or is_set:
-            self.found.copies.append((place.label, place.get, entry.copy()))
-        if is_plain_list or isinstance(entry, _PLAIN):
+        if isinstance(entry, _PLAIN):
             return
-        if type(entry).__module__ in _STATEFUL and _size(entry) <= MAX_ITEMS:
+        if isinstance(entry, np.ndarray):
+            if entry.size <= _MAX_ARRAY:
+                self.found.snapshots.append(Snapshot(place.label, place.get, entry.copy()))
+            return
+        if type(entry).__module__ in _STATEFUL and _size(entry) <= _MAX_PLAIN:
             self.found.printed.append((place, printable(entry)))
         if depth < _MAX_DEPTH:
             self.pending.append((place.label, entry, depth + 1))
@@ -222,7 +297,27 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, Sized) else 0
+    return len(value) if isinstance(value, Sized) and not isinstance(value, type) else 0
+
+
+def _put_back(container: Any) -> Callable[[], None]:
+    """Return a function that restores the present contents of a container."""
+    copy = container.copy()
+
+    def put_back() -> None:
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+
+    return put_back
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a container holds only numbers, strings, and containers of these."""
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return isinstance(value, (list, tuple, deque, set, frozenset)) and all(map(_is_plain, value))
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:

@@ -1,15 +1,17 @@
 """Records the values on which a captured graph depends, and the places of its tensors."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from operator import is_
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 MISSING = object()
-#: The largest size of a container or array that is compared by its entries.
-MAX_ITEMS = 100
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,41 @@ class Place:
     key: Any
     label: str
     is_state: bool = False  # a parameter or buffer of a module
-    is_attribute: bool = False  # a slot, or the contents of a closure's cell
+    is_attribute: bool = False  # a slot, the contents of a closure's cell, or the like
 
     def get(self) -> Any:
         """Return the current value at this place, or ``MISSING``."""
         try:
             return getattr(self.holder, self.key) if self.is_attribute else self.holder[self.key]
-        except (KeyError, IndexError, ValueError, AttributeError):
+        except Exception:  # a foreign object may raise anything
             return MISSING
+
+    def put_back(self, value: Any) -> None:
+        """Restore the value of this place, if it has changed and can be set."""
+        if self.get() is not value:
+            with suppress(Exception):
+                if self.is_attribute:
+                    setattr(self.holder, self.key, value)
+                else:
+                    self.holder[self.key] = value
+
+
+class Snapshot(NamedTuple):
+    """The contents of a container or array, of which the place alone shows no change."""
+
+    label: str
+    read: Callable[[], Any]
+    contents: Any
+    put_back: Callable[[], None] | None = None
+
+
+class Generator(NamedTuple):
+    """A random generator outside of torch, with its state."""
+
+    label: str
+    read: Callable[[], Any]
+    put_back: Callable[[Any], None]
+    state: Any
 
 
 @dataclass
@@ -36,14 +65,18 @@ class ReachableState:
 
     #: Places of numbers, strings and other objects, which must stay the same.
     objects: list[tuple[Place, Any]] = field(default_factory=list)
-    #: Containers and arrays with copies. They must stay equal to the copies.
-    copies: list[tuple[str, Callable[[], Any], Any]] = field(default_factory=list)
+    #: Contents of containers and arrays, which must stay equal.
+    snapshots: list[Snapshot] = field(default_factory=list)
+    #: Containers, each of whose entries has a place. Their sizes must stay the same.
+    sizes: list[tuple[str, Sized, int]] = field(default_factory=list)
     #: Places of tensors. Each step may find another tensor there.
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
     #: The ``repr`` of containers and counters. It shows whether the programs change them.
     printed: list[tuple[Place, str]] = field(default_factory=list)
-    #: Generators of NumPy with their states. The programs must not use them.
-    generators: list[tuple[str, np.random.BitGenerator, Any]] = field(default_factory=list)
+    #: Generators of NumPy and Python with their states. The programs must not use them.
+    generators: list[Generator] = field(default_factory=list)
+    #: Labels of iterators. A run of the programs might advance them, and nothing moves them back.
+    iterators: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -57,16 +90,41 @@ class ReachableState:
                 found[label] = tensor
         return found
 
+    @cached_property
+    def _by_kind(self) -> tuple[list[tuple[Any, Any]], list[Any], list[tuple[Any, Any]], list[Any]]:
+        entries = [(place, value) for place, value in self.objects if not place.is_attribute]
+        attributes = [(place, value) for place, value in self.objects if place.is_attribute]
+        return (
+            [(place.holder, place.key) for place, _ in entries],
+            [value for _, value in entries],
+            [(place.holder, place.key) for place, _ in attributes],
+            [value for _, value in attributes],
+        )
+
     def changed(self) -> str | None:
         """Return the label of the first value that has changed, or None."""
-        for place, value in self.objects:
-            now = place.get()
-            if now is not value and not (type(now) is type(value) and _is_equal(now, value)):
-                return place.label
-        for label, read, value in self.copies:
-            if not _is_equal(read(), value):
+        if not self._all_identical():
+            for place, value in self.objects:
+                now = place.get()
+                if now is not value and not _is_equal(now, value):
+                    return place.label
+        for label, read, contents, _ in self.snapshots:
+            if not _is_equal(read(), contents):
+                return label
+        for label, container, size in self.sizes:
+            if len(container) != size:
                 return label
         return None
+
+    def _all_identical(self) -> bool:
+        """Return whether every object is the same. This is fast, because it is so nearly always."""
+        entries, values, attributes, attribute_values = self._by_kind
+        try:
+            return all(map(is_, [holder[key] for holder, key in entries], values)) and all(
+                map(is_, [getattr(holder, key) for holder, key in attributes], attribute_values)
+            )
+        except Exception:
+            return False
 
     def changed_by_programs(self) -> str | None:
         """Return the label of the first value that runs of the programs have changed, or None.
@@ -79,22 +137,25 @@ class ReachableState:
         for place, tensor in self.tensors:
             if place.get() is not tensor:
                 return place.label
-        for label, generator, state in self.generators:
-            if str(generator.state) != str(state):
+        for label, read, _, state in self.generators:
+            if str(read()) != str(state):
                 return label
         return self.changed()
 
     def restore(self) -> None:
         """Restore the values that the programs have replaced."""
         for place, value in [*self.objects, *self.tensors]:
-            if place.get() is not value and isinstance(place.holder, (dict, list)):
-                place.holder[place.key] = value
-        for _, generator, state in self.generators:
-            generator.state = state
+            place.put_back(value)
+        for snapshot in self.snapshots:
+            if snapshot.put_back is not None and not _is_equal(snapshot.read(), snapshot.contents):
+                with suppress(Exception):
+                    snapshot.put_back()
+        for generator in self.generators:
+            generator.put_back(generator.state)
 
-    def place_of(self, tensor: Tensor) -> Place | None:
-        """Return the place of a tensor, or None."""
-        return next((place for place, known in self.tensors if known is tensor), None)
+    def places_of(self, tensor: Tensor) -> list[Place]:
+        """Return all places of a tensor."""
+        return [place for place, known in self.tensors if known is tensor]
 
 
 def printable(value: Any) -> str:
@@ -106,9 +167,26 @@ def printable(value: Any) -> str:
 
 
 def _is_equal(now: Any, value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return isinstance(now, np.ndarray) and np.array_equal(now, value)
-    return isinstance(value, _EQUATABLE) and bool(now == value)
+    """Return whether two values are equal. NaN equals NaN, and foreign objects equal nothing."""
+    if type(now) is not type(value):
+        return False
+    try:
+        if isinstance(value, np.ndarray):
+            return bool(np.array_equal(now, value, equal_nan=value.dtype.kind in "fc"))
+        if not isinstance(value, _EQUATABLE):
+            return False
+        if now == value:
+            return True
+        if isinstance(value, (tuple, list, deque)):  # perhaps because of a NaN
+            pairs = zip(now, value, strict=True)
+        elif isinstance(value, dict):
+            pairs = zip([*now, *now.values()], [*value, *value.values()], strict=True)
+        else:
+            return bool(now != now and value != value)
+        return all(a is b or _is_equal(a, b) for a, b in pairs)
+    except Exception:  # entries of containers may be foreign objects
+        return False
 
 
-_EQUATABLE = (bool, int, float, complex, str, bytes, tuple, list, set, frozenset, np.generic)
+_SCALARS = (bool, int, float, complex, str, bytes, np.generic)
+_EQUATABLE = (*_SCALARS, tuple, list, deque, dict, set, frozenset)

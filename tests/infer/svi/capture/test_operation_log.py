@@ -90,7 +90,7 @@ REFUSED = {
     "numpy.random": (numpy_random_numbers, "random numbers from the module numpy.random"),
     "generator": (numpy_generator, "the model or guide changes 'default 0 of numpy_generator'"),
     "generator's array": (numpy_array, "the model or guide changes 'default 0 of numpy_array'"),
-    "counter": (counter, "the model or guide changes 'COUNTS' when it runs"),
+    "counter": (counter, "reaches the iterator 'COUNTS', which a capture would advance"),
 }
 
 

@@ -1,0 +1,194 @@
+"""Keeps the graphs of steps, finds the one for a step, and gives up where there is none."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_ext._private.of_torch import global_hooks, pytree
+from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_leaf
+from pyro_ext.infer.svi.capture.audit_times import AuditTimes
+from pyro_ext.infer.svi.capture.backends import Backend, CompileError
+from pyro_ext.infer.svi.capture.comparison import Results
+from pyro_ext.infer.svi.capture.compiled_step import (
+    CompiledStep,
+    NeedsEagerStepError,
+    Step,
+    build_step,
+)
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext.infer.svi.capture.operation_log import CaptureError
+
+_WITHOUT_COMPILER = "runs graphs without compiling them"
+
+
+class ReadyGraph(NamedTuple):
+    """A graph with the inputs of one step."""
+
+    graph: CompiledStep
+    params: dict[str, Tensor]
+    arguments: Arguments
+    inputs: list[Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters whose gradients the graph returns."""
+        return self.graph.names
+
+
+class Graphs:
+    """The graphs of an SVI.
+
+    :param backend: the settings for compiling.
+    :param max_graphs: the largest number of graphs.
+    :param audit_every: the largest number of runs of a graph from one audit to the next.
+    :param report: a function that is told why a step has no graph: the reason, the error behind it,
+        and what happens instead of a compiled step.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        max_graphs: int,
+        audit_every: int,
+        report: Callable[..., None],
+    ) -> None:
+        self.backend = backend
+        self.max_graphs = max_graphs
+        self.audit_every = audit_every
+        self.report = report
+        self._by_key: dict[Any, list[CompiledStep]] = {}
+        self._given_up: set[bool] = set()
+        self._lifts = True
+        self._num_built = 0
+
+    @property
+    def count(self) -> int:
+        """The number of graphs."""
+        return sum(map(len, self._by_key.values()))
+
+    def find(
+        self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int
+    ) -> ReadyGraph | None:
+        """Return the graph for a step, or None for an eager step.
+
+        If there is no such graph yet, capture one.
+
+        :param step: the step.
+        :param args: positional arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :param num_steps: the number of steps of the SVI so far.
+        """
+        if step.has_gradients in self._given_up:
+            return None
+        if pyro.settings.get("module_local_params"):
+            self.report(
+                "with the setting module_local_params, parameters are not in the param store, from "
+                "which a graph reads them"
+            )
+            return None
+        arguments = Arguments(*pytree.tree_flatten((args, kwargs)))
+        objects = step.objective, step.model, step.guide, *step.handlers, *global_hooks()
+        key = (
+            step.has_gradients,
+            str(arguments.spec),  # older versions of torch cannot hash a spec
+            *(describe_leaf(leaf, self._lifts) for leaf in arguments.leaves),
+            *map(SameObject, objects),
+            *_context(),
+        )
+        params = current_params()
+        reason = "the arguments differ"
+        for graph in self._by_key.get(key, ()):
+            changed = graph.reachable.changed()
+            inputs = graph.inputs(params) if changed is None else None
+            if inputs is not None:
+                return ReadyGraph(graph, params, arguments, inputs)
+            reason = (
+                "a tensor has another shape, dtype or device"
+                if changed is None
+                else f"'{changed}' has another value"
+            )
+        if self.count >= self.max_graphs:
+            self.report(
+                f"there are max_graphs={self.max_graphs} graphs, and now {reason}. Set max_graphs "
+                "higher, or change fewer values between steps"
+            )
+            return None
+        try:
+            built = build_step(step, arguments, self._lifts, self.backend)
+        except NeedsEagerStepError:
+            return None
+        except CompileError as error:
+            self._stop_compiling(str(error), error)
+            return self.find(step, args, kwargs, num_steps)
+        except CaptureError as error:
+            if self._lifts:
+                # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
+                self._lifts = False
+                return self.find(step, args, kwargs, num_steps)
+            self._given_up.add(step.has_gradients)
+            self.report(str(error), error)
+            return None
+        built.checked_at = num_steps
+        built.audit_times = AuditTimes(self.audit_every, self._num_built)
+        self._num_built += 1
+        self._by_key.setdefault(key, []).append(built)
+        params = current_params()
+        inputs = built.inputs(params)
+        return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
+
+    def passes_audit(
+        self,
+        ready: ReadyGraph,
+        expected: Results,
+        found: Results,
+        used: Iterable[str] | None,
+        step: int,
+    ) -> bool:
+        """Compare the results of the programs with those of a graph, and give up if they differ.
+
+        :param ready: the graph, with its inputs.
+        :param expected: the results of the programs.
+        :param found: the results of the graph.
+        :param used: the names of the parameters that the programs use; None if it is not known.
+        :param step: the number of this step.
+        :returns: whether the results are equal up to rounding.
+        """
+        graph = ready.graph
+        late = set(graph.log.param_names) ^ set(used) if used is not None else ()
+        suspect = f"The results of the steps after step {graph.checked_at} are suspect"
+        try:
+            reason = (
+                f"parameter '{min(late)}' is used in only one of two runs of the same step"
+                if late
+                else graph.compare(ready.arguments, ready.inputs, expected, found)
+            )
+        except CompileError as error:
+            self._stop_compiling(f"an audit at step {step} found that {error}. {suspect}", error)
+            return False
+        if reason is not None:
+            self._given_up.add(graph.step.has_gradients)
+            self._by_key.clear()
+            self.report(
+                f"an audit at step {step} found a change that no comparison of values shows: "
+                f"{reason}. {suspect}"
+            )
+            return False
+        graph.checked_at = step
+        return True
+
+    def _stop_compiling(self, reason: str, error: Exception) -> None:
+        self.backend = Backend("eager", self.backend.mode)
+        self._by_key.clear()
+        self.report(reason, error, _WITHOUT_COMPILER)
+
+
+def _context() -> tuple[Any, ...]:
+    """Return the global settings of torch that change the operations of a step."""
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    ]
+    return torch.get_default_dtype(), *autocast
