@@ -15,9 +15,9 @@ from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import has_gradient_hooks
 from pyro_ext.infer.svi.capture.backends import MODES, Backend
 from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.compiled_step import Step, as_tensor
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
+from pyro_ext.infer.svi.capture.step import Step, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
 from pyro_ext.tracing import Program
@@ -195,6 +195,16 @@ class CompiledSVI(EagerSVI):
             if math.isnan(loss):
                 self._raise_for(loss, args, kwargs)
             return loss
+
+    def audit(self) -> None:
+        """Compare the graphs that have taken steps since their last audits with the programs.
+
+        Call it after the last step of a loop of your own. :meth:`run` calls it at its end. It
+        warns of steps whose results are suspect.
+
+        :raises RuntimeError: if an audit fails and ``fallback`` is False.
+        """
+        self._graphs.audit(None, self._num_steps)
 
     def _finish(
         self, params: list[Tensor], names: Iterable[str], gradients: Iterable[Tensor | None]

@@ -1,5 +1,6 @@
 """Keeps the graphs of steps, finds the one for a step, and gives up where there is none."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,15 +12,12 @@ from pyro_ext._private.of_torch import global_hooks, pytree
 from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_leaf
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError
+from pyro_ext.infer.svi.capture.build_step import NeedsEagerStepError, build_step
 from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.compiled_step import (
-    CompiledStep,
-    NeedsEagerStepError,
-    Step,
-    build_step,
-)
+from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
+from pyro_ext.infer.svi.capture.step import Step
 
 _WITHOUT_COMPILER = "runs graphs without compiling them"
 
@@ -100,10 +98,12 @@ class Graphs:
         )
         params = current_params()
         reason = "the arguments differ"
-        for graph in self._by_key.get(key, ()):
+        known = self._by_key.get(key, [])
+        for graph in known:
             changed = graph.reachable.changed()
             inputs = graph.inputs(params) if changed is None else None
             if inputs is not None:
+                graph.last_used_at, graph.last_arguments = num_steps + 1, arguments
                 return ReadyGraph(graph, params, arguments, inputs)
             reason = (
                 "a tensor has another shape, dtype or device"
@@ -115,6 +115,8 @@ class Graphs:
                 f"there are max_graphs={self.max_graphs} graphs, and now {reason}. Set max_graphs "
                 "higher, or change fewer values between steps"
             )
+            return None
+        if not self.audit(known, num_steps + 1):  # because no later audit of these is certain
             return None
         try:
             built = build_step(step, arguments, self._lifts, self.backend)
@@ -131,7 +133,7 @@ class Graphs:
             self._given_up.add(step.has_gradients)
             self.report(str(error), error)
             return None
-        built.checked_at = num_steps
+        built.checked_at = built.last_used_at = num_steps
         built.audit_times = AuditTimes(self.audit_every, self._num_built)
         self._num_built += 1
         self._by_key.setdefault(key, []).append(built)
@@ -158,16 +160,36 @@ class Graphs:
         """
         graph = ready.graph
         late = set(graph.log.param_names) ^ set(used) if used is not None else ()
+
+        def compare() -> str | None:
+            if late:
+                return f"parameter '{min(late)}' is used in only one of two runs of the same step"
+            return graph.compare(ready.arguments, ready.inputs, expected, found)
+
+        return self._is_right(graph, compare, step)
+
+    def audit(self, graphs: Iterable[CompiledStep] | None, step: int) -> bool:
+        """Audit graphs that have taken steps since their last audits.
+
+        :param graphs: the graphs. None stands for all.
+        :param step: the number of this step.
+        :returns: whether their results are those of the programs.
+        """
+        if graphs is None:
+            graphs = itertools.chain.from_iterable(list(self._by_key.values()))
+        late = [graph for graph in graphs if graph.checked_at < graph.last_used_at]
+        return all(self._is_right(graph, graph.verify_again, step) for graph in late)
+
+    def _is_right(self, graph: CompiledStep, audit: Callable[[], str | None], step: int) -> bool:
+        """Audit a graph at a step, and give up if it differs from the programs."""
         suspect = f"The results of the steps after step {graph.checked_at} are suspect"
         try:
-            reason = (
-                f"parameter '{min(late)}' is used in only one of two runs of the same step"
-                if late
-                else graph.compare(ready.arguments, ready.inputs, expected, found)
-            )
+            reason = audit()
         except CompileError as error:
             self._stop_compiling(f"an audit at step {step} found that {error}. {suspect}", error)
             return False
+        except Exception as error:
+            reason = f"a run of the programs raises {type(error).__name__} ({error})"
         if reason is not None:
             self._given_up.add(graph.step.has_gradients)
             self._by_key.clear()

@@ -32,6 +32,7 @@ from pyro_ext._private.of_torch import (
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.reachable_state import (
     MISSING,
+    Entries,
     Generator,
     Place,
     ReachableState,
@@ -178,20 +179,33 @@ class _Search:
         else:
             for key in value if isinstance(value, dict) else range(len(value)):
                 self._add(Place(value, key, f"{label}[{printable(key)}]"), depth)
-        if isinstance(value, dict) and len(value) <= _MAX_PLAIN:
-            self.found.snapshots.append(Snapshot(label, lambda: tuple(value), tuple(value)))
-        elif not is_frozen:
-            put_back = _put_back(value) if isinstance(value, (list, deque)) else None
-            self.found.snapshots.append(Snapshot(label, lambda: len(value), len(value), put_back))
-
-    def _compare_contents(self, label: str, value: Any) -> None:
-        """Compare the plain values in a container, or only their number if there are many."""
-        if len(value) > _MAX_PLAIN:
-            self.found.snapshots.append(Snapshot(label, lambda: len(value), len(value)))
+        if is_frozen:
             return
+        if isinstance(value, dict):
+            self.found.entries.append(Entries(label, value, dict(value)))
+        elif isinstance(value, (list, deque)):
+            self._compare_contents(label, value, has_places=True)
+
+    def _compare_contents(self, label: str, value: Any, has_places: bool = False) -> None:
+        """Compare the contents of a container, or only their number.
+
+        :param label: the name of the container.
+        :param value: the container.
+        :param has_places: whether each entry has a place of its own.
+        """
         copy = value.copy()  # of a subclass, perhaps an instance of the base class
         convert = type(copy) if type(copy) is not type(value) else lambda x: x
-        self.found.snapshots.append(Snapshot(label, lambda: convert(value), copy, _put_back(value)))
+
+        def put_back(contents: Any) -> None:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(copy)
+
+        is_plain = not has_places and len(value) <= _MAX_PLAIN
+        self.found.snapshots.append(
+            Snapshot(label, lambda: convert(value), copy, put_back)
+            if is_plain
+            else Snapshot(label, lambda: len(value), len(value), put_back)
+        )
 
     def _look_at_class(self, cls: type, depth: int) -> None:
         for base in cls.__mro__:
@@ -201,10 +215,10 @@ class _Search:
             if _library(getattr(base, "__module__", "")) in _LIBRARIES:
                 continue
             namespace = vars(base)
-            self.found.sizes.append((base.__name__, namespace, len(namespace)))
+            self.found.entries.append(Entries(base.__name__, namespace, dict(namespace)))
             for key, value in namespace.items():
                 is_special = key.startswith("__") and key.endswith("__")
-                place = Place(namespace, key, f"{base.__name__}.{key}")
+                place = Place(namespace, key, f"{base.__name__}.{key}", owner=base)
                 if isinstance(value, _METHODS):
                     # No name in the code of a program shows the use of a special method.
                     (self._add if is_special else self._add_once_named)(place, depth)
@@ -236,7 +250,7 @@ class _Search:
                 self._add(Place(attributes, key, f"{label}.{key}"), depth)
         if not is_library:
             self._add(Place(value, "__class__", f"{label}.__class__", is_attribute=True), depth)
-            self.found.sizes.append((label, attributes, len(attributes)))
+            self.found.entries.append(Entries(label, attributes, dict(attributes)))
             for key in (key for base in cls.__mro__ for key in _slots(base)):
                 self._add(Place(value, key, f"{label}.{key}", is_attribute=True), depth)
 
@@ -249,7 +263,7 @@ class _Search:
         for holder in others:
             for key in holder:
                 self._add(Place(holder, key, f"{label}.{key}"), depth - 1)
-        self.found.sizes += [(label, holder, len(holder)) for holder in (*state, *others)]
+        self.found.entries += [Entries(label, x, dict(x)) for x in (*state, *others)]
         # A parametrisation replaces the class.
         self._add(Place(module, "__class__", f"{label}.__class__", is_attribute=True), depth)
 
@@ -278,7 +292,9 @@ class _Search:
             return
         if isinstance(entry, np.ndarray):
             if entry.size <= _MAX_ARRAY:
-                self.found.snapshots.append(Snapshot(place.label, place.get, entry.copy()))
+                put_back = partial(np.copyto, entry)
+                snapshot = Snapshot(place.label, place.get, entry.copy(), put_back)
+                self.found.snapshots.append(snapshot)
             return
         if type(entry).__module__ in _STATEFUL and _size(entry) <= _MAX_PLAIN:
             self.found.printed.append((place, printable(entry)))
@@ -298,17 +314,6 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, Sized) and not isinstance(value, type) else 0
-
-
-def _put_back(container: Any) -> Callable[[], None]:
-    """Return a function that restores the present contents of a container."""
-    copy = container.copy()
-
-    def put_back() -> None:
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
-
-    return put_back
 
 
 def _is_plain(value: Any) -> bool:

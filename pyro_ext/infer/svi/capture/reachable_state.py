@@ -1,7 +1,7 @@
 """Records the values on which a captured graph depends, and the places of its tensors."""
 
 from collections import deque
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ class Place:
     label: str
     is_state: bool = False  # a parameter or buffer of a module
     is_attribute: bool = False  # a slot, the contents of a closure's cell, or the like
+    owner: Any = None  # the class whose namespace is the holder
 
     def get(self) -> Any:
         """Return the current value at this place, or ``MISSING``."""
@@ -35,7 +36,9 @@ class Place:
         """Restore the value of this place, if it has changed and can be set."""
         if self.get() is not value:
             with suppress(Exception):
-                if self.is_attribute:
+                if self.owner is not None:
+                    setattr(self.owner, self.key, value)
+                elif self.is_attribute:
                     setattr(self.holder, self.key, value)
                 else:
                     self.holder[self.key] = value
@@ -47,7 +50,23 @@ class Snapshot(NamedTuple):
     label: str
     read: Callable[[], Any]
     contents: Any
-    put_back: Callable[[], None] | None = None
+    put_back: Callable[[Any], None] | None = None
+
+
+class Entries(NamedTuple):
+    """The entries of a namespace, each of which has a place of its own."""
+
+    label: str
+    namespace: Mapping[str, Any]
+    contents: dict[str, Any]
+
+    def put_back(self) -> None:
+        """Remove new entries, and restore those that were removed."""
+        if isinstance(self.namespace, dict):
+            for key in self.namespace.keys() - self.contents.keys():
+                del self.namespace[key]
+            for key in self.contents.keys() - self.namespace.keys():
+                self.namespace[key] = self.contents[key]
 
 
 class Generator(NamedTuple):
@@ -67,8 +86,8 @@ class ReachableState:
     objects: list[tuple[Place, Any]] = field(default_factory=list)
     #: Contents of containers and arrays, which must stay equal.
     snapshots: list[Snapshot] = field(default_factory=list)
-    #: Containers, each of whose entries has a place. Their sizes must stay the same.
-    sizes: list[tuple[str, Sized, int]] = field(default_factory=list)
+    #: Namespaces of objects. They must have no new entries.
+    entries: list[Entries] = field(default_factory=list)
     #: Places of tensors. Each step may find another tensor there.
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
     #: The ``repr`` of containers and counters. It shows whether the programs change them.
@@ -111,8 +130,8 @@ class ReachableState:
         for label, read, contents, _ in self.snapshots:
             if not _is_equal(read(), contents):
                 return label
-        for label, container, size in self.sizes:
-            if len(container) != size:
+        for label, namespace, contents in self.entries:
+            if len(namespace) != len(contents):
                 return label
         return None
 
@@ -144,12 +163,14 @@ class ReachableState:
 
     def restore(self) -> None:
         """Restore the values that the programs have replaced."""
+        for entries in self.entries:
+            entries.put_back()
         for place, value in [*self.objects, *self.tensors]:
             place.put_back(value)
-        for snapshot in self.snapshots:
-            if snapshot.put_back is not None and not _is_equal(snapshot.read(), snapshot.contents):
+        for _, read, contents, put_back in self.snapshots:
+            if put_back is not None and not _is_equal(read(), contents):
                 with suppress(Exception):
-                    snapshot.put_back()
+                    put_back(contents)
         for generator in self.generators:
             generator.put_back(generator.state)
 

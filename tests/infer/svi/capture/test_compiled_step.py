@@ -7,7 +7,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
 from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO
-from pyro_ext.infer.svi.capture import compiled_step
+from pyro_ext.infer.svi.capture import build_step
 from tests.infer.svi.capture.programs import X, assert_follows, guide, observe
 from tests.infer.svi.programs import PROBLEMS, images, vae
 
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(fallback):
     before = {name: p.clone() for name, p in pyro.get_param_store().named_parameters()}
     x = images()
     x[2, 3] = torch.nan
-    with pytest.raises(ValueError, match="of site 'z' of the guide is NaN|found invalid values"):
+    with pytest.raises(ValueError, match=r"of site 'z' of the guide is NaN|found invalid values"):
         svi.step(x)
     for name, param in pyro.get_param_store().named_parameters():
         assert torch.equal(param, before[name])
@@ -144,7 +144,7 @@ def test_a_wrong_compiler_is_found_out(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(compiled_step, "compile_graph", compile_wrongly)
+    monkeypatch.setattr(build_step, "compile_graph", compile_wrongly)
     problem = vae()
     svi = CompiledSVI(*problem[:2], pyro.optim.Adam({"lr": 0.01}), problem.loss)
     with pytest.warns(UserWarning, match=r"runs graphs without .* the gradient of 'vae\$\$\$"):

@@ -1,0 +1,211 @@
+"""Captures, checks and compiles a step."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+from torch import Tensor, strided
+from torch.fx import GraphModule
+
+from pyro_ext._private.of_torch import storage_of
+from pyro_ext._random_states import kept_random_states
+from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
+from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
+from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
+from pyro_ext.infer.svi.capture.graph import LOCK, capture
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, find_source
+from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
+from pyro_ext.infer.svi.capture.operation_log import (
+    CaptureError,
+    OperationLog,
+    Outcome,
+    log_operations,
+)
+from pyro_ext.infer.svi.capture.reachable_search import find_reachable
+from pyro_ext.infer.svi.capture.reachable_state import ReachableState
+from pyro_ext.infer.svi.capture.step import Outputs, Step
+
+_SEED = 20_090_911
+#: The factor of a KL schedule is an input of the graph, and its objective counts losses.
+_IGNORED = ("loss.schedule", "loss._num_losses", "loss._step_of_losses")
+
+
+class NeedsEagerStepError(Exception):
+    """An error for a step that creates parameters. A capture must not draw their first values."""
+
+
+def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
+    """Capture, check and compile a step. Random states and all other states are left unchanged.
+
+    :param step: the step.
+    :param arguments: the arguments of model and guide.
+    :param lifts: whether floats become inputs of the graph, if they are arguments or attributes of
+        the objective.
+    :param backend: the settings for compiling.
+    :returns: the compiled step.
+    :raises CaptureError: if a graph would give other results than the programs, or if anything goes
+        wrong during the capture.
+    :raises NeedsEagerStepError: if the programs create parameters.
+    :raises CompileError: if the compiler fails, or the compiled graph gives other results.
+    """
+    known = set(current_params())
+    with LOCK:
+        try:
+            return _build(step, arguments, lifts, backend)
+        except (CaptureError, CompileError, NeedsEagerStepError):
+            raise
+        except Exception as error:
+            line = str(error).partition("\n")[0].rstrip(".")
+            raise CaptureError(f"its capture fails with {type(error).__name__} ({line})") from error
+        finally:
+            for name in current_params().keys() - known:
+                del pyro.get_param_store()[name]
+
+
+def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
+    if any(tensor.requires_grad for tensor in arguments.tensors):
+        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
+    if any(tensor.layout != strided for tensor in arguments.tensors):
+        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
+    lifted = LiftedFloats(step.objectives, lifts)
+    aliases = lifted.lift(arguments).aliases
+    ignored = [*lifted.labels, *_IGNORED]
+    before = find_reachable(step.roots, ignored)
+    if before.iterators:
+        raise CaptureError(
+            f"the model or guide reaches the iterator '{before.iterators[0]}', which a capture "
+            "would advance. Pass the values as arguments"
+        )
+    try:
+        with lifted.in_place():
+            found = _log_twice(step, arguments, aliases, lifted, ignored)
+            log, roots, reachable, externals, outcome = found
+            inputs = [*aliases.tensors, *externals]
+            with kept_random_states(_SEED + 2), log.undone():
+                graph = capture(partial(step.compute, aliases), inputs)
+        names = list(outcome.gradients)
+        written = _written(log, inputs)
+        eps = coarsest(log.dtypes)
+        as_svi = partial(step.run_as_svi, arguments, names)
+        expected = rehearse(as_svi, log.originals, _SEED + 3)
+
+        def difference_of(run: Callable[..., Outputs]) -> str | None:
+            run_on_inputs = lambda: run(*inputs)[: len(names) + 1]  # noqa: E731
+            found = rehearse(run_on_inputs, log.originals, _SEED + 3)
+            return difference(expected, found, names, eps)
+
+        compiled = _compile(graph, inputs, backend, difference_of)
+    finally:
+        before.restore()
+    params = current_params()
+    return CompiledStep(
+        step=step,
+        graph=graph,
+        run=compiled,
+        is_compiled=compiled is not graph,
+        sources=[find_source(tensor, params, reachable) for tensor in externals],
+        written=written,
+        names=names,
+        tied=[
+            (name, other)
+            for name, param in outcome.params.items()
+            for other in names
+            if name != other and param is outcome.params[other]
+        ],
+        reachable=reachable,
+        lifted=lifted,
+        log=log.without_tensors(),
+        roots=roots,
+        ignored=ignored,
+        eps=eps,
+    )
+
+
+def _written(log: OperationLog, inputs: Sequence[Tensor]) -> list[int]:
+    """Return the positions of the inputs that a run changes in place."""
+    storages = {storage_of(tensor) for tensor in log.originals}
+    return [index for index, tensor in enumerate(inputs) if storage_of(tensor) in storages]
+
+
+def _log_twice(
+    step: Step,
+    arguments: Arguments,
+    aliases: Arguments,
+    lifted: LiftedFloats,
+    ignored: list[str],
+) -> tuple[OperationLog, list[tuple[str, Any]], ReachableState, list[Tensor], Outcome]:
+    """Log two runs with different random numbers, and check that their operations are the same.
+
+    :returns: the log of the second run, the objects from which other values are reachable, these
+        values, the external tensors, and the outcome of the second run.
+    :raises CaptureError: if the runs differ, or if the programs change values that they reach.
+    :raises NeedsEagerStepError: if the programs create parameters.
+    """
+    run = partial(step.compute, aliases)
+    known = set(current_params())
+    with kept_random_states(_SEED):
+        # Programs may initialise themselves in a first run, for example by counting plates.
+        warm_up, _ = log_operations(run)
+    if current_params().keys() - known:
+        raise NeedsEagerStepError
+    opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
+    modules = [(type(module).__name__, module) for module in warm_up.modules]
+    roots = [*step.roots, *opaque, *modules]
+    reachable = find_reachable(roots, ignored)
+    with kept_random_states(_SEED):
+        first, _ = log_operations(run)
+    floats = [
+        alias
+        for alias, leaf in zip(aliases.leaves, arguments.leaves, strict=True)
+        if isinstance(alias, Tensor) and type(leaf) is float
+    ]
+    with kept_random_states(_SEED + 1), lifted.nudged(floats):
+        second, outcome = log_operations(run)
+    changed = reachable.changed_by_programs()
+    reason = (
+        f"the model or guide changes '{changed}' when it runs. Change it outside of them"
+        if changed is not None
+        else first.difference(second) or first.difference_of_externals(second)
+    )
+    if reason is not None:
+        raise CaptureError(reason)
+    given = set(aliases.tensors)
+    externals = zip(first.externals, second.externals, strict=True)
+    # Tensors that differ between the runs, though with equal values, are constants of the graph.
+    lasting = [x for other, x in externals if x is other and x not in given]
+    return second, roots, reachable, lasting, outcome
+
+
+def _compile(
+    graph: GraphModule,
+    inputs: Sequence[Tensor],
+    backend: Backend,
+    difference_of: Callable[[Callable[..., Outputs]], str | None],
+) -> Callable[..., Outputs]:
+    """Compile a graph, and compare its outputs with those of the programs before and after.
+
+    :param difference_of: a function that returns the first difference between the outputs of a
+        graph and those of the programs, or None.
+    :returns: the compiled graph.
+    """
+    reason = difference_of(graph)
+    if reason is not None:
+        raise CaptureError(
+            f"the graph gives other results than the eager step: {reason}. Check that the loss and "
+            "the differentiable_loss of the ELBO agree"
+        )
+    if backend.name == "eager":
+        return graph
+    compiled = compile_graph(graph, inputs, backend)
+    try:
+        reason = difference_of(compiled)
+    except Exception as error:
+        line = str(error).partition("\n")[0]
+        raise CompileError(f"the graph compiled by {backend.name} fails ({line})") from error
+    if reason is not None:
+        raise CompileError(
+            f"the graph compiled by {backend.name} gives other results than the eager step: "
+            f"{reason}"
+        )
+    return compiled

@@ -1,0 +1,86 @@
+"""Runs a step of ``SVI``, as it is and in a way that can be captured."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext._private.of_torch import pytree
+from pyro_ext.infer.svi.capture.graph import compute
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
+from pyro_ext.tracing import Program
+
+Outputs = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of Pyro's ``SVI``.
+
+    :param objective: the ELBO, or a function that returns a differentiable loss.
+    :param model: the model.
+    :param guide: the guide.
+    :param svi_loss: the function with which ``SVI`` evaluates the loss. With ``has_gradients``, it
+        adds the gradients to ``.grad``.
+    :param has_gradients: whether the step computes gradients.
+    :param handlers: the effect handlers around the step.
+    """
+
+    objective: Any
+    model: Program
+    guide: Program
+    svi_loss: Callable[..., Any]
+    has_gradients: bool
+    handlers: tuple[Any, ...] = ()
+
+    def compute(self, arguments: Arguments) -> Outcome:
+        """Compute the loss and gradients in a way that can be captured."""
+        objective = self.objective
+        loss = getattr(objective, "differentiable_loss", objective)
+        if loss is objective and hasattr(objective, "loss_and_grads"):
+            raise CaptureError(
+                f"{type(objective).__name__} has no differentiable_loss, which compiled steps need"
+            )
+        return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
+
+    def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
+        """Compute the loss and the gradients of the named parameters, as ``SVI`` does."""
+        params = current_params()
+        before = {param: param.grad for param in params.values()}
+        for param in before:
+            param.grad = None
+        try:
+            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = self._evaluate(self.svi_loss, arguments)
+            return [as_tensor(loss), *(params[name].grad for name in names)]
+        finally:
+            for param, gradient in before.items():
+                param.grad = gradient
+
+    def _evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
+        args, kwargs = pytree.tree_unflatten(arguments.leaves, arguments.spec)
+        return loss(self.model, self.guide, *args, **kwargs)
+
+    @property
+    def objectives(self) -> list[tuple[str, Any]]:
+        """The objective, and its inner ELBO if it has one, with their names."""
+        inner = getattr(self.objective, "elbo", None)
+        outer = [("loss", self.objective)]
+        return outer if inner is None else [*outer, ("loss.elbo", inner)]
+
+    @property
+    def roots(self) -> list[tuple[str, Any]]:
+        """The objects that determine the operations of a step, with their names."""
+        handlers = [(type(handler).__name__, handler) for handler in self.handlers]
+        return [("model", self.model), ("guide", self.guide), *self.objectives, *handlers]
+
+
+def as_tensor(loss: Any) -> Tensor:
+    """Return a loss as a tensor without dims."""
+    return torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64)
