@@ -118,28 +118,33 @@ class Graphs:
             return None
         if not self.audit(known, num_steps + 1):  # because no later audit of these is certain
             return None
+        built = self._build(step, arguments)
+        if built is None:
+            return None
+        built.checked_at = built.last_used_at = num_steps
+        self._by_key.setdefault(key, []).append(built)
+        return self.find(step, args, kwargs, num_steps)
+
+    def _build(self, step: Step, arguments: Arguments) -> CompiledStep | None:
+        """Capture a graph, or return None for an eager step."""
         try:
             built = build_step(step, arguments, self._lifts, self.backend)
         except NeedsEagerStepError:
             return None
         except CompileError as error:
             self._stop_compiling(str(error), error)
-            return self.find(step, args, kwargs, num_steps)
+            return self._build(step, arguments)
         except CaptureError as error:
             if self._lifts:
                 # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
                 self._lifts = False
-                return self.find(step, args, kwargs, num_steps)
+                return self._build(step, arguments)
             self._given_up.add(step.has_gradients)
             self.report(str(error), error)
             return None
-        built.checked_at = built.last_used_at = num_steps
         built.audit_times = AuditTimes(self.audit_every, self._num_built)
         self._num_built += 1
-        self._by_key.setdefault(key, []).append(built)
-        params = current_params()
-        inputs = built.inputs(params)
-        return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
+        return built
 
     def passes_audit(
         self,

@@ -1,18 +1,13 @@
 """Places where a program may keep a number, each with a function that reads and one that edits it.
 
-The number is a positive float, and a tensor in some places. ``HIDDEN`` places are those that no
-name leads to, so that only an audit can show an edit.
+The number is a positive float, and a tensor in some places.
 """
 
 import contextlib
-import contextvars
 import functools
-import os
-import threading
-import weakref
-from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -335,42 +330,6 @@ def new_submodule():
     return lambda: nets[0](torch.tensor(1.0)), edit
 
 
-def environment():
-    key = f"FUZZED_{threading.get_ident()}_{np.random.randint(1 << 30)}"
-    os.environ[key] = "1.0"
-    return lambda: float(os.environ[key]), lambda new: os.environ.update({key: str(new)})
-
-
-def weak():
-    class Owner:
-        value = 1.0
-
-    owner = Owner()
-    link = weakref.ref(owner)
-
-    def edit(new, owner=owner):
-        owner.value = new
-
-    return lambda: link().value, edit
-
-
-def context_variable():
-    variable = contextvars.ContextVar("value", default=1.0)
-    return lambda: variable.get(), lambda new: variable.set(new)
-
-
-def thread_local():
-    holder = threading.local()
-    holder.value = 1.0
-    return lambda: holder.value, lambda new: setattr(holder, "value", new)
-
-
-def read_only_view():
-    values = {"value": 1.0}
-    view = MappingProxyType(values)
-    return lambda: view["value"], lambda new: values.update(value=new)
-
-
 PLACES = {
     "closure": closure,
     "attribute": attribute,
@@ -425,13 +384,4 @@ PLACES = {
     ),
     "buffer": of_module(lambda net, new: net.register_buffer("factor", torch.tensor(new))),
     "submodule": new_submodule,
-}
-
-HIDDEN = {
-    "environment": environment,
-    "weak reference": weak,
-    "context variable": context_variable,
-    "thread-local": thread_local,
-    "read-only view": read_only_view,
-    "ChainMap": of(lambda: ChainMap({1: 1.0})),
 }

@@ -11,7 +11,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO, VariationalRenyiELBO
-from tests.infer.svi.fuzzing.places import HIDDEN, PLACES
+from tests.infer.svi.fuzzing.hidden_places import HIDDEN
+from tests.infer.svi.fuzzing.places import PLACES
 
 NUM_STEPS, AUDIT_EVERY = 30, 6
 LOSSES = [

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from tests.infer.svi.fuzzing.places import HIDDEN, PLACES
+from tests.infer.svi.fuzzing.hidden_places import HIDDEN
+from tests.infer.svi.fuzzing.places import PLACES
 from tests.infer.svi.fuzzing.programs import Fuzzed
 
 
