@@ -7,9 +7,14 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
+from pyro_ext._digest import digest
 from pyro_ext.infer import EagerSVI
 from tests.infer.svi.programs import PROBLEMS, SmallVAE, images
 from tests.infer.svi.runs import compiled, eager, loader, make
+
+
+def content(path):
+    return torch.load(path, weights_only=True)["content"]
 
 
 def test_a_complete_run_has_nothing_to_resume(tmp_path):
@@ -26,7 +31,7 @@ def test_checkpoints_between_epochs(tmp_path):
 
     def look(history):
         path = tmp_path / "run"
-        sizes.append(path.exists() and len(torch.load(path, weights_only=False)["history"].losses))
+        sizes.append(path.exists() and len(content(path)["history"]["losses"]))
 
     svi.run(7, 1, False, look, args=(images(),), checkpoint=tmp_path / "run", checkpoint_every=2)
     assert sizes == [False, False, 2, 2, 4, 4, 6]
@@ -47,7 +52,7 @@ def test_a_checkpoint_of_other_programs_is_refused(tmp_path):
         other.load(tmp_path / "run", torch.ones(3, 13))
     svi, _ = make(eager)
     svi.optim = pyro.optim.SGD({"lr": 0.1})
-    with pytest.raises(ValueError, match="the optimiser is SGD, but it was Adam"):
+    with pytest.raises(ValueError, match="'optimizer' is 'SGD', but it was 'Adam'"):
         svi.load(tmp_path / "run", images())
 
 
@@ -59,20 +64,20 @@ def test_other_files_are_refused(content, tmp_path):
     else:
         path.write_bytes(content)
     svi, _ = make(eager)
-    with pytest.raises(ValueError, match=r"Checkpoint: .*other is not .*saved by run or save"):
+    with pytest.raises(ValueError, match=r"Checkpoint: .*other is .*not a pyro_ext training run"):
         svi.run(3, args=(images(),), progress_bar=False, resume=path)
     with pytest.raises(FileNotFoundError):
         svi.load(tmp_path / "none", images())
 
 
-def test_a_state_that_waits_for_its_parameter_is_saved(tmp_path):
+def test_a_loaded_state_is_saved_as_it_was(tmp_path):
     svi, _ = make(eager)
     svi.run(3, 1, False, args=(images(),), checkpoint=tmp_path / "run")
     svi, _ = make(eager)
     svi.load(tmp_path / "run", images())
     svi.save(tmp_path / "again")
-    first, second = (torch.load(tmp_path / n, weights_only=False) for n in ("run", "again"))
-    assert first["optim"].keys() == second["optim"].keys()
+    first, second = (content(tmp_path / name)["optimizer"] for name in ("run", "again"))
+    assert digest(first) == digest(second)
 
 
 def test_loading_into_an_svi_that_has_stepped_is_exact(tmp_path):
@@ -100,6 +105,6 @@ def test_a_nan_leaves_the_checkpoint_as_it_was(tmp_path):
         pytest.raises(ValueError, match="the loss of step 3 is NaN"),
     ):
         svi.run(data, progress_bar=False, checkpoint=tmp_path / "run", checkpoint_every=1)
-    saved = torch.load(tmp_path / "run", weights_only=False)
-    assert len(saved["history"].losses) == 2
+    saved = content(tmp_path / "run")
+    assert len(saved["history"]["losses"]) == 2
     assert saved["params"]["loc"].isfinite()
