@@ -238,15 +238,11 @@ class ProgramState:
             comparison.compare(label, text, old_text, is_same(now, before))
             if label in comparison.overruled:
                 values[name] = saved
-                old = decode(before)
-                new = None
-                if old is not None:
-                    with torch.no_grad():
-                        new = transform_to(constraints[name]).inv(transform_to(old)(saved))
-                if new is None or not new.isfinite().all():
+                value = _under_constraint(saved, decode(before), constraints[name])
+                if value is None:
                     comparison.refuse(f"The value of '{name}' cannot get the constraint {text}.")
                 else:
-                    values[name] = new
+                    values[name] = value
         return values
 
 
@@ -282,6 +278,18 @@ def _late_constraint(name: str, state: dict[str, Any], comparison: Comparison) -
             "you load the file, with the same pyro.param statement as in your program."
         )
     return constraint
+
+
+def _under_constraint(saved: Tensor, old: Any, new: Any) -> Tensor | None:
+    """Return the unconstrained tensor that has the same value under a new constraint."""
+    if old is None:
+        return None
+    with torch.no_grad():
+        value = transform_to(old)(saved)
+        unconstrained = transform_to(new).inv(value)
+        again = transform_to(new)(unconstrained)
+    is_kept = again.shape == value.shape and torch.allclose(again, value, rtol=1e-3, atol=1e-6)
+    return unconstrained if is_kept and bool(unconstrained.isfinite().all()) else None
 
 
 def _without_moments(state: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyro_ext._arguments import describe
+from pyro_ext._arguments import abbreviate, describe
 
 _UNKNOWN = object()
 
@@ -88,7 +88,8 @@ class Comparison:
         unknown = [x for x in self.allowed if not any(_is_below(name, x) for name in self._known)]
         if unknown:
             raise ValueError(
-                f"Checkpoint: allow_changes has {unknown}, but the names are {list(self._known)}."
+                f"Checkpoint: allow_changes has {unknown}, but the names are "
+                f"{abbreviate(self._known, 50)}."
             )
         if not self._refused and not self._differing:
             return
