@@ -204,8 +204,7 @@ class EagerSVI(SVI):
             except Exception as error:
                 if not interrupts:
                     raise
-                # The signal also reached the workers of the data loader, and made them fail. If
-                # this error came up inside of a step, the state is that of half a step.
+                # The workers of the loader got the signal, too, and failed. Save no half step.
                 if checkpoint is not None and not _is_in_step(error):
                     save_run(self, checkpoint, data)
                 interrupts.deliver()
