@@ -67,6 +67,7 @@ class Comparison:
             none is then not compared.
         """
         defaults = defaults or {}
+        self._known |= dict.fromkeys(defaults)
         differing: list[str] = []
         for name in {**now, **before}:
             pair = [settings.get(name, defaults.get(name, _UNKNOWN)) for settings in (now, before)]

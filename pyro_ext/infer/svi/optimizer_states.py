@@ -103,7 +103,7 @@ def make_optimizers(
         changed = {
             key
             for key in _torch_optimizer(own).param_groups[0].keys() - {"params"}
-            if {f"optimizer.{key}", f"optimizer.{key}[{name!r}]", "optimizer.optim_args"}
+            if {f"optimizer.{key}", f"optimizer.{key}[{name}]", "optimizer.optim_args"}
             & set(overruled)
         }
         group = name if callable(optim.pt_optim_args) else ""  # of parameters with equal settings

@@ -41,7 +41,7 @@ def optimizer_settings(optim: PyroOptim, params: Iterable[str]) -> dict[str, Any
         found["optimizer.optim_args"] = _name_of(optim.pt_optim_args)
         for name in params:
             for key, value in optimizer_arguments(optim, name).items():
-                found[f"optimizer.{key}[{name!r}]"] = _plain(value)
+                found[f"optimizer.{key}[{name}]"] = _plain(value)
     else:
         found |= {f"optimizer.{key}": _plain(x) for key, x in optim.pt_optim_args.items()}
     if callable(optim.pt_clip_args):
