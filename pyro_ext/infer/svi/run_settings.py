@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping, Set
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from pyro_ext.infer.kl.schedules import KLSchedule
 from pyro_ext.infer.svi.comparison import as_text
 from pyro_ext.infer.svi.optimizer_states import optimizer_arguments
 
-_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
-_MAX_ITEMS = 1000
+_NUMBERS = (bool, int, float, complex, str, bytes)
+_MAX_ITEMS, _MAX_DEPTH = 1000, 5
 _ELBO_LIKE = (ELBO, KLSchedule)
 #: Attributes of objectives that change by themselves, or that do not change results.
 _LEFT_OUT = {
@@ -96,7 +97,7 @@ def objective_settings(objective: Any, name: str = "objective") -> dict[str, Any
     if isinstance(objective, KLSchedule):
         left_out |= objective.state_dict().keys()
     for key, value in vars(objective).items():
-        if isinstance(value, _ELBO_LIKE):
+        if isinstance(value, _ELBO_LIKE) and name.count(".") < _MAX_DEPTH:
             found |= objective_settings(value, f"{name}.{key.lstrip('_')}")
         elif key not in left_out and not key.startswith("_") and _is_comparable(value):
             found[f"{name}.{key}"] = _plain(value)
@@ -122,14 +123,18 @@ def _is_comparable(value: Any) -> bool:
     if isinstance(value, (list, tuple, Set)):
         return len(value) <= _MAX_ITEMS and all(isinstance(x, _NUMBERS) for x in value)
     is_function = callable(value) and not isinstance(value, nn.Module)
-    return isinstance(value, (*_NUMBERS, np.generic)) or is_function
+    return value is None or isinstance(value, (*_NUMBERS, np.generic)) or is_function
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, _NUMBERS):
-        return value
+    if value is None:
+        return None
+    kind: Any
+    for kind in _NUMBERS:
+        if isinstance(value, kind):  # also an enumeration, of which a file holds the number
+            return kind(value)
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.tolist()
+        return _plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): _plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -143,4 +148,5 @@ def _name_of(value: Any) -> str:
     """Return the name of a class or function, or of the class of another object."""
     if isinstance(value, partial):
         return f"partial of {_name_of(value.func)}"
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
+    has_name = isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType))
+    return str(value.__qualname__ if has_name else type(value).__qualname__)
