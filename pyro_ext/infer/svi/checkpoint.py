@@ -113,15 +113,12 @@ class ProgramState:
             (name, params[name], saved_params[name]) for name in params if name in saved_params
         ]
         values = self._compare_constraints(pairs, state, comparison)
-        pairs += [
-            (label, self._in_modules[label], saved)
-            for label, saved in state["modules"].items()
-            if label in self._in_modules
-        ]
-        pairs += self._pairs_of_called(state)
-        copies = _compare_tensors(pairs, values, comparison)
+        in_modules = self._pairs_of_modules(state)
+        copies = _compare_tensors([*pairs, *in_modules], values, comparison)
+        # A parameter that is not in the store yet may be one of a module.
+        places = {_place(saved): tensor for _, tensor, saved in in_modules if saved.numel()}
         late = {
-            name: saved.requires_grad_()
+            name: places[_place(saved)] if _place(saved) in places else nn.Parameter(saved)
             for name, saved in saved_params.items()
             if name not in params
         }
@@ -213,8 +210,12 @@ class ProgramState:
                     f"{_listed(kinds)}."
                 )
 
-    def _pairs_of_called(self, state: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        pairs = []
+    def _pairs_of_modules(self, state: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+        pairs = [
+            (label, self._in_modules[label], saved)
+            for label, saved in state["modules"].items()
+            if label in self._in_modules
+        ]
         for (module, own), (kind, saved) in zip(
             self._tensors_of_called, state["called"] or (), strict=False
         ):
@@ -290,6 +291,11 @@ def _under_constraint(saved: Tensor, old: Any, new: Any) -> Tensor | None:
         again = transform_to(new)(unconstrained)
     is_kept = again.shape == value.shape and torch.allclose(again, value, rtol=1e-3, atol=1e-6)
     return unconstrained if is_kept and bool(unconstrained.isfinite().all()) else None
+
+
+def _place(saved: Tensor) -> tuple[int, torch.Size]:
+    """Return the memory of a saved tensor. The same tensor has the same memory in the file."""
+    return saved.data_ptr(), saved.shape
 
 
 def _without_moments(state: dict[str, Any]) -> dict[str, Any]:

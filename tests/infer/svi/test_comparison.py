@@ -142,6 +142,15 @@ CHANGES = {
         },
         ["'scheduler' is 'StepLR', but it was None."],
     ),
+    "no scheduler": (
+        {
+            "optim": pyro.optim.StepLR(
+                {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.3}, "step_size": 3}
+            )
+        },
+        {"optim": adam(lr=0.3)},
+        ["'scheduler' is None, but it was 'StepLR'."],
+    ),
     "number of particles": (
         {"loss": ImportanceWeightedELBO(2)},
         {"loss": ImportanceWeightedELBO(3)},

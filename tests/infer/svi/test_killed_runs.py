@@ -58,6 +58,12 @@ def run(path):
     svi.run(loader, 10**6, False, checkpoint=path, checkpoint_every=1, resume=resume)
 
 
+def run_once():
+    """Import what a first step imports, so that the children start at once."""
+    svi, loader = fresh()
+    svi.run(loader, 1, False)
+
+
 def state_of(svi):
     params = {name: x.detach() for name, x in pyro.get_param_store().named_parameters()}
     return digest([svi.history.state_dict(), params, svi.optim.get_state(), torch.get_rng_state()])
@@ -71,6 +77,7 @@ def test_a_killed_run_resumes_to_the_last_bit(num_kills, tmp_path):
     path = tmp_path / "run"
     rng = random.Random(0)
     num_in_writes = num_steps = 0
+    run_once()
     for _ in range(num_kills):
         child = in_child(run, path)
         before = path.stat().st_ino if path.exists() else None
@@ -111,6 +118,7 @@ def write_as(writer, path):
 )
 def test_two_writers_of_one_path_never_mix(seconds, tmp_path):
     path = tmp_path / "run"
+    run_once()
     children = [in_child(write_as, writer, path) for writer in (1, 2)]
     seen = {1: 0, 2: 0}
     try:
