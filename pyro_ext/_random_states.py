@@ -38,7 +38,7 @@ def set_random_states(states: RandomStates, data: Any = None) -> None:
     if states["cuda"]:
         for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
             torch.cuda.set_rng_state(state, device)
-    random.setstate(states["random"])
+    random.setstate(_as_python(states["random"]))
     np.random.set_state(_as_numpy(states["numpy"]))
     for generator, state in zip(generators_of(data), states["data"], strict=False):
         generator.set_state(state)
@@ -61,6 +61,21 @@ def kept_random_states(seed: int | None = None, data: Any = None) -> Iterator[No
         yield
     finally:
         set_random_states(states, data)
+
+
+def compact_random_states(states: RandomStates) -> RandomStates:
+    """Return states for a file, with a tensor in place of the long tuple of Python's generator.
+
+    :param states: the states, also if they are compact already.
+    """
+    version, words, gauss = states["random"]
+    return {**states, "random": (version, torch.as_tensor(words, dtype=torch.int64), gauss)}
+
+
+def _as_python(state: Any) -> Any:
+    """Return a state of Python's generator, from the state or from its compact form."""
+    version, words, gauss = state
+    return version, tuple(words.tolist()) if isinstance(words, torch.Tensor) else words, gauss
 
 
 def _as_numpy(state: Any) -> Any:

@@ -9,7 +9,7 @@ import pyro
 from pyro.infer import SVI
 
 from pyro_ext._files import StrPath, to_plain
-from pyro_ext._random_states import random_states, set_random_states
+from pyro_ext._random_states import compact_random_states, random_states, set_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
@@ -31,8 +31,8 @@ def save_run(svi: Any, path: StrPath, data: Any = None) -> None:
     names = [store.param_name(param) for param in svi.optim.optim_objs]
     content = _program_state(svi, svi._called).content() | {
         "settings": _settings(svi, filter(None, names)) | svi._run_settings,
-        "random": random_states(data),
-        "epoch_start": svi._epoch_start,
+        "random": compact_random_states(random_states(data)),
+        "epoch_start": svi._epoch_start and compact_random_states(svi._epoch_start),
         "schedule": None if schedule is None else schedule.state_dict(),
         "history": svi.history.state_dict(),
     }
