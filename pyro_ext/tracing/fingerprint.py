@@ -48,7 +48,8 @@ def programs_fingerprint(programs: Programs) -> dict[str, str]:
     :returns: a dict from a description of the value, such as ``"parameter 'loc'"``.
     """
     store = pyro.get_param_store()
-    search = _Search(deque([("model", programs.model), ("guide", programs.guide)]))
+    roots = [("model", programs.model), ("guide", programs.guide)]
+    search = _Search(deque(roots), own={_package(_module_of(program)) for _, program in roots})
     for name in store.keys():  # noqa: SIM118
         search.add_leaf(parameter_label(name), store[name])
     return search.run()
@@ -65,10 +66,12 @@ class _Search:
 
     :ivar pending: values with their labels, not yet looked at.
     :ivar follows_all: whether to follow attributes that no code names.
+    :ivar own: the packages of the user's programs, which may be installed ones.
     """
 
     pending: deque[tuple[str, Any]]
     follows_all: bool = False
+    own: set[str] = field(default_factory=set)
     found: dict[str, str] = field(default_factory=dict)
     seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
     names: set[str] = field(default_factory=lambda: {"forward", "__call__"})
@@ -107,7 +110,7 @@ class _Search:
         elif isinstance(value, _ITEMS):
             self._look_at_items(label, value)
         elif isinstance(value, ModuleType):
-            if not _is_library(value.__name__):
+            if not self._is_library(value.__name__):
                 self._follow_once_named(label, vars(value))
         elif isinstance(value, type):
             self._look_at_class(label, value)
@@ -116,7 +119,7 @@ class _Search:
 
     def _look_at_function(self, label: str, function: FunctionType) -> None:
         attributes = vars(function)
-        if _is_library(function.__globals__.get("__name__")):
+        if self._is_library(function.__globals__.get("__name__")):
             # A decorator of a library around the user's function.
             self._add(label, [("", attributes.get("__wrapped__"))])
             return
@@ -152,13 +155,13 @@ class _Search:
 
     def _look_at_class(self, label: str, cls: type) -> None:
         for base in cls.__mro__:
-            if not _is_library(getattr(base, "__module__", "")):
+            if not self._is_library(getattr(base, "__module__", "")):
                 self._follow_once_named(label, vars(base))
 
     def _look_at_instance(self, label: str, value: Any) -> None:
         cls = type(value)
         attributes = dict(getattr(value, "__dict__", {}))
-        is_library = _is_library(cls.__module__)
+        is_library = self._is_library(cls.__module__)
         if isinstance(value, nn.Module):
             own = {**parameters_of(value), **buffers_of(value), **children_of(value)}
             own["training"] = value.training
@@ -189,6 +192,14 @@ class _Search:
             else:
                 self.waiting.setdefault(name, []).append((f"{label}.{name}", entry))
 
+    def _is_library(self, module: Any) -> bool:
+        package = _package(module)
+        if package in _LIBRARIES:
+            return True
+        file = str(getattr(sys.modules.get(package), "__file__", None))
+        is_installed = "site-packages" in file or "dist-packages" in file
+        return is_installed and package not in self.own and not self.follows_all
+
     def _add(self, label: str, entries: list[tuple[str, Any]]) -> None:
         self.pending.extend((label + end, entry) for end, entry in entries)
 
@@ -210,8 +221,15 @@ def _readable(value: Any) -> Any:
     return array if array.dtype.kind in "biufc" else [str(array.dtype), array.tolist()]
 
 
-def _is_library(module: Any) -> bool:
-    return str(module).partition(".")[0] in _LIBRARIES
+def _module_of(program: Any) -> Any:
+    while isinstance(program, partial):  # of a handler, with the program as its last argument
+        callables = [x for x in program.args if callable(x)]
+        program = callables[-1] if callables else program.func
+    return getattr(program, "__module__", None) or type(program).__module__
+
+
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]
 
 
 def _slots(cls: type) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from functools import wraps
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
@@ -216,6 +217,17 @@ def test_an_automatic_guide_made_anew_needs_its_parameters():
     with pytest.raises(ValueError, match=r"parameter 'AutoNormal\.scales\.z' .*is not"):
         estimate_evidence(data.model, trained, num_samples=24, state=state)
     pyro.get_param_store().set_state(found)
+
+
+def test_installed_packages_are_not_searched():
+    def program():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, float(scipy.stats.norm.cdf(1.0))), obs=X[0])
+
+    state = EvidenceState()
+    estimate_evidence(program, state=state, **FEW)
+    assert [label for label in state.programs if "scipy" in label] == []
+    assert "'model.X'" in state.programs
 
 
 @pytest.mark.parametrize("blocks", [False, True])
