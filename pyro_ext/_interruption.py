@@ -6,6 +6,10 @@ from types import FrameType
 from typing import Any
 
 
+class NestedInterrupt(KeyboardInterrupt):
+    """An interrupt inside of a call that postpones it further, such as in the callback of a run."""
+
+
 class Interrupts:
     """The signals that arrived inside of :func:`postponed_interrupts`. It is true if there is one.
 
@@ -54,6 +58,26 @@ class Interrupts:
             signal.signal(number, self.keep)
 
 
+class _NestedInterrupts(Interrupts):
+    """The signals that an outer :func:`postponed_interrupts` keeps. It delivers them once more.
+
+    :param outer: the signals of the outer block.
+    """
+
+    def __init__(self, outer: Interrupts) -> None:
+        super().__init__({})
+        self._outer = outer
+        self._is_delivered = False
+
+    def __bool__(self) -> bool:
+        return bool(self._outer) and not self._is_delivered
+
+    def deliver(self) -> None:
+        if self:
+            self._is_delivered = True
+            raise NestedInterrupt
+
+
 @contextmanager
 def postponed_interrupts(*signals: int) -> Iterator[Interrupts]:
     """Postpone the first interrupt (Ctrl-C) to a safe point, and raise a second one at once.
@@ -62,10 +86,19 @@ def postponed_interrupts(*signals: int) -> Iterator[Interrupts]:
     delivered inside of the block is raised after it. Enter this context before all others, so that
     it is left after them. Only the main thread can postpone signals.
 
+    Inside of another such block, the inner one ends first, and the outer one then does what the
+    signal asks for.
+
     :param signals: the signals to postpone; SIGINT alone by default.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    for either in (signal.SIGINT, signal.SIGTERM):
+        outer = getattr(signal.getsignal(either), "__self__", None)
+        if is_main and isinstance(outer, Interrupts):
+            yield _NestedInterrupts(outer)
+            return
     usual: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
+    if is_main:
         for number in signals or (signal.SIGINT,):
             handler = signal.getsignal(number)
             # With the default SIGINT, the user wants no KeyboardInterrupt. None comes from C.

@@ -12,12 +12,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 
 from pyro_ext._interruption import postponed_interrupts
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.diagnostics import simulation_based_calibration
 from pyro_ext.infer import (
+    EagerSVI,
     EvidenceState,
     annealed_importance_sampling,
     estimate_evidence,
@@ -257,3 +259,39 @@ def test_another_signal_goes_to_the_handler_of_the_user():
         assert received == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+@pytest.mark.parametrize("name", ["evidence", "annealing"])
+def test_an_interrupt_in_the_callback_of_a_run_ends_both(name, tmp_path):
+    """Evidence returns what it has; annealing has nothing. The run then writes its checkpoint."""
+    found = []
+
+    def interrupted(x):
+        if not found:
+            found.append(None)
+            interrupt()
+        return model(x)
+
+    def callback(history):
+        if len(history.losses) == 2:
+            if name == "annealing":
+                found.append(annealed_importance_sampling(interrupted, guide, X))
+            with pytest.warns(UserWarning, match="uses 2 of 6 draws"):
+                found.append(estimate_evidence(interrupted, guide, X, num_samples=6, chunk_size=2))
+
+    def run(**options):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = EagerSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        return svi.run(4, 1, False, args=(X,), **options)
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(checkpoint=path, callback=callback)
+    assert type(raised.value) is KeyboardInterrupt
+    assert len(found) == 1 + (name == "evidence")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(run(resume=path).losses) == 4
+    steps = []
+    run(resume=path, callback=lambda history: steps.append(len(history.losses)))
+    assert steps == [3, 4]

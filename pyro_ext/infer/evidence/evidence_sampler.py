@@ -57,7 +57,8 @@ class EvidenceSampler:
         block = None
         try:
             for index, block in enumerate(self._loaded(blocks)):
-                self.interrupts.deliver()
+                if self.parts:
+                    self.interrupts.deliver()
                 if not block.is_whole:
                     block.first_row = self.num_rows
                 if self.used is not None:

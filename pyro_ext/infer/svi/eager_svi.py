@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, describe
 from pyro_ext._files import StrPath, check_writable
-from pyro_ext._interruption import postponed_interrupts
+from pyro_ext._interruption import NestedInterrupt, postponed_interrupts
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.infer.svi.capture.operation_log import called_modules
@@ -201,7 +201,7 @@ class EagerSVI(SVI):
                         interrupts.deliver()
                     if wants_stop:
                         break
-            except Exception as error:
+            except (Exception, NestedInterrupt) as error:
                 if not interrupts:
                     raise
                 # The workers of the loader got the signal, too, and failed. Save no half step.
@@ -362,7 +362,7 @@ class EagerSVI(SVI):
         self.optim.step(*([loss] if follows_loss else []))
 
 
-def _is_in_step(error: Exception) -> bool:
+def _is_in_step(error: BaseException) -> bool:
     """Return whether an exception came up inside of a step, and not between two steps."""
     steps = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
     return "step" in steps or "_after_step" in steps
