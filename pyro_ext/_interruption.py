@@ -1,3 +1,4 @@
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ class Interrupts:
 
     def __init__(self, usual: dict[int, Any]) -> None:
         self._usual = usual
+        self._process = os.getpid()
         self._waiting: list[int] = []
 
     def __bool__(self) -> bool:
@@ -25,7 +27,9 @@ class Interrupts:
 
     def keep(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: keep the first one, and deliver a second one at once."""
-        if self._waiting:
+        # A forked child has this handler, too. It must end when it is terminated, as in a pool.
+        is_of_child = number != signal.SIGINT and os.getpid() != self._process
+        if self._waiting or is_of_child:
             self._deliver(number)
         else:
             self._waiting.append(number)

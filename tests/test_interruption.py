@@ -1,10 +1,12 @@
 """An interrupt at any moment leaves handlers, settings and random numbers as they were."""
 
+import multiprocessing
 import pickle
 import random
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 
@@ -244,6 +246,16 @@ def test_other_threads_and_ignored_signals_are_left_alone():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ask()
     assert found == [(False, signal.default_int_handler), (False, signal.SIG_IGN)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_can_be_terminated():
+    with postponed_interrupts(signal.SIGINT, signal.SIGTERM) as interrupts:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(30)
+        assert (child.exitcode, bool(interrupts)) == (-signal.SIGTERM, False)
 
 
 def test_another_signal_goes_to_the_handler_of_the_user():
