@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pyro.infer import SVI
-from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, describe
@@ -30,6 +29,7 @@ from pyro_ext.infer.svi.minibatches import (
 )
 from pyro_ext.infer.svi.optimizer_states import optimizer_states
 from pyro_ext.infer.svi.saved_run import check_state, load_run, save_run, schedule_of
+from pyro_ext.infer.svi.scheduler_steps import SchedulerSteps
 from pyro_ext.tracing import Program
 
 Callback = Callable[[TrainingHistory], Any]
@@ -72,7 +72,7 @@ class EagerSVI(SVI):
         self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
         self._run_settings: dict[str, Any] = {}
-        self._step_scheduler: str | None = None
+        self._scheduler_steps: SchedulerSteps | None = None
         self._checks_state = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,16 +167,14 @@ class EagerSVI(SVI):
         """
         self._check(data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
-        settings = loader_settings(data) | self._scheduler_settings(step_scheduler)
+        scheduler_steps = SchedulerSteps(f"{type(self).__name__}.run", step_scheduler)
+        settings = loader_settings(data) | scheduler_steps.settings(self.optim)
         comparison = Comparison(resume, allow_changes)
         if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
         else:
-            with kept_random_states(0, data):
-                batch_args, batch_kwargs = arguments_of(next(minibatches(data), ()))
-            everything = (*batch_args, *args), {**batch_kwargs, **kwargs}
-            load_run(self, resume, comparison, *everything, data=data, settings=settings)
-        self._run_settings, self._step_scheduler = settings, step_scheduler
+            self._resume(resume, comparison, data, args, kwargs, settings)
+        self._run_settings, self._scheduler_steps = settings, scheduler_steps
         if checkpoint is not None:
             check_state(self)
         self._checks_state = checkpoint is not None
@@ -211,6 +209,20 @@ class EagerSVI(SVI):
                 raise
         return self.history
 
+    def _resume(
+        self,
+        path: StrPath,
+        comparison: Comparison,
+        data: Data,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        with kept_random_states(0, data):
+            batch_args, batch_kwargs = arguments_of(next(minibatches(data), ()))
+        args, kwargs = (*batch_args, *args), {**batch_kwargs, **kwargs}
+        load_run(self, path, comparison, args, kwargs, data, settings)
+
     def save(self, path: StrPath) -> None:
         """Save the state of the training run to a file.
 
@@ -240,15 +252,6 @@ class EagerSVI(SVI):
         :raises OSError: if the file cannot be read.
         """
         load_run(self, path, Comparison(path, allow_changes), args, kwargs)
-
-    def _scheduler_settings(self, step_scheduler: str | None) -> dict[str, Any]:
-        if step_scheduler not in ("epoch", "step", None):
-            raise ValueError(
-                f"{type(self).__name__}.run: step_scheduler must be 'epoch', 'step' or None, but "
-                f"it is {describe(step_scheduler)}."
-            )
-        is_scheduler = isinstance(self.optim, PyroLRScheduler)
-        return {"step_scheduler": step_scheduler} if is_scheduler else {}
 
     @property
     def _schedule(self) -> Any:
@@ -304,7 +307,7 @@ class EagerSVI(SVI):
                     break
             else:  # the data has no length, or ends before it
                 history.epoch_ends.append(len(history.losses))
-                self._step_scheduler_at("epoch", history.last_epoch_loss)
+                self._step_scheduler("epoch", history.last_epoch_loss)
                 yield
 
     def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
@@ -343,9 +346,9 @@ class EagerSVI(SVI):
             history.epoch_ends.append(len(history.losses))
         if self._schedule is not None:
             self._schedule.step()
-        self._step_scheduler_at("step", loss)
+        self._step_scheduler("step", loss)
         if history.is_epoch_end:
-            self._step_scheduler_at("epoch", history.last_epoch_loss)
+            self._step_scheduler("epoch", history.last_epoch_loss)
         if self._checks_state:
             check_state(self)  # some states exist only after a step
             self._checks_state = False
@@ -354,12 +357,9 @@ class EagerSVI(SVI):
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
             bar.update()
 
-    def _step_scheduler_at(self, time: str, loss: float) -> None:
-        if time != self._step_scheduler or not isinstance(self.optim, PyroLRScheduler):
-            return
-        schedulers = self.optim.optim_objs.values()
-        follows_loss = any(isinstance(x, ReduceLROnPlateau) for x in schedulers)
-        self.optim.step(*([loss] if follows_loss else []))
+    def _step_scheduler(self, time: str, loss: float) -> None:
+        if self._scheduler_steps is not None:
+            self._scheduler_steps.at(time, self.optim, loss)
 
 
 def _is_in_step(error: BaseException) -> bool:

@@ -113,6 +113,21 @@ def test_the_user_can_step_the_scheduler():
         svi.run(3, step_scheduler="batch")
 
 
+@pytest.mark.parametrize("step_scheduler", ["epoch", "step"])
+def test_a_second_step_by_the_user_is_noticed(step_scheduler):
+    svi = make("ExponentialLR")
+
+    def callback(history):
+        if history.is_epoch_end:
+            svi.optim.step()
+
+    with pytest.warns(UserWarning, match="scheduler was also stepped elsewhere, perhaps") as caught:
+        svi.run(3, 4, False, callback, step_scheduler=step_scheduler)
+    assert len(caught) == 1
+    svi.run(3, 4, False, callback, step_scheduler=None)
+    svi.run(3, 4, False, step_scheduler=step_scheduler)
+
+
 def test_data_without_a_length_has_epochs_too():
     class Stream:
         def __iter__(self):
