@@ -233,6 +233,20 @@ def test_an_interrupt_that_no_safe_point_saw_is_raised_after_the_block():
     assert isinstance(raised.value.__context__, ValueError)
 
 
+def test_a_loader_that_fails_from_an_interrupt_is_interrupted():
+    def batches(is_interrupted):
+        yield X[:2]
+        if is_interrupted:
+            interrupt()
+        raise RuntimeError("a worker was killed")
+
+    with pytest.warns(UserWarning, match="uses 4 of 4 draws and 2 data points"):
+        found = estimate_evidence(model, guide, data_loader=batches(True), num_samples=4)
+    assert found.log_evidence.shape == (2,)
+    with pytest.raises(RuntimeError, match="a worker was killed"):
+        estimate_evidence(model, guide, data_loader=batches(False), num_samples=4)
+
+
 def test_other_threads_and_ignored_signals_are_left_alone():
     found = []
 
