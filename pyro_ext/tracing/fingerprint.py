@@ -162,6 +162,9 @@ class _Search:
         cls = type(value)
         attributes = dict(getattr(value, "__dict__", {}))
         is_library = self._is_library(cls.__module__)
+        if hasattr(value, "latent_names") and isinstance(value.prior, Distribution):
+            # A BayesianModule draws these parameters, and does not use their values.
+            self.seen |= {id(x): x for x in map(value.value_of, value.latent_names)}
         if isinstance(value, nn.Module):
             own = {**parameters_of(value), **buffers_of(value), **children_of(value)}
             own["training"] = value.training
@@ -169,10 +172,16 @@ class _Search:
             for key in vars(nn.Module()):
                 attributes.pop(key, None)
         if is_library and isinstance(value, (nn.Module, Distribution, Messenger)):
-            # Their other objects are made anew at each run, and private tensors are caches.
+            # Their other objects are made anew at each run. Private tensors are caches, and tensors
+            # of modules that are no buffers may be unused.
             followed = (*_ITEMS, FunctionType, MethodType, partial, nn.Module, Distribution)
-            public = [(k, x) for k, x in attributes.items() if not k.startswith("_")]
-            shown = [(k, x) for k, x in public if _is_leaf(x) or isinstance(x, followed)]
+            unused = Tensor if isinstance(value, nn.Module) else ()
+            shown = [
+                (key, x)
+                for key, x in attributes.items()
+                if not key.startswith("_")
+                and (isinstance(x, followed) or (_is_leaf(x) and not isinstance(x, unused)))
+            ]
             self._add(label, [(f".{key}", x) for key, x in shown])
         elif not is_library or isinstance(value, _NAMESPACES):
             for name in (n for base in cls.__mro__ for n in _slots(base)):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from pyro_ext._digest import digest
 from pyro_ext.infer import EvidenceState, estimate_evidence
+from pyro_ext.nn import BayesianModule
 from tests.models import Interrupted, NormalNormal
 
 X = torch.linspace(-3, 3, 20)
@@ -217,6 +218,25 @@ def test_an_automatic_guide_made_anew_needs_its_parameters():
     with pytest.raises(ValueError, match=r"parameter 'AutoNormal\.scales\.z' .*is not"):
         estimate_evidence(data.model, trained, num_samples=24, state=state)
     pyro.get_param_store().set_state(found)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'd' holds all the data")
+def test_values_that_a_bayesian_module_replaces_do_not_count():
+    def make(scale):
+        net = BayesianModule(nn.Linear(1, 1), dist.Normal(0.0, scale))
+
+        def program():
+            loc = net(X[:, None]).squeeze(-1)
+            with pyro.plate("d", 20):
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=X)
+
+        return program
+
+    state = EvidenceState()
+    estimate_evidence(make(1.0), state=state, **FEW)
+    estimate_evidence(make(1.0), state=state, **MORE)
+    with pytest.raises(ValueError, match=r"'model\.net\.prior\.scale' is not what it was"):
+        estimate_evidence(make(2.0), state=state, num_samples=24)
 
 
 def test_installed_packages_are_not_searched():
