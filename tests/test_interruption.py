@@ -164,7 +164,7 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name, request, mon
     call()
     tracer = Tracer()
     tracer.run(call)
-    moments = range(1, tracer.num_lines + 1, 1 + tracer.num_lines // 50_000)
+    moments = range(1, tracer.num_lines + 1, 1 + tracer.num_lines // 60_000)
     if not request.config.getoption("--slow"):
         moments = sorted(random.Random(0).sample(moments, 150))
     before, tally = settings(), Counter()
