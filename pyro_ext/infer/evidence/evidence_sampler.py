@@ -65,8 +65,8 @@ class EvidenceSampler:
                     self.used.check_arguments(index, block)
                 self._draw(index, block)
                 self._finish(index)
-            self.rows.check_total(self.num_rows)
             self.state.is_complete = True
+            self.rows.check_total(self.num_rows)
         except (RuntimeError, ValueError, IndexError) as error:
             is_ours = str(error).startswith(self.stream.owner)
             if block is not None and isinstance(block.subsamples, RowsOfPlate) and not is_ours:
