@@ -32,8 +32,9 @@ def to_plain(value: Any, name: str) -> Any:
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.as_tensor(value)
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not _has_own_memory_layout(value):
         own = value.detach()
+        own = own if type(own) is Tensor else own.as_subclass(Tensor)
         is_view = own.layout == torch.strided and own.untyped_storage().nbytes() != own.nbytes
         return own.clone() if is_view else own
     if isinstance(value, Mapping):
@@ -62,8 +63,9 @@ def write_file(path: StrPath, kind: str, version: int, content: dict[str, Any]) 
     target = _target(path)
     unfinished = _unfinished(target)
     try:
+        file = open(unfinished, "xb")  # noqa: SIM115 - what it did not create, it does not remove
         try:
-            with open(unfinished, "xb") as file:
+            with file:
                 torch.save(whole, file)
                 if target.exists():
                     os.chmod(unfinished, target.stat().st_mode & 0o7777)
@@ -123,6 +125,11 @@ def read_file(path: StrPath, kind: str, version: int) -> dict[str, Any]:
     if whole.get("checksum") != digest(content):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content.")
     return content
+
+
+def _has_own_memory_layout(value: Tensor) -> bool:
+    """Return whether a tensor is a wrapper of others, which no plain tensor can stand for."""
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _target(path: StrPath) -> Path:

@@ -1,9 +1,14 @@
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
+
+
+class NestedInterrupt(KeyboardInterrupt):
+    """An interrupt inside of a call that postpones it further, such as in the callback of a run."""
 
 
 class Interrupts:
@@ -14,6 +19,7 @@ class Interrupts:
 
     def __init__(self, usual: dict[int, Any]) -> None:
         self._usual = usual
+        self._process = os.getpid()
         self._waiting: list[int] = []
 
     def __bool__(self) -> bool:
@@ -21,7 +27,9 @@ class Interrupts:
 
     def keep(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: keep the first one, and deliver a second one at once."""
-        if self._waiting:
+        # A forked child has this handler, too. It must end when it is terminated, as in a pool.
+        is_of_child = number != signal.SIGINT and os.getpid() != self._process
+        if self._waiting or is_of_child:
             self._deliver(number)
         else:
             self._waiting.append(number)
@@ -54,6 +62,26 @@ class Interrupts:
             signal.signal(number, self.keep)
 
 
+class _NestedInterrupts(Interrupts):
+    """The signals that an outer :func:`postponed_interrupts` keeps. It delivers them once more.
+
+    :param outer: the signals of the outer block.
+    """
+
+    def __init__(self, outer: Interrupts) -> None:
+        super().__init__({})
+        self._outer = outer
+        self._is_delivered = False
+
+    def __bool__(self) -> bool:
+        return bool(self._outer) and not self._is_delivered
+
+    def deliver(self) -> None:
+        if self:
+            self._is_delivered = True
+            raise NestedInterrupt
+
+
 @contextmanager
 def postponed_interrupts(*signals: int) -> Iterator[Interrupts]:
     """Postpone the first interrupt (Ctrl-C) to a safe point, and raise a second one at once.
@@ -62,10 +90,19 @@ def postponed_interrupts(*signals: int) -> Iterator[Interrupts]:
     delivered inside of the block is raised after it. Enter this context before all others, so that
     it is left after them. Only the main thread can postpone signals.
 
+    Inside of another such block, the inner one ends first, and the outer one then does what the
+    signal asks for.
+
     :param signals: the signals to postpone; SIGINT alone by default.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    for either in (signal.SIGINT, signal.SIGTERM):
+        outer = getattr(signal.getsignal(either), "__self__", None)
+        if is_main and isinstance(outer, Interrupts):
+            yield _NestedInterrupts(outer)
+            return
     usual: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
+    if is_main:
         for number in signals or (signal.SIGINT,):
             handler = signal.getsignal(number)
             # With the default SIGINT, the user wants no KeyboardInterrupt. None comes from C.

@@ -24,33 +24,35 @@ def random_states(data: Any = None) -> RandomStates:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "random": random.getstate(),
         "numpy": np.random.get_state(),
-        "data": [generator.get_state() for generator in _generators(data)],
+        "data": [generator.get_state() for generator in generators_of(data)],
     }
 
 
 def set_random_states(states: RandomStates, data: Any = None) -> None:
     """Restore the states that :func:`random_states` returned.
 
-    :param states: the states.
+    :param states: the states, also after a file has held them.
     :param data: the ``DataLoader`` that was passed to :func:`random_states`, or None.
     """
     torch.set_rng_state(states["cpu"])
     if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    random.setstate(states["random"])
-    np.random.set_state(states["numpy"])
-    for generator, state in zip(_generators(data), states["data"], strict=False):
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+            torch.cuda.set_rng_state(state, device)
+    random.setstate(_as_python(states["random"]))
+    np.random.set_state(_as_numpy(states["numpy"]))
+    for generator, state in zip(generators_of(data), states["data"], strict=False):
         generator.set_state(state)
 
 
 @contextmanager
-def kept_random_states(seed: int | None = None) -> Iterator[None]:
+def kept_random_states(seed: int | None = None, data: Any = None) -> Iterator[None]:
     """Restore all random states at the end of a block, also after an exception.
 
-    :param seed: the seed of every generator inside the block; None to start from the current
-        states.
+    :param seed: the seed of every global generator inside the block; None to start from the
+        current states.
+    :param data: a ``DataLoader`` whose own generators are restored, too, or None.
     """
-    states = random_states()
+    states = random_states(data)
     try:
         if seed is not None:
             torch.manual_seed(seed)
@@ -58,10 +60,33 @@ def kept_random_states(seed: int | None = None) -> Iterator[None]:
             np.random.seed(seed)
         yield
     finally:
-        set_random_states(states)
+        set_random_states(states, data)
 
 
-def _generators(data: Any) -> list[torch.Generator]:
+def compact_random_states(states: RandomStates) -> RandomStates:
+    """Return states for a file, with a tensor in place of the long tuple of Python's generator.
+
+    :param states: the states, also if they are compact already.
+    """
+    version, words, gauss = states["random"]
+    return {**states, "random": (version, torch.as_tensor(words, dtype=torch.int64), gauss)}
+
+
+def _as_python(state: Any) -> Any:
+    """Return a state of Python's generator, from the state or from its compact form."""
+    version, words, gauss = state
+    return version, tuple(words.tolist()) if isinstance(words, torch.Tensor) else words, gauss
+
+
+def _as_numpy(state: Any) -> Any:
+    """Return a state of NumPy with its keys as an array. In a file, they are a tensor."""
+    if isinstance(state, dict):
+        return state
+    return tuple(x.numpy() if isinstance(x, torch.Tensor) else x for x in state)
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Return the generators that a ``DataLoader`` owns."""
     samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     samplers.append(getattr(samplers[-1], "sampler", None))
     found = [getattr(owner, "generator", None) for owner in (data, *samplers)]

@@ -3,6 +3,7 @@
 import os
 import random
 import stat
+import uuid
 
 import numpy as np
 import pytest
@@ -105,6 +106,42 @@ def test_an_object_that_a_file_cannot_hold_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"test\['a'\]\[1\] is of type object"):
         write_file(tmp_path / "a", "test", 1, {"a": [1, object()]})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_of_another_class_is_held_as_a_tensor(tmp_path):
+    class Named(torch.Tensor):
+        pass
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    value = torch.ones(3).as_subclass(Named)
+    value.note = object()
+    write_file(tmp_path / "a", "test", 1, {"a": value, "b": torch.nn.Parameter(torch.ones(2))})
+    content = read_file(tmp_path / "a", "test", 1)
+    assert [type(x) for x in content.values()] == [torch.Tensor] * 2
+    with pytest.raises(
+        TypeError, match=r"test\['a'\] is of type Wrapper, which a file cannot hold"
+    ):
+        write_file(tmp_path / "a", "test", 1, {"a": torch.ones(3).as_subclass(Wrapper)})
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "a.unfinished").symlink_to(tmp_path / "precious")
+    saved(tmp_path / "a")
+    # Even if somebody could guess the unique name:
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
+    guessed = tmp_path / f"a.{uuid.UUID(int=7).hex}.unfinished"
+    guessed.symlink_to(tmp_path / "precious")
+    for attempt in (check_writable, saved):
+        with pytest.raises(FileExistsError, match="/a'"):
+            attempt(tmp_path / "a")
+    assert guessed.is_symlink()
+    assert (tmp_path / "precious").read_text() == "kept"
+    read_file(tmp_path / "a", "test", 1)
 
 
 def test_permissions_and_links_are_kept(tmp_path):

@@ -1,8 +1,10 @@
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -13,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
+from pyro_ext._interruption import Interrupts, postponed_interrupts
 from pyro_ext.diagnostics.calibration import Calibration, tested
 from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import is_unmasked
@@ -51,6 +54,10 @@ def simulation_based_calibration(
     are asymmetric. If a guide is too narrow, they lie near 0 and 1. If a guide is too wide, they
     lie near 1/2.
 
+    An interrupt (Ctrl-C) ends the fits after the current step or draw, with a warning. The result
+    uses the draws so far, or with ``vectorize=False`` the simulations that were complete. A second
+    interrupt ends the call at once.
+
     :param model: the model: a callable with Pyro primitives. Its observations are simulated,
         whatever data its arguments contain. Its parameters keep their values.
     :param make_guide: a function that returns a guide, such as
@@ -73,6 +80,7 @@ def simulation_based_calibration(
     :param progress_bar: whether to show a progress bar.
     :param kwargs: further keyword arguments of model and guide.
     :returns: a :class:`Calibration`. The parameter store stays as it was.
+    :raises KeyboardInterrupt: after an interrupt (Ctrl-C), if there is nothing to return.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range, if nothing is observed, if a plate is
         subsampled, if there is a factor, or if the guide lacks a latent site or draws it with
@@ -99,35 +107,86 @@ def simulation_based_calibration(
     check_integer(NAME, "num_samples", num_samples, 1)
     check_integer(NAME, "num_steps", num_steps, 0)
     check_program(NAME, "model", model)
-    given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
     optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
-    loss = loss or Trace_ELBO()
-    free = _with_fixed_parameters(replace(given, model=free_model(model)))
-    num_fits = num_simulations
-    if vectorize:
-        free, num_fits = _in_plate(free, num_simulations), 1
-    ranks: dict[str, list[Tensor]] = {}  # counts below the truth, ties broken at random
-    with tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar) as bar:
-        for _ in range(num_fits):
-            with pyro.get_param_store().scope():
-                truth, observations = _simulate(free)
-                conditioned = poutine.condition(free.model, data=observations)
-                guide = make_guide(conditioned, observations)
-                svi = SVI(conditioned, guide, optim, loss)
-                for _ in range(num_steps):
-                    svi.step(*free.args, **free.kwargs)
-                    bar.update()
-                fitted = replace(free, guide=guide)
-                for name, below in _ranks(fitted, truth, num_samples).items():
-                    ranks.setdefault(name, []).append(below if vectorize else below[None])
-    fractions = {}
-    for name, parts in ranks.items():
-        below = torch.cat(parts).reshape(num_simulations, -1)
+    num_fits = 1 if vectorize else num_simulations
+    total = num_fits * num_steps
+    with (
+        postponed_interrupts() as interrupts,
+        tqdm(total=total, desc=NAME, disable=not progress_bar) as bar,
+    ):
+        given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
+        free = _with_fixed_parameters(replace(given, model=free_model(model)))
+        if vectorize:
+            free = _in_plate(free, num_simulations)
+        fits = _Fits(free, make_guide, optim, loss or Trace_ELBO(), num_steps, interrupts, bar)
+        parts: list[dict[str, Tensor]] = []
+        num_draws = 0
+        try:
+            for _ in range(num_fits):
+                ranks = fits.ranks(num_samples, vectorize)
+                found, num_draws = ranks.fractions(), ranks.num_draws
+                parts.append(found if vectorize else {n: x[None] for n, x in found.items()})
+            interrupts.deliver()
+        except KeyboardInterrupt:
+            if interrupts or not parts:  # a second interrupt, or nothing to keep
+                raise
+            made = f"{num_draws} of {num_samples} draws"
+            complete = f"{len(parts)} of {num_simulations} simulations"
+            warnings.warn(
+                f"{NAME} was interrupted. The result uses {made if vectorize else complete}.",
+                stacklevel=2,
+            )
+    return tested(_joined(parts))
+
+
+@dataclass
+class _Fits:
+    """Fits to simulated data. An interrupt waits for the end of a step or of a draw."""
+
+    programs: Programs
+    make_guide: Callable[[Program, dict[str, Tensor]], Program]
+    optim: Any
+    loss: Any
+    num_steps: int
+    interrupts: Interrupts
+    bar: "tqdm[Any]"
+
+    def ranks(self, num_samples: int, keeps_few_draws: bool) -> "_Ranks":
+        """Simulate, fit a guide, and return the ranks of the true values among its draws.
+
+        :param num_samples: the number of draws.
+        :param keeps_few_draws: whether the draws that were made before an interrupt are enough.
+        """
+        free = self.programs
+        with pyro.get_param_store().scope():
+            truth, observations = _simulate(free)
+            conditioned = poutine.condition(free.model, data=observations)
+            guide = self.make_guide(conditioned, observations)
+            svi = SVI(conditioned, guide, self.optim, self.loss)
+            for _ in range(self.num_steps):
+                self.interrupts.deliver()
+                svi.step(*free.args, **free.kwargs)
+                self.bar.update()
+            ranks = _Ranks(truth)
+            while ranks.num_draws < num_samples:
+                if not (keeps_few_draws and ranks.num_draws):
+                    self.interrupts.deliver()
+                elif self.interrupts:
+                    break
+                ranks.add_draw(replace(free, guide=guide))
+            return ranks
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Return the fractions of all simulations as arrays, without masked-out elements."""
+    joined = {}
+    for name in parts[0]:
+        below = torch.cat([part[name] for part in parts])
+        below = below.reshape(len(below), -1)
         is_wanted = below.isfinite().all(0)
         if is_wanted.any():
-            fraction = below[:, is_wanted] / (num_samples + 1)
-            fractions[name] = fraction.squeeze(1).cpu().numpy()
-    return tested(fractions)
+            joined[name] = below[:, is_wanted].squeeze(1).cpu().numpy()
+    return joined
 
 
 def _in_plate(programs: Programs, size: int) -> Programs:
@@ -191,27 +250,43 @@ def _with_fixed_parameters(programs: Programs) -> Programs:
     return replace(programs, model=poutine.block(model, hide_types=["param"]))
 
 
-def _ranks(programs: Programs, truth: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:
-    """Return the rank of the true value among the draws of each site. Ties are broken at random."""
-    below = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in truth.items()}
-    ties = {name: torch.ones_like(count) for name, count in below.items()}
-    with torch.no_grad():
-        for _ in range(num_samples):
-            trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
-            for name, value in truth.items():
-                draw = trace.nodes[name]["value"] if name in trace.nodes else None
-                if draw is None:
-                    raise ValueError(
-                        f"{NAME}: the guide does not draw site '{name}' of the model. Add it to "
-                        "the guide."
-                    )
-                if draw.shape != value.shape:
-                    raise ValueError(
-                        f"{NAME}: the guide draws site '{name}' with shape {tuple(draw.shape)}, "
-                        f"but the model draws it with shape {tuple(value.shape)}. Use the model's "
-                        f"shape. With vectorize=True, it has the plate '{PLATE}' on the left."
-                    )
-                below[name] += draw < value
-                ties[name] += draw == value
-    ranks = {name: count + ties[name] * torch.rand_like(count) for name, count in below.items()}
-    return {name: rank.masked_fill(truth[name].isnan(), math.nan) for name, rank in ranks.items()}
+class _Ranks:
+    """The ranks of the true values among the draws of each site.
+
+    :param truth: a dict from site name to the true value.
+    """
+
+    def __init__(self, truth: dict[str, Tensor]) -> None:
+        self._truth = truth
+        self._below = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in truth.items()}
+        self._ties = {name: torch.ones_like(count) for name, count in self._below.items()}
+        self.num_draws = 0
+
+    @torch.no_grad()
+    def add_draw(self, programs: Programs) -> None:
+        """Add a draw from the guide."""
+        trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
+        for name, value in self._truth.items():
+            draw = trace.nodes[name]["value"] if name in trace.nodes else None
+            if draw is None:
+                raise ValueError(
+                    f"{NAME}: the guide does not draw site '{name}' of the model. Add it to the "
+                    "guide."
+                )
+            if draw.shape != value.shape:
+                raise ValueError(
+                    f"{NAME}: the guide draws site '{name}' with shape {tuple(draw.shape)}, but "
+                    f"the model draws it with shape {tuple(value.shape)}. Use the model's shape. "
+                    f"With vectorize=True, it has the plate '{PLATE}' on the left."
+                )
+            self._below[name] += draw < value
+            self._ties[name] += draw == value
+        self.num_draws += 1
+
+    def fractions(self) -> dict[str, Tensor]:
+        """Return the fraction of draws below each true value. Ties are broken at random."""
+        ranks = {n: x + self._ties[n] * torch.rand_like(x) for n, x in self._below.items()}
+        return {
+            name: rank.masked_fill(self._truth[name].isnan(), math.nan) / (self.num_draws + 1)
+            for name, rank in ranks.items()
+        }

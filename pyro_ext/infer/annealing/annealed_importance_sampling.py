@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, check_real
+from pyro_ext._interruption import postponed_interrupts
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
@@ -20,7 +21,6 @@ from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 NAME = "annealed_importance_sampling"
 
 
-@torch.no_grad()
 def annealed_importance_sampling(
     model: Program | SVI,
     guide: Any = NOT_GIVEN,
@@ -61,8 +61,9 @@ def annealed_importance_sampling(
     data, the simulated latent values are an exact sample. The two estimates then bracket the
     evidence (bidirectional Monte Carlo).
 
-    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the chunks of chains
-    that were complete.
+    An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning, and the
+    result uses the chunks of chains that were complete. If there are none, it raises
+    ``KeyboardInterrupt``. A second interrupt ends the call at once.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. Its modules must be
         in evaluation mode.
@@ -115,9 +116,6 @@ def annealed_importance_sampling(
     >>> bool(((found.log_evidence - exact).abs() < 0.5).all() and (found.upper > exact - 0.5).all())
     True
     """
-    programs = read_programs(
-        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
-    )
     for name, value in (
         ("num_chains", num_chains),
         ("num_temperatures", num_temperatures),
@@ -128,12 +126,19 @@ def annealed_importance_sampling(
     orders = checked_orders(NAME, jackknife_orders, num_chains)
     check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
     betas = inverse_temperatures(ladder, num_temperatures)
-    target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
     size = min(num_chains, chunk_size or 100)
     num_passes = -(-num_chains // size) * (1 if exact_sample is None else 2)
     total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
-    with tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar) as bar:
-        annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, bar)
+    with (
+        postponed_interrupts() as interrupts,
+        torch.no_grad(),
+        tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar) as bar,
+    ):
+        programs = read_programs(
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+        )
+        target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
+        annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, interrupts, bar)
         annealer.adapt(size)
         evidence = annealer.evidence(num_chains, size, orders, exact_sample)
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable

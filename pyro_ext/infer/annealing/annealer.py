@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ext._interruption import Interrupts
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.hmc import ChainState, transition
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
-from pyro_ext.infer.evidence.evidence_state import BlockState
+from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.ops import accumulation_dtype, log_mean_exp
 from pyro_ext.tracing.failures import data_points
 
@@ -22,12 +23,16 @@ NUM_WARMUP = 20
 
 @dataclass
 class Annealer:
-    """A runner of the chains, with step sizes from a first pass."""
+    """A runner of the chains, with step sizes from a first pass.
+
+    An interrupt waits for the end of a transition.
+    """
 
     programs: UnconstrainedPrograms
     betas: tuple[float, ...]
     num_leapfrog_steps: int
     target_acceptance: float
+    interrupts: Interrupts
     bar: "tqdm[Any]"
     scales: dict[str, Tensor] = field(default_factory=dict)
     step_sizes: list[Tensor] = field(default_factory=list)
@@ -72,26 +77,29 @@ class Annealer:
         acceptances, reverse = [], []
         try:
             for start in range(0, num_chains, chunk_size):
+                self.interrupts.deliver()
                 num_used = min(chunk_size, num_chains - start)
                 log_w, acceptance = self._anneal(num_used)
-                block.add(log_w, orders, num_chains, 0)
-                acceptances.append(acceptance)
                 if exact_sample is not None:
                     reverse.append(self._anneal(num_used, exact_sample)[0])
+                block.add(log_w, orders, num_chains, 0)
+                acceptances.append(acceptance)
+            self.interrupts.deliver()
         except KeyboardInterrupt:
-            if not acceptances:
+            if self.interrupts or not acceptances:  # a second interrupt, or nothing to keep
                 raise
             warnings.warn(
                 f"{programs.owner} was interrupted. The result uses {block.num_samples} of "
                 f"{num_chains} chains.",
-                stacklevel=4,
+                stacklevel=3,
             )
         evidence = block.to_evidence(orders)
         is_zero = evidence.log_evidence.isneginf()
         if is_zero.any():
             raise ValueError(
-                f"{programs.owner}: all {num_chains} weights are zero{data_points(is_zero)}. The "
-                "support of the guide misses the values that the data allow. Use a wider guide."
+                f"{programs.owner}: all {evidence.num_samples} weights are "
+                f"zero{data_points(is_zero)}. The support of the guide misses the values that the "
+                "data allow. Use a wider guide."
             )
         constant = 0.0 if names else programs.outer
         return AnnealedEvidence(
@@ -130,6 +138,7 @@ class Annealer:
         return ChainState(positions, self.programs(positions))
 
     def _step(self, state: ChainState, beta: float, step_size: Tensor) -> tuple[ChainState, Tensor]:
+        self.interrupts.deliver()
         state, acceptance = transition(
             self.programs, state, beta, step_size, self.scales, self.num_leapfrog_steps
         )

@@ -22,7 +22,7 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
         warnings.warn(
             f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}. A few draws dominate the "
             f"estimate, and its standard error is too small. {advice}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

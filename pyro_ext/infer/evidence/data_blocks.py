@@ -93,6 +93,16 @@ class DataBlock:
             )
         return min(plate.size, self.size - self.first_row)
 
+    def full_size(self, particles: Particles) -> int | None:
+        """Return the number of rows that the batches of a loader must have; None if not known.
+
+        It is known if the plate of the rows has a size, of which a batch is a part.
+        """
+        if self.of_loader is None:
+            return None
+        plate = particles.plates[self.position(particles.plates)]
+        return None if plate.full_size == plate.size else plate.full_size
+
     def outer(self, particles: Particles) -> float:
         """Return the sum of the outer terms that no earlier block had."""
         if self.is_whole:

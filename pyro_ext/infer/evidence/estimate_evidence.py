@@ -8,6 +8,7 @@ from pyro.infer import SVI
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, check_positive, check_real, check_type
+from pyro_ext._interruption import postponed_interrupts
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
 from pyro_ext.infer.evidence.data_blocks import DataBlock, blocks_of_loader, blocks_of_plate
 from pyro_ext.infer.evidence.evidence import Evidence
@@ -15,6 +16,8 @@ from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
 from pyro_ext.infer.evidence.proposals import WidenedScales, prior_proposal
+from pyro_ext.infer.evidence.row_count import RowCount
+from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.shared_values import RowsOfPlate
@@ -22,7 +25,6 @@ from pyro_ext.tracing.shared_values import RowsOfPlate
 NAME = "estimate_evidence"
 
 
-@torch.no_grad()
 def estimate_evidence(
     model: Program | SVI,
     guide: Any = NOT_GIVEN,
@@ -37,6 +39,7 @@ def estimate_evidence(
     data_plate: str | None = None,
     batch_size: int | None = None,
     data_loader: Iterable[Any] | None = None,
+    num_rows: int | None = None,
     state: EvidenceState | None = None,
     progress_bar: bool = False,
     max_plate_nesting: float = math.inf,
@@ -58,8 +61,9 @@ def estimate_evidence(
     and guide run. It does not include the subsampling scale. It does not include a user's scale
     either, if this scale is the same at every site.
 
-    An interrupt (Ctrl-C) ends the sampling with a warning, and the result uses the draws so far. A
-    warning is also given if a Pareto k is above 0.7.
+    An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
+    uses the draws so far. A second interrupt ends the call at once. A warning is also given if a
+    Pareto k is above 0.7.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
@@ -88,8 +92,14 @@ def estimate_evidence(
         tensor, or a tuple or list of tensors, it is passed as the first positional arguments,
         before ``args``. If it is a dict, it is passed as keyword arguments. If there are several
         common plates, ``data_plate`` names the plate of the rows.
+    :param num_rows: the number of rows >= 1 that the batches of ``data_loader`` must have in all.
+        With None, it is the size of the plate if the model gives one, as in
+        ``pyro.plate("data", 1000, subsample=x)``. Pass it if the batches are other rows than those
+        of training. More rows raise an error, because a row may have come twice. Fewer rows give a
+        warning with None, and an error otherwise.
     :param state: the state from which to continue. The call updates it, so that a later call can
-        continue from there. With None, the run starts from nothing and is not stored.
+        continue from there. It must belong to the same data, model and guide; see
+        :class:`EvidenceState`. With None, the run starts from nothing and is not stored.
     :param progress_bar: whether to show a progress bar.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
@@ -98,8 +108,9 @@ def estimate_evidence(
         ``data_loader`` is given, this is the evidence of one minibatch.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range or does not fit the others, if the SVI has
-        not been trained, if log weights are NaN or positive infinity, if all weights of a data
-        point are zero, if a site has no scale to multiply, and in the cases of
+        not been trained, if ``state`` belongs to other data or to another model, if the batches
+        have the wrong number of rows, if log weights are NaN or positive infinity, if all weights
+        of a data point are zero, if a site has no scale to multiply, and in the cases of
         :class:`MultiSampleELBO`.
 
     Sources: Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders; Owen (2013),
@@ -120,47 +131,61 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    programs = read_programs(
-        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
-    )
     if target_std_error is not None:
         check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
-    _check_blocks(data_plate, batch_size, data_loader)
+    _check_blocks(data_plate, batch_size, data_loader, num_rows)
+    check_positive(NAME, "proposal_scale", proposal_scale)
     stream = ParticleStream(NAME, num_samples, chunk_size, 100, max_plate_nesting)
     orders = checked_orders(NAME, jackknife_orders, num_samples)
-    check_positive(NAME, "proposal_scale", proposal_scale)
-    if proposal_scale != 1:
-        programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
-    is_kept = state is not None
+    used = None if state is None else UsedValues(state)
     state = EvidenceState() if state is None else state
-    state.check_settings(
-        jackknife_orders=orders,
-        proposal_scale=float(proposal_scale),
-        data_plate=data_plate,
-        batch_size=batch_size,
-        has_data_loader=data_loader is not None,
-    )
-    blocks = iter([DataBlock(programs)])
-    if data_loader is not None:
-        blocks = blocks_of_loader(programs, data_loader, data_plate)
-    elif batch_size is not None:
-        rows = RowsOfPlate(str(data_plate), batch_size, state.num_rows)
-        blocks = blocks_of_plate(programs, rows)
-    with tqdm(desc=NAME, unit="draw", disable=not progress_bar) as bar:
-        evidence = EvidenceSampler(stream, orders, target_std_error, state, is_kept, bar).run(
-            blocks
+    with (
+        postponed_interrupts() as interrupts,
+        torch.no_grad(),
+        tqdm(desc=NAME, unit="draw", disable=not progress_bar) as bar,
+    ):
+        programs = read_programs(
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
-    warn_of_heavy_tails(
-        NAME,
-        evidence,
-        "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly.",
+        if proposal_scale != 1:
+            programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
+        state.check_settings(
+            jackknife_orders=orders,
+            proposal_scale=float(proposal_scale),
+            data_plate=data_plate,
+            batch_size=batch_size,
+            has_data_loader=data_loader is not None,
+        )
+        blocks = iter([DataBlock(programs)])
+        if data_loader is not None:
+            blocks = blocks_of_loader(programs, data_loader, data_plate)
+        elif batch_size is not None:
+            rows = RowsOfPlate(str(data_plate), batch_size, state.num_rows)
+            blocks = blocks_of_plate(programs, rows)
+        count = RowCount(NAME, num_rows)
+        evidence = EvidenceSampler(
+            stream, orders, target_std_error, state, used, count, interrupts, bar
+        ).run(blocks)
+    advice = (
+        "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
     )
+    warn_of_heavy_tails(NAME, evidence, advice)
     return evidence
 
 
 def _check_blocks(
-    data_plate: str | None, batch_size: int | None, data_loader: Iterable[Any] | None
+    data_plate: str | None,
+    batch_size: int | None,
+    data_loader: Iterable[Any] | None,
+    num_rows: int | None,
 ) -> None:
+    if num_rows is not None:
+        check_integer(NAME, "num_rows", num_rows, 1)
+        if data_loader is None:
+            raise ValueError(
+                f"{NAME}: num_rows={num_rows} needs data_loader, because it is the number of rows "
+                "in all batches. Leave it out."
+            )
     if batch_size is not None:
         check_integer(NAME, "batch_size", batch_size, 1)
         if data_loader is not None:

@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_type
+from pyro_ext._interruption import postponed_interrupts
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.expectation import Expectation, Mean, SelfNormalizedMean
@@ -22,7 +24,6 @@ from pyro_ext.tracing.sites import PARTICLE_PLATE, is_masked_out
 NAME = "estimate_expectation"
 
 
-@torch.no_grad()
 def estimate_expectation(
     model: Program | SVI,
     guide: Any = NOT_GIVEN,
@@ -51,8 +52,9 @@ def estimate_expectation(
     plates. The first dim of the returned value must be the particle dim, so sum or average only
     over dims counted from the right. This does not apply with ``chunk_size=1``.
 
-    A warning is given if a Pareto k is above 0.7. It is also given if all values were zero, because
-    the error is then unknown.
+    An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
+    uses the draws so far. A second interrupt ends the call at once. A warning is given if a Pareto
+    k is above 0.7. It is also given if all values were zero, because the error is then unknown.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It returns a real
         tensor.
@@ -90,24 +92,39 @@ def estimate_expectation(
     >>> bool((found.value - 2.8665e-7).abs() < 4 * found.std_error)
     True
     """
-    programs = read_programs(
-        NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
-    )
     stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
-    if stream.chunk_size > 1:
-        _check_particle_dim(stream, DataBlock(programs))
-    estimate: Mean | SelfNormalizedMean | None = None
-    with tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar) as bar:
-        for particles in stream.draw(DataBlock(programs), bar=bar):
-            log_w, value = _weights_and_values(particles)
-            has_observations = _has_observations(particles)
-            del particles
-            if estimate is None:
-                kind = SelfNormalizedMean if has_observations else Mean
-                estimate = kind(num_samples, value)
-            estimate.update(log_w, value)
-    assert estimate is not None  # there is at least one chunk
-    return estimate.result()
+    with (
+        postponed_interrupts() as interrupts,
+        torch.no_grad(),
+        tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar) as bar,
+    ):
+        programs = read_programs(
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+        )
+        block = DataBlock(programs)
+        if stream.chunk_size > 1:
+            _check_particle_dim(stream, block)
+        estimate: Mean | SelfNormalizedMean | None = None
+        try:
+            for particles in stream.draw(block, bar=bar):
+                log_w, value = _weights_and_values(particles)
+                has_observations = _has_observations(particles)
+                del particles
+                if estimate is None:
+                    kind = SelfNormalizedMean if has_observations else Mean
+                    estimate = kind(num_samples, value)
+                estimate.update(log_w, value)
+                interrupts.deliver()
+        except KeyboardInterrupt:
+            if interrupts or estimate is None:  # a second interrupt, or nothing to keep
+                raise
+            warnings.warn(
+                f"{NAME} was interrupted. The result uses {estimate.statistics.num_samples} of "
+                f"{num_samples} draws.",
+                stacklevel=2,
+            )
+        assert estimate is not None  # there is at least one chunk
+        return estimate.result()
 
 
 def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:

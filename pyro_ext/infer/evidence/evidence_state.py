@@ -1,29 +1,34 @@
 """The state that estimate_evidence stores, to continue from it after an interrupt."""
 
-import copy
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
+from pyro_ext._files import StrPath, read_file, write_file
+from pyro_ext.infer.evidence.block_state import BlockDraws, BlockState
+from pyro_ext.infer.evidence.data_blocks import DataBlock
 
-from pyro_ext._random_states import RandomStates, random_states
-from pyro_ext.infer.evidence.evidence import Evidence, EvidenceHistory
-from pyro_ext.ops import WeightStatistics
+_FORMAT, _VERSION = "pyro_ext evidence state", 1
 
 
 class EvidenceState:
     """The state of a run of :func:`estimate_evidence`, from which a later call continues.
 
-    Pass the same state to each call. It is empty at first, and can be pickled. It holds the
-    statistics of each block of data points, and the random state after the last chunk.
+    Pass the same state to each call. It is empty at first. It holds the statistics of each block of
+    data points, and the random state after the last chunk. :meth:`save` and :meth:`load` keep it in
+    a file.
 
     An interrupted run can be continued with the same ``chunk_size``. The call restores the random
     state, and the result is that of an uninterrupted run. A complete run can be continued with a
     larger ``num_samples``. The new draws differ from the earlier ones, even if you set the same
-    seed again. Model, guide and data (in the same order) must stay the same. The same holds for
-    ``jackknife_orders``, ``proposal_scale``, ``data_plate`` and ``batch_size``.
+    seed again.
 
-    >>> import pickle, torch, pyro, pyro.distributions as dist
+    Model, guide, their parameters and the data (in the same order) must stay the same. The state
+    holds fingerprints of them, and a call with others raises a ValueError. The fingerprints cover
+    the arguments, the parameters and buffers, and the values that model and guide reach by name. A
+    value that a call itself changes, such as a counter, is not compared. The settings
+    ``jackknife_orders``, ``proposal_scale``, ``data_plate`` and ``batch_size`` must stay the same,
+    too.
+
+    >>> import tempfile, torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import estimate_evidence
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -31,7 +36,9 @@ class EvidenceState:
     >>> pyro.set_rng_seed(0)
     >>> state = EvidenceState()
     >>> first = estimate_evidence(model, num_samples=500, state=state)
-    >>> state = pickle.loads(pickle.dumps(state))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     state.save(f"{folder}/state.pt")
+    ...     state = EvidenceState.load(f"{folder}/state.pt")
     >>> more = estimate_evidence(model, num_samples=2000, state=state)
     >>> more.num_samples, bool(more.std_error < first.std_error)
     (2000, True)
@@ -41,10 +48,36 @@ class EvidenceState:
         self.blocks: dict[int, BlockState] = {}
         self.num_rows: int | None = None
         self.is_complete = False
+        #: Fingerprints of the values that model and guide use, by their descriptions.
+        self.programs: dict[str, str] = {}
         self._settings: dict[str, Any] = {}
 
+    def save(self, path: StrPath) -> None:
+        """Save the state to a file. The file holds tensors, numbers and strings only.
+
+        :param path: the path of the file.
+        :raises OSError: if the file cannot be written.
+        """
+        content = {**vars(self), "blocks": [(i, b.state_dict()) for i, b in self.blocks.items()]}
+        write_file(path, _FORMAT, _VERSION, content)
+
+    @classmethod
+    def load(cls, path: StrPath) -> "EvidenceState":
+        """Return the state that :meth:`save` wrote. A file runs no code when it is loaded.
+
+        :param path: the path of the file.
+        :raises ValueError: if the file is damaged, or is not such a state.
+        :raises OSError: if the file cannot be read.
+        """
+        content = read_file(path, _FORMAT, _VERSION)
+        state = cls()
+        blocks = content.pop("blocks")
+        vars(state).update(content)
+        state.blocks = {index: BlockState.from_state_dict(block) for index, block in blocks}
+        return state
+
     @property
-    def latest(self) -> "BlockDraws | None":
+    def latest(self) -> BlockDraws | None:
         """The draws of the block with the latest chunk; None before the first chunk."""
         draws = [block.draws for block in self.blocks.values() if block.draws is not None]
         return max(draws, key=lambda d: d.serial, default=None)
@@ -64,115 +97,41 @@ class EvidenceState:
                     f"this call has {name}={value!r}. Use the same value, or a new state."
                 )
 
+    def check_arguments(self, index: int, block: DataBlock, arguments: str) -> None:
+        """Raise a ValueError if the arguments of a block differ from those of its draws.
 
-class HistoryEntry(NamedTuple):
-    """The estimates from a number of draws."""
-
-    num_samples: int
-    log_mean: Tensor
-    std_error: Tensor
-    jackknife: dict[int, Tensor]
-
-
-class BlockDraws(NamedTuple):
-    """The draws of a block of data points.
-
-    They are replaced as a whole, so that an interrupt cannot leave them half updated.
-
-    :ivar statistics: the statistics of the weights.
-    :ivar history: the estimates at 1, 2, 4, ... draws.
-    :ivar random_states: the random states after the draws.
-    :ivar serial: the number of chunks drawn so far, in all blocks together.
-    """
-
-    statistics: WeightStatistics
-    history: tuple[HistoryEntry, ...]
-    random_states: RandomStates
-    serial: int
-
-
-class BlockState:
-    """A block of data points, with its position in the tensors and its draws.
-
-    :param plates: the names of the common plates.
-    :param position: the index of the common plate that holds the rows.
-    :param outer: the sum of the outer terms.
-    """
-
-    def __init__(self, plates: tuple[str, ...], position: int, outer: float) -> None:
-        self.plates = plates
-        self.position = position
-        self.outer = outer
-        self.draws: BlockDraws | None = None
-
-    @property
-    def num_samples(self) -> int:
-        """The number of draws so far."""
-        return 0 if self.draws is None else self.draws.statistics.num_samples
-
-    def add(self, log_w: Tensor, orders: tuple[int, ...], num_samples: int, serial: int) -> None:
-        """Add draws.
-
-        :param log_w: their log weights, of shape ``(n, *common)``.
-        :param orders: the orders of the jackknife.
-        :param num_samples: the planned number of draws.
-        :param serial: the number of chunks drawn so far, in all blocks together.
+        :param index: the index of the block.
+        :param block: the block.
+        :param arguments: the fingerprint of its arguments.
+        :raises ValueError: if there are draws of the block, from other arguments.
         """
-        statistics = WeightStatistics(num_samples)
-        history: tuple[HistoryEntry, ...] = ()
-        if self.draws is not None:
-            statistics, history = copy.copy(self.draws.statistics), self.draws.history
-            statistics.plan(num_samples)
-            found = statistics.log_mean.shape
-            if log_w.shape[1:] != found:
-                raise ValueError(
-                    f"estimate_evidence: the state has data points of shape {tuple(found)}, but "
-                    f"this call has shape {tuple(log_w.shape[1:])}. Use the same data, or a new "
-                    "state."
-                )
-        while len(log_w):
-            # Stop at each power of two, where the history gets an entry.
-            room = (1 << statistics.num_samples.bit_length()) - statistics.num_samples
-            piece, log_w = log_w.tensor_split([room])
-            statistics.update(piece)
-            if statistics.num_samples.bit_count() == 1:
-                history = (*history, _entry(statistics, orders))
-        self.draws = BlockDraws(statistics, history, random_states(), serial)
-
-    def to_evidence(self, orders: tuple[int, ...]) -> Evidence:
-        """Return the estimates from the draws so far."""
-        assert self.draws is not None  # called only after the first draws
-        statistics, history, *_ = self.draws
-        latest = _entry(statistics, orders)
-        if history[-1].num_samples < latest.num_samples:
-            history = (*history, latest)
-        # Without common plates there is one total, and it includes the outer terms.
-        constant, outer = (0.0, self.outer) if self.plates else (self.outer, 0.0)
-        return Evidence(
-            log_evidence=latest.log_mean + constant,
-            std_error=latest.std_error,
-            ess=statistics.ess,
-            pareto_k=statistics.pareto_k,
-            jackknife={order: latest.jackknife[order] + constant for order in orders},
-            outer=outer,
-            num_samples=latest.num_samples,
-            plates=self.plates,
-            history=EvidenceHistory(
-                num_samples=tuple(entry.num_samples for entry in history),
-                log_evidence=torch.stack([entry.log_mean for entry in history]) + constant,
-                std_error=torch.stack([entry.std_error for entry in history]),
-                jackknife={
-                    order: torch.stack([entry.jackknife[order] for entry in history]) + constant
-                    for order in orders
-                },
-            ),
+        state = self.blocks.get(index)
+        if state is None or state.arguments in (None, arguments):
+            return
+        if block.of_loader is None:
+            raise ValueError(
+                "estimate_evidence: the arguments of model and guide are not those with which the "
+                "state began. Pass the same data in the same order, or a new state."
+            )
+        raise ValueError(
+            f"estimate_evidence: the arguments of block {index + 1} of data_loader are not those "
+            "with which the state began. The data are others, or come in another order. Use the "
+            "same data with shuffle=False, or a new state."
         )
 
+    def check_programs(self, programs: dict[str, str]) -> None:
+        """Raise a ValueError if model and guide use other values than for the draws so far.
 
-def _entry(statistics: WeightStatistics, orders: tuple[int, ...]) -> HistoryEntry:
-    return HistoryEntry(
-        statistics.num_samples,
-        statistics.log_mean,
-        statistics.std_error,
-        {order: statistics.jackknife(order) for order in orders},
-    )
+        :param programs: the fingerprints of the values that they use now.
+        :raises ValueError: if a value differs.
+        """
+        changed = [
+            label for label, value in self.programs.items() if programs.get(label, value) != value
+        ]
+        if changed:
+            others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"estimate_evidence: {changed[0]}{others} is not what it was when the state began, "
+                "so the draws so far belong to another model or guide. Restore its value, or use "
+                "a new state."
+            )

@@ -70,7 +70,7 @@ class _Estimate:
                 f"estimate_expectation: Pareto k is above 0.7 for {int(is_heavy.sum())} of "
                 f"{is_heavy.numel()} values. A few draws dominate the estimate, and its standard "
                 "error is too small. Use a guide with heavier tails.",
-                stacklevel=5,
+                stacklevel=4,
             )
         return Expectation(
             value=value,
@@ -110,7 +110,7 @@ class Mean(_Estimate):
                 f"estimate_expectation: each of {self.products.num_samples} draws gave zero for "
                 f"{int(is_zero.sum())} of {is_zero.numel()} values, so their standard errors are "
                 "not valid. Use a guide whose draws give values other than zero.",
-                stacklevel=4,
+                stacklevel=3,
             )
         scale = self.products.largest.exp()
         return self._expectation(self.products.mean * scale, self.products.std_error * scale)

@@ -1,3 +1,4 @@
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from pyro_ext.infer.kl.schedules import KLSchedule
 from pyro_ext.infer.kl.site_selection import Sites, SiteSelection, select_sites
 from pyro_ext.tracing import Program, Programs
 
+#: The number of losses at one step of the schedule after which to warn.
+_PATIENCE = 300
+
 #: The memory before the first run: no model and guide, and none with weighted sites.
 _NO_PAIR = (None, None)
 
@@ -34,8 +38,9 @@ class KLWeightedELBO(ELBO):
         + \mathrm{factor} \cdot (\log p(z) - \log q(z)) \bigr]
 
     The factor multiplies the terms of the chosen latent sites, in model and guide. Its value is
-    that of the schedule's current step. Evaluating a loss does not advance the schedule. For the
-    plain loss, with factor 1, use :attr:`elbo`.
+    that of the schedule's current step. Evaluating a loss does not advance the schedule. If 300
+    losses for gradients are evaluated while the schedule stands still, a warning is given once. For
+    the plain loss, with factor 1, use :attr:`elbo`.
 
     :param elbo: an objective that is linear in log p - log q: Pyro's ``Trace_ELBO``,
         ``TraceMeanField_ELBO``, ``TraceGraph_ELBO`` or ``TraceEnum_ELBO`` with any number of
@@ -94,6 +99,9 @@ class KLWeightedELBO(ELBO):
         self.schedule = schedule
         self.sites = sites
         self._memory: Any = _NO_PAIR
+        self._num_losses = 0  # since the schedule was at another step
+        self._step_of_losses = schedule.num_steps_taken
+        self._has_warned = False
         schedule.is_in_use = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,6 +132,7 @@ class KLWeightedELBO(ELBO):
         :param kwargs: keyword arguments of model and guide.
         :returns: the loss, in nats.
         """
+        self.note_loss()
         weighted = self._weighted(Programs(model, guide, args, kwargs))
         return self.elbo.loss_and_grads(weighted.model, weighted.guide, *args, **kwargs)
 
@@ -138,8 +147,36 @@ class KLWeightedELBO(ELBO):
         :param kwargs: keyword arguments of model and guide.
         :returns: a scalar tensor, in nats.
         """
+        if torch.is_grad_enabled():
+            self.note_loss()
         weighted = self._weighted(Programs(model, guide, args, kwargs))
         return self.elbo.differentiable_loss(weighted.model, weighted.guide, *args, **kwargs)
+
+    def note_loss(self, stacklevel: int = 4) -> None:
+        """Count a loss that a gradient was computed of, and warn once if the schedule stands still.
+
+        :meth:`loss_and_grads` and :meth:`differentiable_loss` call this method. Call it where a
+        loss is computed without them.
+
+        :param stacklevel: the number of calls between the warning and the user's code.
+        """
+        schedule = self.schedule
+        if schedule.num_steps_taken != self._step_of_losses:
+            self._num_losses, self._step_of_losses = 0, schedule.num_steps_taken
+        self._num_losses += 1
+        if self._has_warned or self._num_losses % _PATIENCE or schedule.finished:
+            return
+        later = range(self._step_of_losses + 1, self._step_of_losses + self._num_losses + 1)
+        if all(schedule.factor_at(step) == schedule.factor for step in later):
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"KLWeightedELBO: {self._num_losses} losses were evaluated while "
+            f"{type(schedule).__name__} stood still at step {self._step_of_losses}, with the "
+            f"factor {schedule.factor:g}. Call schedule.step() after each optimiser step, or train "
+            "with EagerSVI.run or CompiledSVI.run, which call it for you.",
+            stacklevel=stacklevel,
+        )
 
     def _weighted(self, programs: Programs) -> Programs:
         _check_linear(self.elbo)

@@ -2,7 +2,7 @@ import itertools
 import math
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, describe
-from pyro_ext._interruption import postponed_interrupts
+from pyro_ext._files import StrPath, check_writable
+from pyro_ext._interruption import NestedInterrupt, postponed_interrupts
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
-from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
-from pyro_ext.infer.svi.capture.operation_log import called_modules, set_up
-from pyro_ext.infer.svi.capture.reachable_search import find_reachable
-from pyro_ext.infer.svi.checkpoint import ProgramState, StrPath, optimizer_state, read, write
+from pyro_ext.infer.svi.capture.operation_log import called_modules
+from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
+from pyro_ext.infer.svi.minibatches import (
+    Data,
+    arguments_of,
+    length_of,
+    loader_settings,
+    minibatches,
+)
+from pyro_ext.infer.svi.optimizer_states import optimizer_states
+from pyro_ext.infer.svi.saved_run import check_state, load_run, save_run, schedule_of
+from pyro_ext.infer.svi.scheduler_steps import SchedulerSteps
 from pyro_ext.tracing import Program
 
-Data = int | Iterable[Any]
 Callback = Callable[[TrainingHistory], Any]
 
 _WINDOW = 50  # steps that the loss of the progress bar averages
@@ -63,12 +71,15 @@ class EagerSVI(SVI):
         #: The modules that the first step called; None before the first step.
         self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
+        self._run_settings: dict[str, Any] = {}
+        self._scheduler_steps: SchedulerSteps | None = None
+        self._checks_state = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters of Pyro's optimisers cannot be pickled, but the optimisers' states can.
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
-        set_waiting_states(optim, optimizer_state(self.optim))
+        set_waiting_states(optim, optimizer_states(self.optim))
         return {**self.__dict__, "optim": optim}
 
     @property
@@ -105,6 +116,8 @@ class EagerSVI(SVI):
         checkpoint: StrPath | None = None,
         checkpoint_every: int | None = None,
         resume: StrPath | None = None,
+        allow_changes: Collection[str] = (),
+        step_scheduler: str | None = "epoch",
     ) -> TrainingHistory:
         """Train for a number of steps or epochs.
 
@@ -112,8 +125,8 @@ class EagerSVI(SVI):
         one, and raises ``KeyboardInterrupt``. A second interrupt ends it at once. SIGTERM is
         postponed in the same way, and then does what it usually does: by default, it ends the
         process. If you have a handler that returns, the run goes on after it. The KL schedule
-        of a :class:`KLWeightedELBO` advances after each step. Schedulers of learning rates do not
-        advance: step them in the callback.
+        of a :class:`KLWeightedELBO` advances after each step. Pyro's schedulers of learning rates
+        advance after each epoch, before the callback. Do not step them in the callback.
 
         :param data: the number of steps of an epoch, >= 1, or an iterable of minibatches such as a
             ``DataLoader``. A minibatch that is a tuple or list is passed as the first positional
@@ -135,23 +148,37 @@ class EagerSVI(SVI):
             uninterrupted run to the last bit. A run that :class:`EarlyStopping` ended takes no
             further steps. Persistent workers of a data loader start again, and so do their random
             numbers.
+        :param allow_changes: names of settings that may differ from those of ``resume``, such as
+            ``["optimizer.lr"]``. The error about a difference gives its name. The run goes on with
+            the values of now. ``"optimizer"`` stands for all settings of the optimiser. Another
+            class of optimiser starts without a state.
+        :param step_scheduler: when to step a learning-rate scheduler of Pyro: after each
+            ``"epoch"``, after each ``"step"``, or never (None). ``ReduceLROnPlateau`` gets the mean
+            loss of the epoch, or the loss of the step.
         :returns: the history. It includes the steps before ``resume``.
-        :raises TypeError: if an argument has the wrong type.
+        :raises TypeError: if an argument has the wrong type, or if the state has an object that a
+            file cannot hold, such as an object in the state of an optimiser of your own.
         :raises ValueError: if an argument is out of range, if the data has no minibatches or fewer
-            than before ``resume``, if ``resume`` does not fit the model, guide and optimiser, or if
-            the loss is NaN.
-        :raises OSError: if ``resume`` cannot be read.
+            than before ``resume``, if ``resume`` is damaged, if it does not fit the model, guide,
+            optimiser, objective and data, or if the loss is NaN. If ``resume`` does not fit,
+            nothing has been changed.
+        :raises OSError: if ``resume`` cannot be read, or ``checkpoint`` cannot be written.
         :raises KeyboardInterrupt: after an interrupt.
         """
         self._check(data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
+        scheduler_steps = SchedulerSteps(f"{type(self).__name__}.run", step_scheduler)
+        settings = loader_settings(data) | scheduler_steps.settings(self.optim)
+        comparison = Comparison(resume, allow_changes)
         if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
         else:
-            with kept_random_states(0):
-                batch_args, batch_kwargs = _arguments(next(_minibatches(data), ()))
-            self._load(resume, data, *batch_args, *args, **{**batch_kwargs, **kwargs})
-        length = _length(data)
+            self._resume(resume, comparison, data, args, kwargs, settings)
+        self._run_settings, self._scheduler_steps = settings, scheduler_steps
+        if checkpoint is not None:
+            check_state(self)
+        self._checks_state = checkpoint is not None
+        length = length_of(data)
         bar = tqdm(
             total=None if length is None else num_epochs * length,
             initial=len(self.history.losses),
@@ -167,21 +194,34 @@ class EagerSVI(SVI):
                         is_due = is_due or len(self.history.losses) % checkpoint_every == 0
                     is_interrupted = bool(interrupts)
                     if checkpoint is not None and (is_due or is_interrupted):
-                        self._save(checkpoint, data)
+                        save_run(self, checkpoint, data)
                     if is_interrupted:
                         interrupts.deliver()
                     if wants_stop:
                         break
-            except Exception as error:
+            except (Exception, NestedInterrupt) as error:
                 if not interrupts:
                     raise
-                # The signal also reached the workers of the data loader, and made them fail. If
-                # this error came up inside of a step, the state is that of half a step.
+                # The workers of the loader got the signal, too, and failed. Save no half step.
                 if checkpoint is not None and not _is_in_step(error):
-                    self._save(checkpoint, data)
+                    save_run(self, checkpoint, data)
                 interrupts.deliver()
                 raise
         return self.history
+
+    def _resume(
+        self,
+        path: StrPath,
+        comparison: Comparison,
+        data: Data,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        with kept_random_states(0, data):
+            batch_args, batch_kwargs = arguments_of(next(minibatches(data), ()))
+        args, kwargs = (*batch_args, *args), {**batch_kwargs, **kwargs}
+        load_run(self, path, comparison, args, kwargs, data, settings)
 
     def save(self, path: StrPath) -> None:
         """Save the state of the training run to a file.
@@ -192,54 +232,30 @@ class EagerSVI(SVI):
 
         :param path: the path of the file.
         """
-        self._save(path, None)
+        save_run(self, path)
 
-    def load(self, path: StrPath, *args: Any, **kwargs: Any) -> None:
+    def load(
+        self, path: StrPath, *args: Any, allow_changes: Collection[str] = (), **kwargs: Any
+    ) -> None:
         """Load a file that :meth:`save` or :meth:`run` wrote for the same model and guide.
 
-        The optimiser must be the same, too. Model and guide run once, to create their parameters
-        and modules. That run has no other effect. The file is a pickle: only load files that you
-        trust.
+        The optimiser and the objective must be the same, too. Model and guide run once, to create
+        their parameters and modules. That run has no other effect. No code of the file runs.
 
         :param path: the path of the file.
         :param args: positional arguments of model and guide.
+        :param allow_changes: names of settings that may differ, as for :meth:`run`.
         :param kwargs: keyword arguments of model and guide.
-        :raises ValueError: if the file is not a checkpoint, or does not fit the model, guide and
-            optimiser.
+        :raises TypeError: if ``allow_changes`` is not a list of names.
+        :raises ValueError: if the file is not a checkpoint, is damaged, or does not fit the model,
+            guide, optimiser and objective. Nothing has been changed then.
         :raises OSError: if the file cannot be read.
         """
-        self._load(path, None, *args, **kwargs)
-
-    def _save(self, path: StrPath, data: Any) -> None:
-        schedule = self._schedule
-        state = self._program_state(self._called or []).copy() | {
-            "random": random_states(data),
-            "epoch_start": self._epoch_start,
-            "schedule": None if schedule is None else schedule.state_dict(),
-            "history": self.history,
-        }
-        write(state, path)
-
-    def _load(self, path: StrPath, data: Any, /, *args: Any, **kwargs: Any) -> None:
-        state = read(path)
-        # A first run of the programs may initialise state, so it must come before loading.
-        called, used = set_up(lambda: SVI.evaluate_loss(self, *args, **kwargs))
-        self._program_state(called).load(state, used)
-        schedule = self._schedule
-        if schedule is not None and state["schedule"] is not None:
-            schedule.load_state_dict(state["schedule"])
-        self.history = state["history"]
-        self._epoch_start = state["epoch_start"]
-        self._called = called
-        set_random_states(state["random"], data)
-
-    def _program_state(self, called: list[nn.Module]) -> ProgramState:
-        roots = [("model", self.model), ("guide", self.guide), ("loss", self.objective)]
-        return ProgramState(find_reachable(roots, limit=math.inf), called, self.optim)
+        load_run(self, path, Comparison(path, allow_changes), args, kwargs)
 
     @property
     def _schedule(self) -> Any:
-        return self.objective.schedule if isinstance(self.objective, KLWeightedELBO) else None
+        return schedule_of(self.objective)
 
     def _check(
         self, data: Data, num_epochs: int, checkpoint: Any, checkpoint_every: int | None
@@ -258,6 +274,8 @@ class EagerSVI(SVI):
             raise ValueError(
                 f"{owner}: the folder of checkpoint='{checkpoint}' does not exist. Create it first."
             )
+        if checkpoint is not None:
+            check_writable(checkpoint)
         if checkpoint_every is not None:
             check_integer(owner, "checkpoint_every", checkpoint_every, 1)
             if checkpoint is None:
@@ -279,9 +297,9 @@ class EagerSVI(SVI):
         if history.is_converged:
             return
         while len(history.epoch_ends) < num_epochs:
-            length = _length(data)
+            length = length_of(data)
             for batch in self._batches(data, length):
-                batch_args, batch_kwargs = _arguments(batch)
+                batch_args, batch_kwargs = arguments_of(batch)
                 loss = float(self.step(*batch_args, *args, **batch_kwargs, **kwargs))
                 self._after_step(loss, length, bar)
                 yield
@@ -289,6 +307,7 @@ class EagerSVI(SVI):
                     break
             else:  # the data has no length, or ends before it
                 history.epoch_ends.append(len(history.losses))
+                self._step_scheduler("epoch", history.last_epoch_loss)
                 yield
 
     def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
@@ -299,7 +318,7 @@ class EagerSVI(SVI):
             set_random_states(self._epoch_start, data)  # for the same order of minibatches
         else:
             self._epoch_start = now
-        batches = _minibatches(data)
+        batches = minibatches(data)
         num_skipped = sum(1 for _ in itertools.islice(batches, done))
         if done:
             set_random_states(now, data)
@@ -327,34 +346,23 @@ class EagerSVI(SVI):
             history.epoch_ends.append(len(history.losses))
         if self._schedule is not None:
             self._schedule.step()
+        self._step_scheduler("step", loss)
+        if history.is_epoch_end:
+            self._step_scheduler("epoch", history.last_epoch_loss)
+        if self._checks_state:
+            check_state(self)  # some states exist only after a step
+            self._checks_state = False
         if not bar.disable:
             recent = history.losses[-_WINDOW:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
             bar.update()
 
-
-def _minibatches(data: Data) -> Iterator[Any]:
-    return itertools.repeat((), data) if isinstance(data, int) else iter(data)
-
-
-def _length(data: Any) -> int | None:
-    if isinstance(data, int):
-        return data
-    try:
-        return len(data)
-    except TypeError:
-        return None
+    def _step_scheduler(self, time: str, loss: float) -> None:
+        if self._scheduler_steps is not None:
+            self._scheduler_steps.at(time, self.optim, loss)
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, dict):
-        return (), batch
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    return (batch,), {}
-
-
-def _is_in_step(error: Exception) -> bool:
+def _is_in_step(error: BaseException) -> bool:
     """Return whether an exception came up inside of a step, and not between two steps."""
     steps = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
     return "step" in steps or "_after_step" in steps

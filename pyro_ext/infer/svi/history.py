@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from pyro_ext._arguments import check_integer, check_real
 from pyro_ext._figures import axes_or_new
@@ -43,8 +44,38 @@ class TrainingHistory:
     @property
     def epoch_losses(self) -> list[float]:
         """The mean loss over the steps of each complete epoch."""
-        bounds = pairwise([0, *self.epoch_ends])
-        return [float(np.mean(self.losses[start:end])) for start, end in bounds]
+        return [self._mean(start, end) for start, end in pairwise([0, *self.epoch_ends])]
+
+    @property
+    def last_epoch_loss(self) -> float:
+        """The mean loss over the steps of the last complete epoch.
+
+        :raises IndexError: if no epoch is complete.
+        """
+        start = self.epoch_ends[-2] if len(self.epoch_ends) > 1 else 0
+        return self._mean(start, self.epoch_ends[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history as tensors, numbers and lists, for a file."""
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "epoch_ends": list(self.epoch_ends),
+            "evaluations": [[steps, float(loss)] for steps, loss in self.evaluations],
+            "is_converged": bool(self.is_converged),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> "TrainingHistory":
+        """Return the history of which :meth:`state_dict` gave the state.
+
+        :param state_dict: the state.
+        """
+        evaluations = [(steps, loss) for steps, loss in state_dict["evaluations"]]
+        losses = state_dict["losses"].tolist()
+        return cls(**{**state_dict, "losses": losses, "evaluations": evaluations})
+
+    def _mean(self, start: int, end: int) -> float:
+        return float(np.mean(self.losses[start:end]))
 
     def plot(self, ax: Any = None) -> Any:
         """Plot the losses, their means over epochs, and the evaluations.
@@ -94,6 +125,7 @@ class EarlyStopping:
     patience: int = 5
     min_improvement: float = 0.0
     evaluate: Callable[[], float] | None = None
+    _best: "_BestSoFar | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_integer("EarlyStopping", "patience", self.patience, 1)
@@ -107,11 +139,43 @@ class EarlyStopping:
         """
         if not history.is_epoch_end:
             return False
-        loss = history.epoch_losses[-1] if self.evaluate is None else float(self.evaluate())
+        loss = history.last_epoch_loss if self.evaluate is None else float(self.evaluate())
         history.evaluations.append((len(history.losses), loss))
-        best, best_index = float("inf"), 0
-        for index, (_, value) in enumerate(history.evaluations):
-            if value < best - self.min_improvement:
-                best, best_index = value, index
+        if self._best is None or not self._best.is_of(history, self.min_improvement):
+            self._best = _BestSoFar(history.evaluations, self.min_improvement)
+        best_index = self._best.update()
         history.is_converged = len(history.evaluations) - 1 - best_index >= self.patience
         return history.is_converged
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_best": None}
+
+
+@dataclass
+class _BestSoFar:
+    """The best of a growing list of evaluations. Each evaluation is looked at once."""
+
+    evaluations: list[tuple[int, float]]
+    min_improvement: float
+    num_seen: int = 0
+    last: tuple[int, float] | None = None
+    value: float = math.inf
+    index: int = 0
+
+    def is_of(self, history: TrainingHistory, min_improvement: float) -> bool:
+        """Return whether this is the best of a history, to which entries were only added."""
+        return (
+            history.evaluations is self.evaluations
+            and min_improvement == self.min_improvement
+            and len(self.evaluations) >= self.num_seen
+            and (self.num_seen == 0 or self.evaluations[self.num_seen - 1] is self.last)
+        )
+
+    def update(self) -> int:
+        """Look at the new evaluations, and return the index of the best one."""
+        for index in range(self.num_seen, len(self.evaluations)):
+            value = self.evaluations[index][1]
+            if value < self.value - self.min_improvement:
+                self.value, self.index = value, index
+        self.num_seen, self.last = len(self.evaluations), self.evaluations[-1]
+        return self.index

@@ -234,6 +234,13 @@ def test_an_interrupt_keeps_the_chains_that_are_complete():
         annealed_importance_sampling(Interrupted(programs.model, 130), programs.guide, **options)
     with pytest.raises(KeyboardInterrupt):
         annealed_importance_sampling(Interrupted(programs.model, 3), programs.guide, **options)
+    # A chunk is complete once its chains in reverse are.
+    options["exact_sample"] = {"z": X}
+    with pytest.warns(UserWarning, match=r"interrupted\. The result uses 5 of 20 chains"):
+        found = annealed_importance_sampling(
+            Interrupted(programs.model, 145), programs.guide, **options
+        )
+    assert found.upper.shape == (4,)
 
 
 def discrete():

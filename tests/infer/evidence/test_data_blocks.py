@@ -203,18 +203,6 @@ def test_runs_that_go_on_share_no_draws_with_others():
     assert len(guide_draws.unique()) == 300
 
 
-def test_a_state_of_other_data_is_refused():
-    state = EvidenceState()
-    loader = list(X.split(5))
-    estimate_evidence(model_of, guide_of, data_loader=loader, num_samples=10, state=state)
-    with pytest.raises(ValueError, match="the state began with has_data_loader=True, but"):
-        estimate_evidence(model_of, guide_of, X, num_samples=20, state=state)
-    with pytest.raises(ValueError, match=r"the state has .* shape \(5,\), but .* shape \(4,\)"):
-        estimate_evidence(
-            model_of, guide_of, data_loader=list(X.split(4)), num_samples=20, state=state
-        )
-
-
 def test_a_call_that_fails_leaves_the_state_open():
     programs = NormalNormal(X)
     state = EvidenceState()
@@ -293,6 +281,8 @@ def test_bad_blocks():
         ({"batch_size": 0, "data_plate": "data"}, "batch_size must be"),
         ({"batch_size": 4, "data_plate": "rows"}, r"but it is 'rows'\. Pass one of \['data'\]"),
         ({"data_loader": []}, "data_loader has no batches"),
+        ({"num_rows": 10}, "num_rows=10 needs data_loader"),
+        ({"num_rows": 0, "data_loader": [X]}, "num_rows must be at least 1"),
         (
             {"data_loader": [X], "batch_size": 4, "data_plate": "data"},
             "batch_size=4 and data_loader were both given",

@@ -1,5 +1,9 @@
 """A run records its losses and epochs, and stops early by them."""
 
+import copy
+import math
+import random
+
 import numpy as np
 import pytest
 
@@ -86,3 +90,75 @@ def test_draws_its_history():
     matplotlib.use("Agg")
     history = TrainingHistory([3.0, 2.0, 1.0, 2.0], [2, 4], [(2, 2.5), (4, 1.5)])
     assert len(history.plot().lines) == 3
+
+
+def old_definition(history, patience, min_improvement):
+    """Whether to stop, by one pass over all evaluations."""
+    best, best_index = math.inf, 0
+    for index, (_, value) in enumerate(history.evaluations):
+        if value < best - min_improvement:
+            best, best_index = value, index
+    return len(history.evaluations) - 1 - best_index >= patience
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_early_stopping_is_that_of_one_pass_over_all_evaluations(seed):
+    rng = random.Random(seed)
+    stopping = EarlyStopping(rng.randint(1, 6), rng.choice([0.0, 0.5, 2.0]))
+    history = TrainingHistory()
+    for _ in range(200):
+        loss = rng.choice([rng.gauss(0, 3), float(rng.randint(-3, 3)), math.inf, math.nan])
+        history.losses += [loss] * rng.randint(1, 3)
+        history.epoch_ends.append(len(history.losses))
+        stops = stopping(history)
+        assert stops is history.is_converged
+        assert stops == old_definition(history, stopping.patience, stopping.min_improvement)
+        assert np.array_equal(history.last_epoch_loss, history.epoch_losses[-1], equal_nan=True)
+        match rng.randrange(8):
+            case 0:
+                history = TrainingHistory.from_state_dict(history.state_dict())
+            case 1:
+                stopping = copy.deepcopy(stopping)
+            case 2:
+                stopping.min_improvement = rng.choice([0.0, 1.0])
+            case 3:
+                del history.evaluations[rng.randint(0, len(history.evaluations)) :]
+            case 4:
+                history = TrainingHistory()
+
+
+def test_an_epoch_costs_early_stopping_as_much_as_the_first():
+    """Each epoch reads its own losses and one evaluation, also after a resume."""
+
+    class Counting(list):
+        num_reads = 0
+
+        def __getitem__(self, index):
+            result = super().__getitem__(index)
+            Counting.num_reads += len(result) if isinstance(index, slice) else 1
+            return result
+
+        def __iter__(self):
+            for x in super().__iter__():
+                Counting.num_reads += 1
+                yield x
+
+    history = TrainingHistory(Counting(), Counting(), Counting())
+    stopping = EarlyStopping(patience=10**6)
+    reads = []
+    for epoch in range(1000):
+        if epoch == 500:
+            stopping = EarlyStopping(patience=10**6)
+        history.losses.extend([1.0, 2.0])
+        history.epoch_ends.append(len(history.losses))
+        before = Counting.num_reads
+        stopping(history)
+        reads.append(Counting.num_reads - before)
+    assert max(reads[:500] + reads[501:]) < 15
+    assert reads[500] < 1000
+
+
+def test_a_history_is_held_by_a_file():
+    history = TrainingHistory([0.1, math.inf, -3.0], [2], [(2, 0.3)], True)
+    assert TrainingHistory.from_state_dict(history.state_dict()) == history
+    assert TrainingHistory.from_state_dict(TrainingHistory().state_dict()) == TrainingHistory()
