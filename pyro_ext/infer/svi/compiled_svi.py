@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_ext._arguments import check_integer, describe
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import has_gradient_hooks
+from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import MODES, Backend
 from pyro_ext.infer.svi.capture.comparison import Results
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
@@ -137,7 +138,16 @@ class CompiledSVI(EagerSVI):
         self._graphs = self._no_graphs()
 
     def _no_graphs(self) -> Graphs:
-        return Graphs(self.backend, self.max_graphs, self.audit_every, self._do_without)
+        options = self.backend, self.max_graphs, self.audit_every
+        return Graphs(*options, self._do_without, self._announce)
+
+    def _announce(self, is_capturing: bool) -> None:
+        """Show in the progress bar whether a step is being captured and compiled."""
+        if self._bar is not None:
+            self._bar.set_description("compiling" if is_capturing else "")
+
+    def _end_run(self) -> None:
+        self.audit()
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step, like ``SVI.step``.
@@ -169,6 +179,8 @@ class CompiledSVI(EagerSVI):
             if not math.isfinite(loss):
                 self._raise_for(loss, args, kwargs)
             self._finish([ready.params[name] for name in ready.names], ready.names, gradients)
+            if isinstance(self.objective, KLWeightedELBO):
+                self.objective.note_loss()
         self._num_steps += 1
         return loss
 

@@ -71,6 +71,7 @@ class EagerSVI(SVI):
         #: The modules that the first step called; None before the first step.
         self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
+        self._bar: Any = None  # the progress bar of the latest run
         self._run_settings: dict[str, Any] = {}
         self._scheduler_steps: SchedulerSteps | None = None
         self._checks_state = False
@@ -80,7 +81,7 @@ class EagerSVI(SVI):
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
         set_waiting_states(optim, optimizer_states(self.optim))
-        return {**self.__dict__, "optim": optim}
+        return {**self.__dict__, "optim": optim, "_bar": None}
 
     @property
     def objective(self) -> Any:
@@ -179,7 +180,7 @@ class EagerSVI(SVI):
             check_state(self)
         self._checks_state = checkpoint is not None
         length = length_of(data)
-        bar = tqdm(
+        bar = self._bar = tqdm(
             total=None if length is None else num_epochs * length,
             initial=len(self.history.losses),
             disable=not progress_bar,
@@ -207,7 +208,11 @@ class EagerSVI(SVI):
                     save_run(self, checkpoint, data)
                 interrupts.deliver()
                 raise
+        self._end_run()
         return self.history
+
+    def _end_run(self) -> None:
+        """Do what a kind of SVI does at the end of a complete run."""
 
     def _resume(
         self,

@@ -28,7 +28,7 @@ from pyro_ext.infer.svi.capture.step import Outputs, Step
 
 _SEED = 20_090_911
 #: The factor of a KL schedule is an input of the graph, and its objective counts losses.
-_IGNORED = ("loss.schedule", "loss._num_losses", "loss._step_of_losses")
+_IGNORED = ("loss.schedule", "loss._num_losses", "loss._step_of_losses", "loss._has_warned")
 
 
 class NeedsEagerStepError(Exception):

@@ -44,6 +44,7 @@ class Graphs:
     :param audit_every: the largest number of runs of a graph from one audit to the next.
     :param report: a function that is told why a step has no graph: the reason, the error behind it,
         and what happens instead of a compiled step.
+    :param announce: a function that is told when a capture begins (True), and when it ends.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Graphs:
         max_graphs: int,
         audit_every: int,
         report: Callable[..., None],
+        announce: Callable[[bool], None],
     ) -> None:
         self.backend = backend
         self.max_graphs = max_graphs
         self.audit_every = audit_every
         self.report = report
+        self.announce = announce
         self._by_key: dict[Any, list[CompiledStep]] = {}
         self._given_up: set[bool] = set()
         self._lifts = True
@@ -88,17 +91,9 @@ class Graphs:
             )
             return None
         arguments = Arguments(*pytree.tree_flatten((args, kwargs)))
-        objects = step.objective, step.model, step.guide, *step.handlers, *global_hooks()
-        key = (
-            step.has_gradients,
-            str(arguments.spec),  # older versions of torch cannot hash a spec
-            *(describe_leaf(leaf, self._lifts) for leaf in arguments.leaves),
-            *map(SameObject, objects),
-            *_context(),
-        )
         params = current_params()
         reason = "the arguments differ"
-        known = self._by_key.get(key, [])
+        known = self._by_key.get(self._key(step, arguments), [])
         for graph in known:
             changed = graph.reachable.changed()
             inputs = graph.inputs(params) if changed is None else None
@@ -121,13 +116,28 @@ class Graphs:
         built = self._build(step, arguments)
         if built is None:
             return None
-        built.checked_at = built.last_used_at = num_steps
-        self._by_key.setdefault(key, []).append(built)
-        return self.find(step, args, kwargs, num_steps)
+        built.checked_at, built.last_used_at = num_steps, num_steps + 1
+        built.last_arguments = arguments
+        # The key is another one if floats are no inputs any more.
+        self._by_key.setdefault(self._key(step, arguments), []).append(built)
+        params = current_params()
+        inputs = built.inputs(params)
+        return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
+
+    def _key(self, step: Step, arguments: Arguments) -> tuple[Any, ...]:
+        objects = step.objective, step.model, step.guide, *step.handlers, *global_hooks()
+        return (
+            step.has_gradients,
+            str(arguments.spec),  # older versions of torch cannot hash a spec
+            *(describe_leaf(leaf, self._lifts) for leaf in arguments.leaves),
+            *map(SameObject, objects),
+            *_context(),
+        )
 
     def _build(self, step: Step, arguments: Arguments) -> CompiledStep | None:
         """Capture a graph, or return None for an eager step."""
         try:
+            self.announce(True)
             built = build_step(step, arguments, self._lifts, self.backend)
         except NeedsEagerStepError:
             return None
@@ -142,6 +152,8 @@ class Graphs:
             self._given_up.add(step.has_gradients)
             self.report(str(error), error)
             return None
+        finally:
+            self.announce(False)
         built.audit_times = AuditTimes(self.audit_every, self._num_built)
         self._num_built += 1
         return built
