@@ -1,5 +1,8 @@
 """Private names of torch. This module imports only torch."""
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ __all__ = [
     "inductor",
     "is_in_transform",
     "mark_as_stepped",
+    "outside_of_dynamo",
     "parameters_of",
     "pytree",
     "schema_of",
@@ -89,6 +93,25 @@ def schema_of(operator: Any) -> Any:
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimiser as stepped, for learning-rate schedulers."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def outside_of_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that ``torch.compile`` must run as it is.
+
+    ``torch.compiler.disable`` would import Dynamo at once, which takes a second.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(dynamo.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 class Inductor(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ext._arguments import check_integer, check_type, describe
 from pyro_ext._deprecated import keep_old_methods
+from pyro_ext._private.of_torch import outside_of_dynamo
 from pyro_ext.infer.gradients.rules import GRADIENT_RULES, GradientRule, bound_value
 from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
 from pyro_ext.ops import leave_one_out_mean
@@ -262,6 +263,7 @@ class MultiSampleELBO(ELBO):
             differentiable_loss.backward(retain_graph=self.retain_graph)
         return loss
 
+    @outside_of_dynamo
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:

@@ -291,7 +291,7 @@ class _Search:
         if isinstance(entry, _PLAIN):
             return
         if isinstance(entry, np.ndarray):
-            if entry.size <= _MAX_ARRAY:
+            if entry.size <= _MAX_ARRAY and not entry.dtype.hasobject:
                 put_back = partial(np.copyto, entry)
                 snapshot = Snapshot(place.label, place.get, entry.copy(), put_back)
                 self.found.snapshots.append(snapshot)
