@@ -81,7 +81,7 @@ def make_svi(svi_class: type[SVI], images: Tensor, elbo: ELBO, **options: str) -
 # The same numbers in less time
 # -----------------------------
 #
-# The first step is eager. The second step captures and compiles the graph. All later steps run the
+# The first step is eager. At its end, the graph is captured and compiled. All later steps run the
 # graph. This works with every estimator of this package and with Pyro's ``Trace_ELBO``.
 
 OBJECTIVES: dict[str, ELBO] = {
