@@ -27,6 +27,7 @@ SUITES = (
     "evidence",
     "chunk_memory",
     "growth",
+    "long_run",
     "signal_to_noise",
 )
 

@@ -102,7 +102,7 @@ class CompiledSVI(EagerSVI):
         mode: str = "default",
         fallback: bool = True,
         max_graphs: int = 8,
-        audit_every: int = 2000,
+        audit_every: int = 4000,
     ) -> None:
         if backend not in ("inductor", "eager"):
             raise ValueError(
