@@ -264,9 +264,17 @@ def test_other_threads_and_ignored_signals_are_left_alone():
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_can_be_terminated():
+    forks = multiprocessing.get_context("fork")
+    is_running = forks.Event()
+
+    def wait():
+        is_running.set()
+        time.sleep(60)
+
     with postponed_interrupts(signal.SIGINT, signal.SIGTERM) as interrupts:
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = forks.Process(target=wait)
         child.start()
+        assert is_running.wait(30)  # Python drops a signal that comes during the fork
         child.terminate()
         child.join(30)
         assert (child.exitcode, bool(interrupts)) == (-signal.SIGTERM, False)

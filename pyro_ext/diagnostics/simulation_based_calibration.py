@@ -109,24 +109,22 @@ def simulation_based_calibration(
     check_program(NAME, "model", model)
     optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
     num_fits = 1 if vectorize else num_simulations
-    total = num_fits * num_steps
-    with (
-        postponed_interrupts() as interrupts,
-        tqdm(total=total, desc=NAME, disable=not progress_bar) as bar,
-    ):
+    with postponed_interrupts() as interrupts:
         given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
         free = _with_fixed_parameters(replace(given, model=free_model(model)))
         if vectorize:
             free = _in_plate(free, num_simulations)
+        bar = tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar)
         fits = _Fits(free, make_guide, optim, loss or Trace_ELBO(), num_steps, interrupts, bar)
         parts: list[dict[str, Tensor]] = []
         num_draws = 0
         try:
-            for _ in range(num_fits):
-                ranks = fits.ranks(num_samples, vectorize)
-                found, num_draws = ranks.fractions(), ranks.num_draws
-                parts.append(found if vectorize else {n: x[None] for n, x in found.items()})
-            interrupts.deliver()
+            with bar:
+                for _ in range(num_fits):
+                    ranks = fits.ranks(num_samples, vectorize)
+                    found, num_draws = ranks.fractions(), ranks.num_draws
+                    parts.append(found if vectorize else {n: x[None] for n, x in found.items()})
+                interrupts.deliver()
         except KeyboardInterrupt:
             if interrupts or not parts:  # a second interrupt, or nothing to keep
                 raise
@@ -136,6 +134,7 @@ def simulation_based_calibration(
                 f"{NAME} was interrupted. The result uses {made if vectorize else complete}.",
                 stacklevel=2,
             )
+        del bar, fits  # here, because Python ignores an interrupt inside of a destructor
     return tested(_joined(parts))
 
 

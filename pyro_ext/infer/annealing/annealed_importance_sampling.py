@@ -129,18 +129,17 @@ def annealed_importance_sampling(
     size = min(num_chains, chunk_size or 100)
     num_passes = -(-num_chains // size) * (1 if exact_sample is None else 2)
     total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
-    with (
-        postponed_interrupts() as interrupts,
-        torch.no_grad(),
-        tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar) as bar,
-    ):
+    with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
         target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
+        bar = tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, interrupts, bar)
-        annealer.adapt(size)
-        evidence = annealer.evidence(num_chains, size, orders, exact_sample)
+        with bar:
+            annealer.adapt(size)
+            evidence = annealer.evidence(num_chains, size, orders, exact_sample)
+        del bar, annealer  # here, because Python ignores an interrupt inside of a destructor
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
     return evidence

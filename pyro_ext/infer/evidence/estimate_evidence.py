@@ -139,11 +139,7 @@ def estimate_evidence(
     orders = checked_orders(NAME, jackknife_orders, num_samples)
     used = None if state is None else UsedValues(state)
     state = EvidenceState() if state is None else state
-    with (
-        postponed_interrupts() as interrupts,
-        torch.no_grad(),
-        tqdm(desc=NAME, unit="draw", disable=not progress_bar) as bar,
-    ):
+    with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
@@ -163,9 +159,12 @@ def estimate_evidence(
             rows = RowsOfPlate(str(data_plate), batch_size, state.num_rows)
             blocks = blocks_of_plate(programs, rows)
         count = RowCount(NAME, num_rows)
-        evidence = EvidenceSampler(
-            stream, orders, target_std_error, state, used, count, interrupts, bar
-        ).run(blocks)
+        bar = tqdm(desc=NAME, unit="draw", disable=not progress_bar)
+        with bar:
+            evidence = EvidenceSampler(
+                stream, orders, target_std_error, state, used, count, interrupts, bar
+            ).run(blocks)
+        del bar  # here, because Python ignores an interrupt inside of a destructor
     advice = (
         "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
     )

@@ -93,11 +93,7 @@ def estimate_expectation(
     True
     """
     stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
-    with (
-        postponed_interrupts() as interrupts,
-        torch.no_grad(),
-        tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar) as bar,
-    ):
+    with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
@@ -105,16 +101,18 @@ def estimate_expectation(
         if stream.chunk_size > 1:
             _check_particle_dim(stream, block)
         estimate: Mean | SelfNormalizedMean | None = None
+        bar = tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar)
         try:
-            for particles in stream.draw(block, bar=bar):
-                log_w, value = _weights_and_values(particles)
-                has_observations = _has_observations(particles)
-                del particles
-                if estimate is None:
-                    kind = SelfNormalizedMean if has_observations else Mean
-                    estimate = kind(num_samples, value)
-                estimate.update(log_w, value)
-                interrupts.deliver()
+            with bar:
+                for particles in stream.draw(block, bar=bar):
+                    log_w, value = _weights_and_values(particles)
+                    has_observations = _has_observations(particles)
+                    del particles
+                    if estimate is None:
+                        kind = SelfNormalizedMean if has_observations else Mean
+                        estimate = kind(num_samples, value)
+                    estimate.update(log_w, value)
+                    interrupts.deliver()
         except KeyboardInterrupt:
             if interrupts or estimate is None:  # a second interrupt, or nothing to keep
                 raise
@@ -123,6 +121,7 @@ def estimate_expectation(
                 f"{num_samples} draws.",
                 stacklevel=2,
             )
+        del bar  # here, because Python ignores an interrupt inside of a destructor
         assert estimate is not None  # there is at least one chunk
         return estimate.result()
 
