@@ -82,17 +82,25 @@ def difference(
         if x.shape != y.shape:
             return f"{label} has shape {tuple(y.shape)}, not {tuple(x.shape)}"
         x, y = (v if v.is_floating_point() or v.is_complex() else v.double() for v in (x, y))
-        finite = x.isfinite()
-        if not torch.equal(finite, y.isfinite()):
-            return f"{label} is finite in only one of the two"
+        gap = _norm(x - y)
+        if not math.isfinite(gap):
+            finite = x.isfinite()
+            if not torch.equal(finite, y.isfinite()):
+                return f"{label} is finite in only one of the two"
+            gap = _max_abs((x - y)[finite])
+        size = _max_abs(x)
         relative = 100 * eps if is_strict else math.sqrt(eps)
-        tolerance = relative * _max_abs(x) + (10 if is_strict else 100) * eps * largest
-        largest_difference = _max_abs((x - y)[finite])
-        if largest_difference > tolerance:
-            return f"{label} differs by {largest_difference:.3g} (largest entry: {_max_abs(x):.3g})"
+        tolerance = relative * size + (10 if is_strict else 100) * eps * largest
+        if gap > tolerance:
+            return f"{label} differs by {gap:.3g} (largest entry: {size:.3g})"
     return None
 
 
 def _max_abs(x: Tensor) -> float:
-    x = x[x.isfinite()]
-    return float(x.abs().max()) if x.numel() else 0.0
+    """Return the largest absolute value of the finite entries."""
+    largest = _norm(x)
+    return largest if math.isfinite(largest) else _norm(x[x.isfinite()])
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0

@@ -1,19 +1,38 @@
 """Finds the tensors that a graph reads, and checks that they still fit the graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 from torch import Tensor
 
+from pyro_ext._private.of_torch import pytree
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 
 
 class Arguments(NamedTuple):
-    """The arguments of model and guide, as leaves and their structure."""
+    """The arguments of model and guide, as leaves and their structure.
+
+    The structure is None if they are positional tensors only.
+    """
 
     leaves: list[Any]
     spec: Any
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Arguments":
+        """Return the arguments of a step."""
+        if not kwargs and all(type(arg) is Tensor for arg in args):
+            return Arguments(list(args), None)
+        return Arguments(*pytree.tree_flatten((args, kwargs)))
+
+    def unflatten(self) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return the positional and keyword arguments."""
+        if self.spec is None:
+            return self.leaves, {}
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ext._private.of_torch import global_hooks, pytree
+from pyro_ext._private.of_torch import global_hooks
 from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_leaf
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError
@@ -90,7 +90,7 @@ class Graphs:
                 "which a graph reads them"
             )
             return None
-        arguments = Arguments(*pytree.tree_flatten((args, kwargs)))
+        arguments = Arguments.of(args, kwargs)
         params = current_params()
         reason = "the arguments differ"
         known = self._by_key.get(self._key(step, arguments), [])

@@ -2,14 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_ext._private.of_torch import pytree
 from pyro_ext.infer.svi.capture.graph import compute
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
@@ -18,8 +16,7 @@ from pyro_ext.tracing import Program
 Outputs = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A step of Pyro's ``SVI``.
 
     :param objective: the ELBO, or a function that returns a differentiable loss.
@@ -64,7 +61,7 @@ class Step:
                 param.grad = gradient
 
     def _evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
-        args, kwargs = pytree.tree_unflatten(arguments.leaves, arguments.spec)
+        args, kwargs = arguments.unflatten()
         return loss(self.model, self.guide, *args, **kwargs)
 
     @property
