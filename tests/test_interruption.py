@@ -1,5 +1,6 @@
 """An interrupt at any moment leaves handlers, settings and random numbers as they were."""
 
+import contextlib
 import multiprocessing
 import pickle
 import random
@@ -164,7 +165,7 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name, request, mon
     call()
     tracer = Tracer()
     tracer.run(call)
-    moments = range(1, tracer.num_lines + 1, 1 + tracer.num_lines // 60_000)
+    moments = range(1, tracer.num_lines + 1, 1 + tracer.num_lines // 5_000)
     if not request.config.getoption("--slow"):
         moments = sorted(random.Random(0).sample(moments, 150))
     before, tally = settings(), Counter()
@@ -182,6 +183,40 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name, request, mon
     print(f"{name}: {len(moments)} moments, {dict(tally)}")
     assert set(tally) - {"complete"} == {"interrupt", "result"}
     assert tally["complete"] < 0.1 * len(moments)
+
+
+@pytest.mark.long
+def test_an_interrupted_load_restores_all_or_nothing(tmp_path):
+    def make():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        return EagerSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+
+    svi = make()
+    svi.run(3, 1, False, args=(X,), checkpoint=tmp_path / "run")
+    loaded = pyro.param("loc").item(), len(svi.history.losses)
+
+    def load():
+        svi.load(tmp_path / "run", X)
+
+    svi = make()
+    tracer = Tracer()
+    tracer.run(load)
+    tally = Counter()
+    for moment in sorted(random.Random(0).sample(range(1, tracer.num_lines), 120)):
+        svi = make()
+        svi.step(X)
+        before = pyro.param("loc").item(), 0
+        tracer = Tracer(moment)
+        with contextlib.suppress(KeyboardInterrupt):
+            tracer.run(load)
+            assert tracer.num_lines < moment
+        found = pyro.param("loc").item(), len(svi.history.losses)
+        assert found in (before, loaded), moment
+        assert list(HANDLER_STACK) == []
+        tally[found == loaded] += 1
+    print(f"loads: {dict(tally)}")
+    assert tally[True] > 10
 
 
 def interrupt():

@@ -9,6 +9,7 @@ import pyro
 from pyro.infer import SVI
 
 from pyro_ext._files import StrPath, to_plain
+from pyro_ext._interruption import postponed_interrupts
 from pyro_ext._random_states import compact_random_states, random_states, set_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.operation_log import set_up
@@ -59,7 +60,8 @@ def load_run(
     :param settings: the settings of the run, to be compared as well.
     """
     content = read(path)
-    with new_params_removed_on_error():
+    # An interrupt waits until all is restored.
+    with postponed_interrupts(), new_params_removed_on_error():
         # A first run of the programs may initialise state, so it must come before loading.
         called, used = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs))
         in_store = filter(pyro.get_param_store().__contains__, used)
@@ -72,12 +74,12 @@ def load_run(
         if schedule is not None and step is not None:
             deepcopy(schedule).load_state_dict(step)  # fails before anything has changed
         restore()
-    if schedule is not None and step is not None:
-        schedule.load_state_dict(step)
-    svi.history = history
-    svi._epoch_start = content["epoch_start"]
-    svi._called = called
-    set_random_states(content["random"], data)
+        if schedule is not None and step is not None:
+            schedule.load_state_dict(step)
+        svi.history = history
+        svi._epoch_start = content["epoch_start"]
+        svi._called = called
+        set_random_states(content["random"], data)
 
 
 def check_state(svi: Any) -> None:
