@@ -1,6 +1,6 @@
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -16,7 +16,7 @@ from pyro_ext._private.of_torch import has_gradient_hooks
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import MODES, Backend
 from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, params_of
 from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
 from pyro_ext.infer.svi.capture.step import Step, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
@@ -49,9 +49,11 @@ class CompiledSVI(EagerSVI):
     than those on tensors, such as printing and counting, happen only in captures and audits.
 
     Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
-    or NumPy, results whose shape depends on values, or hooks on gradients. ``CompiledSVI`` then
-    takes eager steps, and one warning gives the reason. The same holds for any error in a capture
-    or in the compiler. Distributions do not validate their arguments in a compiled step.
+    or NumPy, results whose shape depends on values, gradients of tensors outside of the param
+    store, or hooks on gradients. ``CompiledSVI`` then takes eager steps, and one warning gives the
+    reason. The same holds for any error in a capture, in the compiler or in a graph. Distributions
+    do not validate their arguments in a compiled step. After it, the ``.grad`` of parameters is
+    None.
 
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.
@@ -174,13 +176,7 @@ class CompiledSVI(EagerSVI):
         elif ready.graph.audit_times.is_due():
             loss = self._audited_step(ready, args, kwargs)
         else:
-            loss, *gradients = ready.graph(ready.arguments, ready.inputs)
-            loss = loss.item()
-            if not math.isfinite(loss):
-                self._raise_for(loss, args, kwargs)
-            self._finish([ready.params[name] for name in ready.names], ready.names, gradients)
-            if isinstance(self.objective, KLWeightedELBO):
-                self.objective.note_loss()
+            loss = self._graph_step(ready, args, kwargs)
         self._num_steps += 1
         return loss
 
@@ -196,17 +192,39 @@ class CompiledSVI(EagerSVI):
         # Parameters that are created in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             ready = None if self._called is None else self._ready(False, args, kwargs)
-            if ready is None:
+            is_audited = ready is not None and ready.graph.audit_times.is_due()
+            outputs = None
+            if ready is not None:
+                run = ready.graph.rehearse if is_audited else ready.graph
+                outputs = self._try(run, ready)
+            if ready is None or outputs is None:
                 return super().evaluate_loss(*args, **kwargs)
-            if ready.graph.audit_times.is_due():
-                found = ready.graph.rehearse(ready.arguments, ready.inputs)
+            if is_audited:
                 loss = super().evaluate_loss(*args, **kwargs)
-                passed = self._passes(ready, [as_tensor(loss)], found)
-                return as_tensor(found.tensors[0]).item() if passed else loss
-            loss = ready.graph(ready.arguments, ready.inputs)[0].item()
+                passed = self._passes(ready, [as_tensor(loss)], outputs)
+                return as_tensor(outputs.tensors[0]).item() if passed else loss
+            loss = outputs[0].item()
             if math.isnan(loss):
                 self._raise_for(loss, args, kwargs)
             return loss
+
+    def _try(self, run: Callable[[Arguments, list[Tensor]], Any], ready: ReadyGraph) -> Any:
+        """Return the outputs of a graph, or None if it raises an error.
+
+        The programs may handle the error, so the step is then taken by Pyro.
+        """
+        state = torch.get_rng_state()
+        try:
+            return run(ready.arguments, ready.inputs)
+        except Exception as error:
+            torch.set_rng_state(state)
+            line = str(error).partition("\n")[0].rstrip(".")
+            self._do_without(
+                f"the graph raises {type(error).__name__} ({line}), which the programs may handle",
+                error,
+                "takes an eager step",
+            )
+            return None
 
     def audit(self) -> None:
         """Compare the graphs that have taken steps since their last audits with the programs.
@@ -233,11 +251,26 @@ class CompiledSVI(EagerSVI):
         for param in params:
             param.grad = None
 
+    def _graph_step(self, ready: ReadyGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outputs = self._try(ready.graph, ready)
+        if outputs is None:
+            return self._eager_step(*args, **kwargs)
+        loss, *gradients = outputs
+        loss = loss.item()
+        if not math.isfinite(loss):
+            self._raise_for(loss, args, kwargs)
+        self._finish([ready.params[name] for name in ready.names], ready.names, gradients)
+        if isinstance(self.objective, KLWeightedELBO):
+            self.objective.note_loss()
+        return loss
+
     def _audited_step(
         self, ready: ReadyGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Take Pyro's step, and compare it with the graph on the same noise and state."""
-        found = ready.graph.rehearse(ready.arguments, ready.inputs)
+        found = self._try(ready.graph.rehearse, ready)
+        if found is None:
+            return self._eager_step(*args, **kwargs)
         before = {param: param.grad for param in ready.params.values()}
         for param in before:
             param.grad = None
@@ -293,7 +326,11 @@ class CompiledSVI(EagerSVI):
             return super()._eager_step(*args, **kwargs)
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        params = list(dict.fromkeys(params_of(trace.trace).values()))  # tied parameters once
+        used = params_of(trace.trace)
+        for name, param in used.items():
+            if param.grad is None and name in self._with_gradients:
+                param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
+        params = list(dict.fromkeys(used.values()))  # tied parameters once
         self._update(params)
         zero_grads(params)
         return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_ext.infer.svi.capture.graph_inputs import layout
+from pyro_ext.infer.svi.capture.lifted_floats import FLOATS
 
 #: Types whose objects never change, and are compared by value.
 _VALUES = (bool, int, float, complex, str, bytes, type(None), range, frozenset, enum.Enum)
 _VALUES_OF_LIBRARIES = (np.generic, np.dtype, torch.dtype, torch.device, torch.Size)
+_SETTINGS = (bool, int, float, str, type(None))
 _MAX_ARRAY = 10_000
 
 
@@ -26,7 +28,7 @@ def describe_leaf(leaf: Any, lifts: bool) -> Any:
     """
     if isinstance(leaf, Tensor):
         return layout(leaf) if leaf.layout == torch.strided else (leaf.layout, leaf.shape)
-    if type(leaf) is float and lifts:
+    if type(leaf) in FLOATS and lifts:
         return float
     if isinstance(leaf, slice):
         return slice, *(describe_leaf(x, False) for x in (leaf.start, leaf.stop, leaf.step))
@@ -39,6 +41,18 @@ def describe_leaf(leaf: Any, lifts: bool) -> Any:
             return SameObject(leaf)
         return type(leaf), repr(leaf) if leaf != leaf else leaf
     return SameObject(leaf)
+
+
+def describe_handler(handler: Any) -> Any:
+    """Return a hashable key of an effect handler around a step.
+
+    A handler of Pyro may be made anew for each step, if its settings are plain values.
+    """
+    settings = vars(handler)
+    is_of_pyro = type(handler).__module__.startswith("pyro.")
+    if is_of_pyro and all(isinstance(x, _SETTINGS) for x in settings.values()):
+        return type(handler), *settings.items()
+    return SameObject(handler)
 
 
 class SameObject:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
@@ -23,12 +24,12 @@ from pyro_ext.infer.svi.capture.operation_log import (
     log_operations,
 )
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
-from pyro_ext.infer.svi.capture.reachable_state import ReachableState
+from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.step import Outputs, Step
 
 _SEED = 20_090_911
 #: The factor of a KL schedule is an input of the graph, and its objective counts losses.
-_IGNORED = ("loss.schedule", "loss._num_losses", "loss._step_of_losses", "loss._has_warned")
+_OF_KL_WEIGHTED = ("schedule", "_num_losses", "_step_of_losses", "_has_warned")
 
 
 class NeedsEagerStepError(Exception):
@@ -70,8 +71,10 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
-    ignored = [*lifted.labels, *_IGNORED]
-    before = find_reachable(step.roots, ignored)
+    ignored = lifted.places
+    if isinstance(step.objective, KLWeightedELBO):
+        ignored += [Place(vars(step.objective), key, key) for key in _OF_KL_WEIGHTED]
+    before = find_reachable(step.roots, ignored, keeps_large=True)
     if before.iterators:
         raise CaptureError(
             f"the model or guide reaches the iterator '{before.iterators[0]}', which a capture "
@@ -133,7 +136,7 @@ def _log_twice(
     arguments: Arguments,
     aliases: Arguments,
     lifted: LiftedFloats,
-    ignored: list[str],
+    ignored: list[Place],
 ) -> tuple[OperationLog, list[tuple[str, Any]], ReachableState, list[Tensor], Outcome]:
     """Log two runs with different random numbers, and check that their operations are the same.
 
@@ -152,7 +155,7 @@ def _log_twice(
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
     roots = [*step.roots, *opaque, *modules]
-    reachable = find_reachable(roots, ignored)
+    reachable = find_reachable(roots, ignored, keeps_large=True)
     with kept_random_states(_SEED):
         first, _ = log_operations(run)
     floats = [
@@ -163,6 +166,7 @@ def _log_twice(
     with kept_random_states(_SEED + 1), lifted.nudged(floats):
         second, outcome = log_operations(run)
     changed = reachable.changed_by_programs()
+    reachable.large.clear()
     reason = (
         f"the model or guide changes '{changed}' when it runs. Change it outside of them"
         if changed is not None
@@ -170,11 +174,23 @@ def _log_twice(
     )
     if reason is not None:
         raise CaptureError(reason)
+    _check_gradients(step, second, outcome)
     given = set(aliases.tensors)
     externals = zip(first.externals, second.externals, strict=True)
     # Tensors that differ between the runs, though with equal values, are constants of the graph.
     lasting = [x for other, x in externals if x is other and x not in given]
     return second, roots, reachable, lasting, outcome
+
+
+def _check_gradients(step: Step, log: OperationLog, outcome: Outcome) -> None:
+    """Raise an error if a tensor needs a gradient that the graph would not return."""
+    params = {*current_params().values(), *outcome.params.values()}
+    for tensor in log.used if step.has_gradients else ():
+        if tensor.requires_grad and tensor not in params:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} requires gradients, but is not in the "
+                "param store. Register it with pyro.module or pyro.param, or detach it"
+            )
 
 
 def _compile(
@@ -191,10 +207,12 @@ def _compile(
     """
     reason = difference_of(graph)
     if reason is not None:
-        raise CaptureError(
-            f"the graph gives other results than the eager step: {reason}. Check that the loss and "
-            "the differentiable_loss of the ELBO agree"
+        advice = (
+            "Draw them outside of blocks that set the seed or run again"
+            if "random numbers" in reason
+            else "Check that the loss and the differentiable_loss of the ELBO agree"
         )
+        raise CaptureError(f"the graph gives other results than the eager step: {reason}. {advice}")
     if backend.name == "eager":
         return graph
     compiled = compile_graph(graph, inputs, backend)

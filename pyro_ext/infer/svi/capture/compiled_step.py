@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -17,10 +18,14 @@ from pyro_ext.infer.svi.capture.graph_inputs import Arguments, TensorSource, cur
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, OperationLog, log_operations
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
-from pyro_ext.infer.svi.capture.reachable_state import ReachableState
-from pyro_ext.infer.svi.capture.step import Outputs, Step
+from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
+from pyro_ext.infer.svi.capture.step import Context, Outputs, Step, current_context
 
 _SEED = 20_090_911
+
+
+class UnverifiableError(Exception):
+    """An error for a graph whose last step cannot be repeated."""
 
 
 @dataclass
@@ -35,12 +40,13 @@ class CompiledStep:
     :ivar names: the parameters whose gradients the graph returns.
     :ivar tied: pairs of names of the same parameter.
     :ivar roots: the objects from which ``reachable`` was found, with their names.
-    :ivar ignored: the labels of values that are inputs of the graph.
+    :ivar ignored: the places of values that are inputs of the graph.
     :ivar eps: the coarsest rounding error of its operations.
     :ivar checked_at: the number of steps of the SVI when the graph was last compared with the
         programs.
     :ivar last_used_at: the number of the last step that it took.
     :ivar last_arguments: the arguments of that step.
+    :ivar context: the modes of torch around it.
     :ivar audit_times: the runs after which to compare them again.
     """
 
@@ -56,12 +62,13 @@ class CompiledStep:
     lifted: LiftedFloats
     log: OperationLog
     roots: list[tuple[str, Any]]
-    ignored: list[str]
+    ignored: list[Place]
     eps: float
     audit_times: AuditTimes = field(default_factory=AuditTimes)
     checked_at: int = 0
     last_used_at: int = 0
     last_arguments: Arguments | None = None
+    context: Context = field(default_factory=current_context)
 
     def __call__(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Return the loss, then the gradients in the order of ``names``."""
@@ -123,6 +130,14 @@ class CompiledStep:
         :returns: the difference of programs and graph; None if there is none beyond rounding.
         :raises CompileError: if only the compiled graph differs.
         """
+        known = set(current_params())
+        try:
+            return self._verify(arguments, inputs)
+        finally:
+            for name in current_params().keys() - known:
+                del pyro.get_param_store()[name]
+
+    def _verify(self, arguments: Arguments, inputs: Sequence[Tensor]) -> str | None:
         aliases = self.lifted.lift(arguments).aliases
         tensors = [*aliases.tensors, *inputs]
         written = [tensors[index] for index in self.written]
@@ -155,36 +170,35 @@ class CompiledStep:
         return reason
 
     def verify_again(self) -> str | None:
-        """Verify the graph with the arguments of its last step.
+        """Verify the graph with the arguments, handlers and modes of its last step.
+
+        If values have changed, they are put back in the meantime, so that only other changes count.
 
         :returns: the difference of programs and graph; None if there is none.
+        :raises UnverifiableError: if the state of the last step cannot be put back.
         :raises CompileError: if only the compiled graph differs.
         """
         if self.last_arguments is None:
             return None
-        inputs = None if self.reachable.changed() else self.inputs(current_params())
+        with self.step.in_context(self.context):
+            if self.reachable.changed() is None:
+                return self._verify_with(self.last_arguments)
+            try:
+                present = find_reachable(self.roots, self.ignored)
+            except CaptureError as error:  # there are too many values now
+                raise UnverifiableError from error
+            if self.reachable.has_other_entries:
+                raise UnverifiableError
+            try:
+                self.reachable.restore()
+                if self.reachable.changed() is not None:
+                    raise UnverifiableError
+                return self._verify_with(self.last_arguments)
+            finally:
+                present.restore()
+
+    def _verify_with(self, arguments: Arguments) -> str | None:
+        inputs = self.inputs(current_params())
         if inputs is None:
-            return self._verify_before_edits(self.last_arguments)
-        return self.verify(self.last_arguments, inputs)
-
-    def _verify_before_edits(self, arguments: Arguments) -> str | None:
-        """Verify the graph with the values at its capture, in place of those that have changed.
-
-        So it shows whether something else has changed as well. All values are restored at the end.
-
-        :param arguments: the arguments of the step.
-        :returns: the difference of programs and graph; None if there is none, or if not all values
-            could be put back.
-        """
-        try:
-            present = find_reachable(self.roots, self.ignored)
-        except CaptureError:  # there are too many values now
-            return None
-        try:
-            self.reachable.restore()
-            if self.reachable.changed() is not None:
-                return None
-            inputs = self.inputs(current_params())
-            return None if inputs is None else self.verify(arguments, inputs)
-        finally:
-            present.restore()
+            raise UnverifiableError
+        return self.verify(arguments, inputs)

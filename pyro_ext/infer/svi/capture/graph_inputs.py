@@ -61,7 +61,12 @@ class TensorSource:
     def get(self, params: dict[str, Tensor]) -> Tensor | None:
         """Return the current tensor at these places, or None if it does not fit the graph."""
         if self.param is not None:
-            now = params.get(self.param)
+            now: Any = params.get(self.param)
+            # A module may hold another parameter now, which the store does not have yet.
+            for place in self.places:
+                held = place.get()
+                if held is not now and held is not self.tensor:
+                    return None
         elif self.places:
             now = self.places[0].get()
             if any(place.get() is not now for place in self.places[1:]):
@@ -79,8 +84,7 @@ def find_source(
     It is in the param store, or has names. Otherwise the source keeps the tensor itself.
     """
     name = next((name for name, param in params.items() if param is tensor), None)
-    places = reachable.places_of(tensor) if name is None else []
-    return TensorSource(tensor, places, name, layout(tensor))
+    return TensorSource(tensor, reachable.places_of(tensor), name, layout(tensor))
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pyro
-import torch
 from torch import Tensor
 
+from pyro_ext._arguments import describe
 from pyro_ext._private.of_torch import global_hooks
-from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_leaf
+from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_handler, describe_leaf
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError
 from pyro_ext.infer.svi.capture.build_step import NeedsEagerStepError, build_step
 from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
+from pyro_ext.infer.svi.capture.compiled_step import CompiledStep, UnverifiableError
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
-from pyro_ext.infer.svi.capture.step import Step
+from pyro_ext.infer.svi.capture.step import Step, current_context
 
 _WITHOUT_COMPILER = "runs graphs without compiling them"
 
@@ -62,6 +62,7 @@ class Graphs:
         self.announce = announce
         self._by_key: dict[Any, list[CompiledStep]] = {}
         self._given_up: set[bool] = set()
+        self._refused: set[Any] = set()
         self._lifts = True
         self._num_built = 0
 
@@ -92,8 +93,9 @@ class Graphs:
             return None
         arguments = Arguments.of(args, kwargs)
         params = current_params()
-        reason = "the arguments differ"
-        known = self._by_key.get(self._key(step, arguments), [])
+        key = self._key(step, arguments)
+        known = self._by_key.get(key, [])
+        reason = ""
         for graph in known:
             changed = graph.reachable.changed()
             inputs = graph.inputs(params) if changed is None else None
@@ -105,10 +107,13 @@ class Graphs:
                 if changed is None
                 else f"'{changed}' has another value"
             )
+        if key in self._refused:
+            return None
         if self.count >= self.max_graphs:
             self.report(
-                f"there are max_graphs={self.max_graphs} graphs, and now {reason}. Set max_graphs "
-                "higher, or change fewer values between steps"
+                f"there are max_graphs={self.max_graphs} graphs, and now "
+                f"{reason or self._reason(arguments)}. Set max_graphs higher, or change fewer "
+                "values between steps"
             )
             return None
         if not self.audit(known, num_steps + 1):  # because no later audit of these is certain
@@ -125,14 +130,24 @@ class Graphs:
         return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
 
     def _key(self, step: Step, arguments: Arguments) -> tuple[Any, ...]:
-        objects = step.objective, step.model, step.guide, *step.handlers, *global_hooks()
+        objects = step.objective, step.model, step.guide, *global_hooks()
         return (
             step.has_gradients,
             str(arguments.spec),  # older versions of torch cannot hash a spec
             *(describe_leaf(leaf, self._lifts) for leaf in arguments.leaves),
             *map(SameObject, objects),
-            *_context(),
+            *map(describe_handler, step.handlers),
+            current_context(),
         )
+
+    def _reason(self, arguments: Arguments) -> str:
+        """Return why a step needs a graph of its own, if all graphs are for other arguments."""
+        for leaf in arguments.leaves:
+            if not isinstance(leaf, Tensor) and self.count:
+                key = describe_leaf(leaf, self._lifts)
+                if all(key not in known for known in self._by_key):
+                    return f"an argument is {describe(leaf)}, which no earlier step had"
+        return "the arguments differ in shape, dtype or value"
 
     def _build(self, step: Step, arguments: Arguments) -> CompiledStep | None:
         """Capture a graph, or return None for an eager step."""
@@ -149,7 +164,9 @@ class Graphs:
                 # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
                 self._lifts = False
                 return self._build(step, arguments)
-            self._given_up.add(step.has_gradients)
+            self._refused.add(self._key(step, arguments))
+            if len(self._refused) >= self.max_graphs:
+                self._given_up.add(step.has_gradients)
             self.report(str(error), error)
             return None
         finally:
@@ -205,6 +222,8 @@ class Graphs:
         except CompileError as error:
             self._stop_compiling(f"an audit at step {step} found that {error}. {suspect}", error)
             return False
+        except UnverifiableError:
+            return True
         except Exception as error:
             reason = f"a run of the programs raises {type(error).__name__} ({error})"
         if reason is not None:
@@ -222,12 +241,3 @@ class Graphs:
         self.backend = Backend("eager", self.backend.mode)
         self._by_key.clear()
         self.report(reason, error, _WITHOUT_COMPILER)
-
-
-def _context() -> tuple[Any, ...]:
-    """Return the global settings of torch that change the operations of a step."""
-    autocast = [
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-    ]
-    return torch.get_default_dtype(), *autocast

@@ -3,10 +3,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments
+from pyro_ext.infer.svi.capture.reachable_state import Place
+
+#: The types of floats that become inputs of a graph.
+FLOATS = (float, np.float64)
 
 
 class _Attribute(NamedTuple):
@@ -39,15 +44,15 @@ class LiftedFloats:
         ]
 
     @property
-    def labels(self) -> list[str]:
-        """The names of the lifted attributes."""
-        return [attribute.label for attribute in self.attributes]
+    def places(self) -> list[Place]:
+        """The places of the lifted attributes."""
+        return [Place(holder, key, label) for holder, key, label, *_ in self.attributes]
 
     def lift(self, arguments: Arguments) -> Arguments:
         """Return the arguments with tensors in place of floats."""
         if not self.is_on:
             return arguments
-        leaves = [_tensor(leaf) if type(leaf) is float else leaf for leaf in arguments.leaves]
+        leaves = [_tensor(leaf) if type(leaf) in FLOATS else leaf for leaf in arguments.leaves]
         return Arguments(leaves, arguments.spec)
 
     @contextmanager
@@ -66,11 +71,9 @@ class LiftedFloats:
     def update(self) -> None:
         """Copy the current floats into the tensors."""
         for holder, key, _, kind, tensors in self.attributes:
-            if kind is float:
-                tensors[0].fill_(holder[key])
-            else:
-                for tensor, value in zip(tensors, holder[key], strict=True):
-                    tensor.fill_(value)
+            values = holder[key] if kind is tuple else (holder[key],)
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.fill_(float(value))
 
     @contextmanager
     def nudged(self, arguments: Sequence[Tensor]) -> Iterator[None]:
@@ -95,7 +98,8 @@ class LiftedFloats:
     def matches(self) -> bool:
         """Whether every lifted attribute is still a float, or a tuple of the same length."""
         return all(
-            type(holder[key]) is kind and len(_floats(holder[key])) == len(tensors)
+            (type(holder[key]) is tuple) == (kind is tuple)
+            and len(_floats(holder[key])) == len(tensors)
             for holder, key, _, kind, tensors in self.attributes
         )
 
@@ -103,7 +107,7 @@ class LiftedFloats:
 def _floats(value: Any) -> tuple[float, ...]:
     """Return the floats in a value, or () if it is neither a float nor a tuple of floats."""
     entries = value if type(value) is tuple else (value,)
-    is_lifted = all(type(entry) is float and not math.isinf(entry) for entry in entries)
+    is_lifted = all(type(entry) in FLOATS and not math.isinf(entry) for entry in entries)
     return entries if is_lifted else ()
 
 

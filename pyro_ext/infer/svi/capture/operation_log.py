@@ -97,6 +97,11 @@ class TensorsForNumbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.touch is not None and args and isinstance(args[0], Tensor):
             self.touch(args[0])
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise CaptureError(
+                "the model or guide sets the data of a tensor. Change the tensor in place, for "
+                "example with copy_"
+            )
         if func is Tensor.item:
             return args[0].detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
@@ -130,6 +135,8 @@ class OperationLog:
     operations: list[Operation] = field(default_factory=list)
     #: Tensors that the run used but did not make, in the order of their first use.
     externals: list[Tensor] = field(default_factory=list)
+    #: Those of them that are arguments of operations.
+    used: list[Tensor] = field(default_factory=list)
     #: External tensors that the run changed in place, with copies of their old values.
     originals: dict[Tensor, Tensor] = field(default_factory=dict)
     #: The dtypes of the results of all operations.
@@ -197,6 +204,7 @@ class _Logger(TorchDispatchMode):
         self.log = log
         self.site = site
         self.known = WeakTensorKeyDictionary()
+        self.touched = WeakTensorKeyDictionary()
         self.owner_of_storage: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,6 +220,8 @@ class _Logger(TorchDispatchMode):
             digest = 0
             for x in flat:
                 if isinstance(x, Tensor):
+                    if self.touched.pop(x, False) or x not in self.known:
+                        self.log.used.append(x)
                     self.add_external(x)
             if schema_of(func).is_mutable or "batch_norm" in name:
                 self._keep_originals(func, args, kwargs)
@@ -284,7 +294,9 @@ def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
 def _touch(logger: _Logger) -> Callable[[Tensor], None]:
     def touch(x: Tensor) -> None:
         with DisableTorchFunction():
-            logger.add_external(x)
+            if x not in logger.known:
+                logger.touched[x] = True
+                logger.add_external(x)
 
     return touch
 

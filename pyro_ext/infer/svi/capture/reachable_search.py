@@ -18,11 +18,14 @@ from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespac
 from typing import Any
 
 import numpy as np
+from pyro.infer import SVI
 from pyro.infer.elbo import ELBO
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_ext._digest import digest
 from pyro_ext._private.of_torch import (
     buffers_of,
     children_of,
@@ -31,6 +34,7 @@ from pyro_ext._private.of_torch import (
 )
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.reachable_state import (
+    ALL,
     MISSING,
     Entries,
     Generator,
@@ -52,37 +56,47 @@ _STATEFUL = {"builtins", "collections"}
 _MAX_DEPTH, _MAX_PLACES = 8, 20_000
 #: The largest container of plain values, and the largest array, that are compared at each step.
 _MAX_PLAIN, _MAX_ARRAY = 1_000, 10_000
+#: The largest array that is copied for a capture.
+_MAX_BYTES = 100_000_000
+#: Libraries and classes that use no attribute of an object whose class is derived from theirs.
+_BARE = {"abc", "argparse", "builtins", "types", "typing"}
+_BASES = (nn.Module, PyroModule, Messenger)
 
 
 def find_reachable(
-    roots: Iterable[tuple[str, Any]], unless: Iterable[str] = (), limit: float = _MAX_PLACES
+    roots: Iterable[tuple[str, Any]],
+    ignored: Iterable[Place] = (),
+    limit: float = _MAX_PLACES,
+    keeps_large: bool = False,
 ) -> ReachableState:
     """Find all values that can be reached by name from some objects.
 
     A foreign object that raises an error when it is looked at is compared by identity alone.
 
     :param roots: the objects, with their names: programs, modules, objectives and arguments.
-    :param unless: the labels of values that may change, which are left out.
+    :param ignored: the places of values that may change, which are left out.
     :param limit: the largest number of values.
+    :param keeps_large: whether to keep copies of large containers and arrays, too.
     :returns: the values.
     :raises CaptureError: if there are more values than ``limit``.
     """
     pending = deque((name, value, 0) for name, value in roots)
-    return _Search(set(unless), limit, pending).run()
+    known = {(id(place.holder), place.key) for place in ignored}
+    return _Search(limit, keeps_large, pending, places=known).run()
 
 
 @dataclass
 class _Search:
     """A breadth-first search through objects."""
 
-    ignored: set[str]
     limit: float
+    keeps_large: bool
     pending: deque[tuple[str, Any, int]]
     found: ReachableState = field(default_factory=ReachableState)
     seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
     places: set[tuple[int, Any]] = field(default_factory=set)
     attribute_names: set[str] = field(default_factory=lambda: {"forward"})
-    #: Methods, properties and entries of modules. They are followed once code uses their name.
+    #: Methods, attributes and entries of modules. They are followed once code uses their name.
     waiting: dict[str, list[tuple[Place, int]]] = field(default_factory=dict)
 
     def run(self) -> ReachableState:
@@ -176,13 +190,16 @@ class _Search:
             return
         if isinstance(value, (set, frozenset)):
             self.pending += [(f"an entry of {label}", item, depth + 1) for item in value]
+            identities = lambda: frozenset(map(id, value))  # noqa: E731
+            self.found.snapshots.append(Snapshot(label, identities, identities()))
         else:
             for key in value if isinstance(value, dict) else range(len(value)):
                 self._add(Place(value, key, f"{label}[{printable(key)}]"), depth)
         if is_frozen:
             return
         if isinstance(value, dict):
-            self.found.entries.append(Entries(label, value, dict(value)))
+            names = None if len(value) <= _MAX_PLAIN else ALL
+            self.found.entries.append(Entries(label, value, dict(value), names))
         elif isinstance(value, (list, deque)):
             self._compare_contents(label, value, has_places=True)
 
@@ -200,12 +217,13 @@ class _Search:
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(copy)
 
-        is_plain = not has_places and len(value) <= _MAX_PLAIN
-        self.found.snapshots.append(
-            Snapshot(label, lambda: convert(value), copy, put_back)
-            if is_plain
-            else Snapshot(label, lambda: len(value), len(value), put_back)
-        )
+        whole = Snapshot(label, lambda: convert(value), copy, put_back)
+        if not has_places and len(value) <= _MAX_PLAIN:
+            self.found.snapshots.append(whole)
+            return
+        self.found.snapshots.append(Snapshot(label, lambda: len(value), len(value), put_back))
+        if self.keeps_large and not has_places:
+            self.found.large.append(whole)
 
     def _look_at_class(self, cls: type, depth: int) -> None:
         for base in cls.__mro__:
@@ -215,7 +233,8 @@ class _Search:
             if _library(getattr(base, "__module__", "")) in _LIBRARIES:
                 continue
             namespace = vars(base)
-            self.found.entries.append(Entries(base.__name__, namespace, dict(namespace)))
+            names = self.attribute_names
+            self.found.entries.append(Entries(base.__name__, namespace, dict(namespace), names))
             for key, value in namespace.items():
                 is_special = key.startswith("__") and key.endswith("__")
                 place = Place(namespace, key, f"{base.__name__}.{key}", owner=base)
@@ -234,11 +253,14 @@ class _Search:
             wrapped = getattr(value, key, None)
             if isinstance(wrapped, FunctionType):
                 self.pending.append((label, wrapped, depth))
-        if is_library and not isinstance(value, _KNOWN) and library != "pyro_ext":
+        is_unknown = is_library and not isinstance(value, _KNOWN) and library != "pyro_ext"
+        if is_unknown or isinstance(value, SVI):
             return
+        internal = vars(nn.Module()) if isinstance(value, nn.Module) else {}
         if isinstance(value, nn.Module):
             self._look_at_module(label, value, depth)
-        internal = vars(nn.Module()) if isinstance(value, nn.Module) else {}
+        # The code of a library may use any attribute of an object whose class is derived from it.
+        add = self._add if is_library or _has_library_base(cls) else self._add_once_named
         for key, entry in attributes.items():
             if key in internal and key != "training":
                 continue
@@ -247,10 +269,12 @@ class _Search:
             is_known = isinstance(entry, (*_PLAIN, Tensor, *_FOLLOWED)) and not is_hidden
             is_option = isinstance(value, Messenger) and isinstance(entry, dict)
             if not is_library or is_known or is_option:
-                self._add(Place(attributes, key, f"{label}.{key}"), depth)
+                add(Place(attributes, key, f"{label}.{key}"), depth)
+        if internal or not is_library:
+            names = self.attribute_names
+            self.found.entries.append(Entries(label, attributes, dict(attributes), names))
         if not is_library:
             self._add(Place(value, "__class__", f"{label}.__class__", is_attribute=True), depth)
-            self.found.entries.append(Entries(label, attributes, dict(attributes)))
             for key in (key for base in cls.__mro__ for key in _slots(base)):
                 self._add(Place(value, key, f"{label}.{key}", is_attribute=True), depth)
 
@@ -263,7 +287,12 @@ class _Search:
         for holder in others:
             for key in holder:
                 self._add(Place(holder, key, f"{label}.{key}"), depth - 1)
-        self.found.entries += [Entries(label, x, dict(x)) for x in (*state, *others)]
+        self.found.entries += [Entries(label, x, dict(x), ALL) for x in (*state, *others)]
+        # Sequential replaces the dict of its children if one is deleted.
+        for key, entry in vars(module).items():
+            if any(entry is holder for holder in (*state, others[0])):
+                place = Place(vars(module), key, f"{label}.{key}")
+                self.found.objects.append((place, entry))
         # A parametrisation replaces the class.
         self._add(Place(module, "__class__", f"{label}.__class__", is_attribute=True), depth)
 
@@ -276,7 +305,7 @@ class _Search:
     def _add(self, place: Place, depth: int) -> None:
         entry = place.get()
         where = id(place.holder), place.key
-        if place.label in self.ignored or entry is MISSING or where in self.places:
+        if entry is MISSING or where in self.places:
             return
         self.places.add(where)
         if len(self.places) > self.limit:
@@ -291,19 +320,33 @@ class _Search:
         if isinstance(entry, _PLAIN):
             return
         if isinstance(entry, np.ndarray):
-            if entry.size <= _MAX_ARRAY and not entry.dtype.hasobject:
-                put_back = partial(np.copyto, entry)
-                snapshot = Snapshot(place.label, place.get, entry.copy(), put_back)
-                self.found.snapshots.append(snapshot)
+            self._compare_array(place, entry)
             return
         if type(entry).__module__ in _STATEFUL and _size(entry) <= _MAX_PLAIN:
             self.found.printed.append((place, printable(entry)))
         if depth < _MAX_DEPTH:
             self.pending.append((place.label, entry, depth + 1))
 
+    def _compare_array(self, place: Place, array: np.ndarray) -> None:
+        is_small = array.size <= _MAX_ARRAY
+        if array.dtype.hasobject or not (is_small or self.keeps_large):
+            return
+        into = self.found.snapshots if is_small else self.found.large
+        if array.nbytes <= _MAX_BYTES:
+            into.append(Snapshot(place.label, place.get, array.copy(), partial(np.copyto, array)))
+        else:
+            into.append(Snapshot(place.label, lambda: digest(place.get()), digest(array)))
+
 
 def _library(module: Any) -> str:
     return str(module).partition(".")[0]
+
+
+def _has_library_base(cls: type) -> bool:
+    return any(
+        _library(base.__module__) in _LIBRARIES - _BARE and base not in _BASES
+        for base in cls.__mro__
+    )
 
 
 def _slots(cls: type) -> tuple[str, ...]:
@@ -326,10 +369,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of globals and of attributes that code loads, also in nested code."""
+    """Return the names of globals and of attributes that code loads, also in nested code.
+
+    A string may be the name of an attribute, too, as in ``getattr``.
+    """
     global_names, attribute_names, codes = set(), set(), [code]
     for part in codes:  # the loop also visits the codes that it appends
         codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
+        attribute_names |= {x for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
         for instruction in dis.get_instructions(part):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 global_names.add(instruction.argval)

@@ -1,7 +1,7 @@
 """Records the values on which a captured graph depends, and the places of its tensors."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 MISSING = object()
@@ -53,20 +54,45 @@ class Snapshot(NamedTuple):
     put_back: Callable[[Any], None] | None = None
 
 
+class _All:
+    def __contains__(self, key: object) -> bool:
+        return True
+
+
+#: The names of a namespace all of whose entries matter.
+ALL = _All()
+
+
 class Entries(NamedTuple):
-    """The entries of a namespace, each of which has a place of its own."""
+    """The keys of a namespace or dict, each of whose entries has a place of its own.
+
+    :ivar names: the keys that matter, in any order; None if all matter, and their order.
+    """
 
     label: str
-    namespace: Mapping[str, Any]
-    contents: dict[str, Any]
+    namespace: Mapping[Any, Any]
+    contents: dict[Any, Any]
+    names: Container[Any] | None = None
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the keys that matter are others."""
+        if self.names is None:
+            return [*self.namespace] != [*self.contents]
+        if len(self.namespace) == len(self.contents):
+            return False  # then the place of each key shows whether it is still there
+        return any(
+            key in self.names or (key.startswith("__") and key.endswith("__"))
+            for key in self.namespace.keys() ^ self.contents.keys()
+        )
 
     def put_back(self) -> None:
         """Remove new entries, and restore those that were removed."""
-        if isinstance(self.namespace, dict):
-            for key in self.namespace.keys() - self.contents.keys():
-                del self.namespace[key]
-            for key in self.contents.keys() - self.namespace.keys():
-                self.namespace[key] = self.contents[key]
+        namespace = self.namespace
+        if isinstance(namespace, dict) and [*namespace] != [*self.contents]:
+            entries = {key: namespace.get(key, x) for key, x in self.contents.items()}
+            namespace.clear()
+            namespace.update(entries)
 
 
 class Generator(NamedTuple):
@@ -86,7 +112,9 @@ class ReachableState:
     objects: list[tuple[Place, Any]] = field(default_factory=list)
     #: Contents of containers and arrays, which must stay equal.
     snapshots: list[Snapshot] = field(default_factory=list)
-    #: Namespaces of objects. They must have no new entries.
+    #: Contents that are too large for a comparison at each step.
+    large: list[Snapshot] = field(default_factory=list)
+    #: Namespaces of objects, and dicts. They must have no new entries.
     entries: list[Entries] = field(default_factory=list)
     #: Places of tensors. Each step may find another tensor there.
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
@@ -130,10 +158,17 @@ class ReachableState:
         for label, read, contents, _ in self.snapshots:
             if not _is_equal(read(), contents):
                 return label
-        for label, namespace, contents in self.entries:
-            if len(namespace) != len(contents):
+        for entries in self.entries:
+            label, namespace, contents, names = entries
+            is_same_size = names is not None and len(namespace) == len(contents)
+            if not is_same_size and entries.has_changed:
                 return label
         return None
+
+    @property
+    def has_other_entries(self) -> bool:
+        """Whether a namespace has new entries, or lacks some."""
+        return any(entries.has_changed for entries in self.entries)
 
     def _all_identical(self) -> bool:
         """Return whether every object is the same. This is fast, because it is so nearly always."""
@@ -159,6 +194,9 @@ class ReachableState:
         for label, read, _, state in self.generators:
             if str(read()) != str(state):
                 return label
+        for label, read, contents, _ in self.large:
+            if not _is_equal(read(), contents):
+                return label
         return self.changed()
 
     def restore(self) -> None:
@@ -167,7 +205,7 @@ class ReachableState:
             entries.put_back()
         for place, value in [*self.objects, *self.tensors]:
             place.put_back(value)
-        for _, read, contents, put_back in self.snapshots:
+        for _, read, contents, put_back in [*self.snapshots, *self.large]:
             if put_back is not None and not _is_equal(read(), contents):
                 with suppress(Exception):
                     put_back(contents)
@@ -194,10 +232,11 @@ def _is_equal(now: Any, value: Any) -> bool:
     try:
         if isinstance(value, np.ndarray):
             return bool(np.array_equal(now, value, equal_nan=value.dtype.kind in "fc"))
-        if not isinstance(value, _EQUATABLE):
+        parameters = getattr(type(value), "__dataclass_params__", None)
+        if not (getattr(parameters, "frozen", False) or isinstance(value, _EQUATABLE)):
             return False
         if now == value:
-            return True
+            return not isinstance(value, dict) or [*now] == [*value]  # the order matters
         if isinstance(value, (tuple, list, deque)):  # perhaps because of a NaN
             pairs = zip(now, value, strict=True)
         elif isinstance(value, dict):
@@ -209,5 +248,5 @@ def _is_equal(now: Any, value: Any) -> bool:
         return False
 
 
-_SCALARS = (bool, int, float, complex, str, bytes, np.generic)
-_EQUATABLE = (*_SCALARS, tuple, list, deque, dict, set, frozenset)
+_SCALARS = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, slice)
+_EQUATABLE = (*_SCALARS, range, tuple, list, deque, dict, set, frozenset)

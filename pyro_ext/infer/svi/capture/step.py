@@ -1,19 +1,32 @@
 """Runs a step of ``SVI``, as it is and in a way that can be captured."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.infer.svi.capture.graph import compute
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
 from pyro_ext.tracing import Program
 
 Outputs = Sequence[Tensor | None]
+#: The default dtype, and the autocast mode of each kind of device.
+Context = tuple[torch.dtype, tuple[tuple[str, bool, torch.dtype], ...]]
+
+
+def current_context() -> Context:
+    """Return the global modes of torch that change the operations of a step."""
+    return torch.get_default_dtype(), tuple(map(_autocast, ("cpu", "cuda")))
+
+
+def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class Step(NamedTuple):
@@ -34,6 +47,24 @@ class Step(NamedTuple):
     svi_loss: Callable[..., Any]
     has_gradients: bool
     handlers: tuple[Any, ...] = ()
+
+    @contextmanager
+    def in_context(self, context: Context) -> Iterator[None]:
+        """Put the effect handlers of the step, and modes of torch, around a block."""
+        dtype, autocast = context
+        handlers, default = [*HANDLER_STACK], torch.get_default_dtype()
+        try:
+            HANDLER_STACK[:] = self.handlers
+            torch.set_default_dtype(dtype)
+            with ExitStack() as stack:
+                for device, is_enabled, of_device in autocast:
+                    if (is_enabled, of_device) != _autocast(device)[1:]:
+                        mode = torch.autocast(device, dtype=of_device, enabled=is_enabled)
+                        stack.enter_context(mode)
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            HANDLER_STACK[:] = handlers
 
     def compute(self, arguments: Arguments) -> Outcome:
         """Compute the loss and gradients in a way that can be captured."""

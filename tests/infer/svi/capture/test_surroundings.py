@@ -79,7 +79,6 @@ def test_other_parameters_of_inference_mode_are_refused():
         lambda n: slice(None, n, 1),
         range,
         np.arange,
-        lambda n: np.float64(n),
         lambda n: torch.Size([n]),
         lambda n: frozenset({n}),
         lambda n: complex(n, 0),
