@@ -104,7 +104,7 @@ class CompiledSVI(EagerSVI):
         mode: str = "default",
         fallback: bool = True,
         max_graphs: int = 8,
-        audit_every: int = 4000,
+        audit_every: int = 5000,
     ) -> None:
         if backend not in ("inductor", "eager"):
             raise ValueError(

@@ -23,5 +23,5 @@ class AuditTimes:
         if self._num_left > 0:
             return False
         self._longest = min(2 * self._longest, self._audit_every)
-        self._num_left = self._random.randint((self._longest + 1) // 2, self._longest)
+        self._num_left = self._random.randint(max(1, 3 * self._longest // 4), self._longest)
         return True
