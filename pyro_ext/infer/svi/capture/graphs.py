@@ -61,8 +61,9 @@ class Graphs:
         self.report = report
         self.announce = announce
         self._by_key: dict[Any, list[CompiledStep]] = {}
-        self._given_up: set[bool] = set()
-        self._refused: set[Any] = set()
+        #: Reasons why steps have no graph: all with or without gradients, or those with a key.
+        self._given_up: dict[bool, str] = {}
+        self._refused: dict[Any, str] = {}
         self._lifts = True
         self._num_built = 0
 
@@ -84,6 +85,7 @@ class Graphs:
         :param num_steps: the number of steps of the SVI so far.
         """
         if step.has_gradients in self._given_up:
+            self.report(self._given_up[step.has_gradients])
             return None
         if pyro.settings.get("module_local_params"):
             self.report(
@@ -108,6 +110,7 @@ class Graphs:
                 else f"'{changed}' has another value"
             )
         if key in self._refused:
+            self.report(self._refused[key])
             return None
         if self.count >= self.max_graphs:
             self.report(
@@ -164,9 +167,9 @@ class Graphs:
                 # Perhaps the programs branch on a float. Then it cannot be an input of the graph.
                 self._lifts = False
                 return self._build(step, arguments)
-            self._refused.add(self._key(step, arguments))
+            self._refused[self._key(step, arguments)] = str(error)
             if len(self._refused) >= self.max_graphs:
-                self._given_up.add(step.has_gradients)
+                self._given_up[step.has_gradients] = str(error)
             self.report(str(error), error)
             return None
         finally:
@@ -227,12 +230,13 @@ class Graphs:
         except Exception as error:
             reason = f"a run of the programs raises {type(error).__name__} ({error})"
         if reason is not None:
-            self._given_up.add(graph.step.has_gradients)
-            self._by_key.clear()
-            self.report(
+            reason = (
                 f"an audit at step {step} found a change that no comparison of values shows: "
                 f"{reason}. {suspect}"
             )
+            self._given_up[graph.step.has_gradients] = reason
+            self._by_key.clear()
+            self.report(reason)
             return False
         graph.checked_at = step
         return True

@@ -76,6 +76,8 @@ def test_without_fallback_an_audit_raises_before_the_update():
     with pytest.raises(RuntimeError, match=r"audit at step 2 .* after step 1 are suspect"):
         svi.step(X)
     assert pyro.param("loc").item() == before
+    with pytest.raises(RuntimeError, match=r"audit at step 2 .* after step 1 are suspect"):
+        svi.step(X)
 
 
 def test_the_audited_step_is_that_of_svi():
