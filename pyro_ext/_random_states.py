@@ -3,12 +3,16 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 RandomStates = dict[str, Any]
+
+_MAX_DEPTH = 4
+_WITHOUT = (torch.Tensor, torch.nn.Module, type, ModuleType)  # hold no generator of a loader
 
 
 def random_states(data: Any = None) -> RandomStates:
@@ -24,7 +28,7 @@ def random_states(data: Any = None) -> RandomStates:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "random": random.getstate(),
         "numpy": np.random.get_state(),
-        "data": [generator.get_state() for generator in generators_of(data)],
+        "data": [_read(generator) for generator in generators_of(data)],
     }
 
 
@@ -41,7 +45,7 @@ def set_random_states(states: RandomStates, data: Any = None) -> None:
     random.setstate(_as_python(states["random"]))
     np.random.set_state(_as_numpy(states["numpy"]))
     for generator, state in zip(generators_of(data), states["data"], strict=False):
-        generator.set_state(state)
+        _write(generator, state)
 
 
 @contextmanager
@@ -85,10 +89,34 @@ def _as_numpy(state: Any) -> Any:
     return tuple(x.numpy() if isinstance(x, torch.Tensor) else x for x in state)
 
 
-def generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators that a ``DataLoader`` owns."""
-    samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
-    samplers.append(getattr(samplers[-1], "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in (data, *samplers)]
-    unique = {id(x): x for x in found if isinstance(x, torch.Generator)}
-    return list(unique.values())
+def generators_of(data: Any) -> list[torch.Generator | np.random.Generator]:
+    """Return the generators that a ``DataLoader``, its parts and wrappers around it own."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    pending = [(data, 0)]
+    for value, depth in pending:  # the loop also visits what it appends
+        if isinstance(value, (torch.Generator, np.random.Generator)):
+            found[id(value)] = value
+        elif depth <= _MAX_DEPTH and id(value) not in seen and not isinstance(value, _WITHOUT):
+            seen.add(id(value))
+            pending += [(x, depth + 1) for x in getattr(value, "__dict__", {}).values()]
+    return list(found.values())
+
+
+def _read(generator: Any) -> Any:
+    is_of_torch = isinstance(generator, torch.Generator)
+    return generator.get_state() if is_of_torch else generator.bit_generator.state
+
+
+def _write(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = _as_arrays(state)
+
+
+def _as_arrays(state: Any) -> Any:
+    """Return a state of a generator with arrays again. In a file, they are tensors."""
+    if isinstance(state, dict):
+        return {key: _as_arrays(x) for key, x in state.items()}
+    return state.numpy() if isinstance(state, torch.Tensor) else state

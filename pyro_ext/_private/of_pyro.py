@@ -15,6 +15,7 @@ __all__ = [
     "make_optimizer",
     "mask_of",
     "name_of",
+    "samples_of",
     "set_waiting_states",
     "waiting_states",
 ]
@@ -28,6 +29,11 @@ def mask_of(fn: Any) -> Any:
 def name_of(module: PyroModule) -> str:
     """Return the name of a module inside of the module that holds it; empty if none does."""
     return module._pyro_name
+
+
+def samples_of(module: PyroModule) -> dict[str, Any]:
+    """Return the priors of the latent attributes of a module, by name."""
+    return dict(module._pyro_samples)
 
 
 def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:

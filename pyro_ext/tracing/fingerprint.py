@@ -9,17 +9,26 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from pyro.nn import PyroModule, PyroSample
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_ext._digest import digest
+from pyro_ext._private.of_pyro import samples_of
 from pyro_ext._private.of_torch import buffers_of, children_of, parameters_of
 from pyro_ext.tracing.programs import Programs
 
@@ -28,6 +37,9 @@ _PRINTED = (enum.Enum, torch.dtype, torch.device, range, slice)
 _ITEMS = (dict, list, tuple, set, frozenset)
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
 _LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "tqdm", *sys.stdlib_module_names} - {"__main__"}
+_DENSITIES = (Distribution, Transform)
+_KNOWN = (nn.Module, Messenger, PyroSample, *_DENSITIES)
+_NAMED = (type, FunctionType, MethodType, BuiltinFunctionType, np.ufunc)
 _MAX_VALUES = 20_000
 _PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor}"
 
@@ -53,6 +65,11 @@ def programs_fingerprint(programs: Programs) -> dict[str, str]:
     for name in store.keys():  # noqa: SIM118
         search.add_leaf(parameter_label(name), store[name])
     return search.run()
+
+
+def kind_label(label: str) -> str:
+    """Return the description of the class of an object of a library."""
+    return f"the kind of '{label}'"
 
 
 def parameter_label(name: str) -> str:
@@ -89,6 +106,7 @@ class _Search:
                     self.add_leaf(f"'{label}'", value)
                 else:
                     self.seen[id(value)] = value
+                    self._add_kind(label, value)
                     self._look_at(label, value)
         return self.found
 
@@ -98,6 +116,14 @@ class _Search:
             self.seen[id(value)] = value
         with suppress(Exception):
             self.found.setdefault(label, digest(_readable(value)))
+
+    def _add_kind(self, label: str, value: Any) -> None:
+        """Add the name of a class or function of a library. The user's own ones have code."""
+        named = value if isinstance(value, _NAMED) else type(value)
+        module = getattr(named, "__module__", None) or "torch"  # a function of C has none
+        if self._is_library(module) and not isinstance(value, (*_ITEMS, ModuleType)):
+            name = str(getattr(named, "__qualname__", named.__name__))
+            self.found.setdefault(kind_label(label), digest(name))
 
     def _look_at(self, label: str, value: Any) -> None:
         if isinstance(value, FunctionType):
@@ -168,19 +194,24 @@ class _Search:
         if isinstance(value, nn.Module):
             own = {**parameters_of(value), **buffers_of(value), **children_of(value)}
             own["training"] = value.training
+            if isinstance(value, PyroModule):
+                own |= samples_of(value)
             self._add(label, [(f".{key}", x) for key, x in own.items()])
             for key in vars(nn.Module()):
                 attributes.pop(key, None)
-        if is_library and isinstance(value, (nn.Module, Distribution, Messenger)):
+        if is_library and isinstance(value, _KNOWN):
             # Their other objects are made anew at each run. Private tensors are caches, and tensors
             # of modules that are no buffers may be unused.
-            followed = (*_ITEMS, FunctionType, MethodType, partial, nn.Module, Distribution)
+            followed = (*_ITEMS, FunctionType, MethodType, partial, nn.Module, *_DENSITIES)
             unused = Tensor if isinstance(value, nn.Module) else ()
             shown = [
                 (key, x)
                 for key, x in attributes.items()
-                if not key.startswith("_")
-                and (isinstance(x, followed) or (_is_leaf(x) and not isinstance(x, unused)))
+                if isinstance(x, _DENSITIES)
+                or (
+                    not key.startswith("_")
+                    and (isinstance(x, followed) or (_is_leaf(x) and not isinstance(x, unused)))
+                )
             ]
             self._add(label, [(f".{key}", x) for key, x in shown])
         elif not is_library or isinstance(value, _NAMESPACES):

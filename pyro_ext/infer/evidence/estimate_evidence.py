@@ -133,7 +133,7 @@ def estimate_evidence(
     """
     if target_std_error is not None:
         check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
-    _check_blocks(data_plate, batch_size, data_loader, num_rows)
+    _check_arguments(data_plate, batch_size, data_loader, num_rows, state)
     check_positive(NAME, "proposal_scale", proposal_scale)
     stream = ParticleStream(NAME, num_samples, chunk_size, 100, max_plate_nesting)
     orders = checked_orders(NAME, jackknife_orders, num_samples)
@@ -172,12 +172,16 @@ def estimate_evidence(
     return evidence
 
 
-def _check_blocks(
+def _check_arguments(
     data_plate: str | None,
     batch_size: int | None,
     data_loader: Iterable[Any] | None,
     num_rows: int | None,
+    state: EvidenceState | None,
 ) -> None:
+    if state is not None:
+        hint = "an EvidenceState, such as the result of EvidenceState.load(path)"
+        check_type(NAME, "state", state, EvidenceState, hint)
     if num_rows is not None:
         check_integer(NAME, "num_rows", num_rows, 1)
         if data_loader is None:

@@ -5,6 +5,7 @@ from typing import Any
 from pyro_ext._files import StrPath, read_file, write_file
 from pyro_ext.infer.evidence.block_state import BlockDraws, BlockState
 from pyro_ext.infer.evidence.data_blocks import DataBlock
+from pyro_ext.tracing.fingerprint import kind_label
 
 _FORMAT, _VERSION = "pyro_ext evidence state", 1
 
@@ -127,6 +128,13 @@ class EvidenceState:
         """
         changed = [
             label for label, value in self.programs.items() if programs.get(label, value) != value
+        ]
+        kinds = [kind_label(role) for role in ("model", "guide")]
+        before = [self.programs.get(kind) for kind in kinds if self.programs]
+        changed += [
+            kind
+            for kind, value in zip(kinds, before, strict=False)
+            if programs.get(kind) != value and kind not in changed
         ]
         if changed:
             others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

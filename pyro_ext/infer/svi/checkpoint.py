@@ -199,7 +199,9 @@ class ProgramState:
             )
             return
         in_store = current_params().keys()
-        _refuse_names("parameters", set(used) & in_store - state["params"].keys(), comparison)
+        if state["called"] is not None:  # else the file may be older than the parameters
+            new = set(used) & in_store - state["params"].keys()
+            _refuse_names("parameters", new, comparison)
         _refuse_names("tensors", state["modules"].keys() ^ self._in_modules.keys(), comparison)
         if state["called"] is not None:
             kinds = [kind for kind, _ in state["called"]]

@@ -28,10 +28,12 @@ class Comparison:
 
     def __post_init__(self) -> None:
         names = self.allowed
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        is_list = isinstance(names, Collection) and not isinstance(names, (str, bytes))
+        wrong = [name for name in names if not isinstance(name, str)] if is_list else [names]
+        if wrong:
             raise TypeError(
-                "Checkpoint: allow_changes must be a list of names, but it is "
-                f"{describe(names)}. Pass a list such as ['optimizer.lr']."
+                "Checkpoint: allow_changes must be a list of names, but it has "
+                f"{describe(wrong[0])}. Pass a list such as ['optimizer.lr']."
             )
 
     def compare(self, name: str, now: Any, before: Any, is_same: bool | None = None) -> bool:

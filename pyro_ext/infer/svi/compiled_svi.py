@@ -229,7 +229,7 @@ class CompiledSVI(EagerSVI):
     def audit(self) -> None:
         """Compare the graphs that have taken steps since their last audits with the programs.
 
-        Call it after the last step of a loop of your own. :meth:`run` calls it at its end. It
+        Call it after the last step of a loop of your own. ``run`` calls it at its end. It
         warns of steps whose results are suspect.
 
         :raises RuntimeError: if an audit fails and ``fallback`` is False.

@@ -236,6 +236,7 @@ class EagerSVI(SVI):
         history.
 
         :param path: the path of the file.
+        :raises OSError: if the file cannot be written.
         """
         save_run(self, path)
 

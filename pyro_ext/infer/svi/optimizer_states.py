@@ -97,7 +97,7 @@ def make_optimizers(
     made: dict[Tensor, Any] = {}
     if "optimizer" in overruled:
         return made
-    replayed: dict[str, Any] = {}
+    replayed: dict[tuple[str, int], Any] = {}
     for name in [name for name in states if name in params]:
         own = made[params[name]] = _make(optim, name, params[name])
         changed = {
@@ -151,7 +151,7 @@ def _continued(
     own: Any,
     changed: set[str],
     overruled: Collection[str],
-    replayed: dict[str, Any],
+    replayed: dict[tuple[str, int], Any],
     group: str,
 ) -> dict[str, Any]:
     """Return a saved state with the settings of now in place of those that were overruled.
@@ -180,9 +180,10 @@ def _continued(
             scheduler = fresh["scheduler"] | {key: scheduler[key] for key in seen}
         groups = _changed(state, fresh["optimizer"], changed)
         return {"scheduler": scheduler, "optimizer": _with_groups(state, groups)}
-    if group not in replayed:
-        replayed[group] = _replay(own, saved["scheduler"]["last_epoch"])
-    new = copy.deepcopy(replayed[group])
+    num_steps = saved["scheduler"]["last_epoch"]  # fewer for a parameter that came late
+    if (group, num_steps) not in replayed:
+        replayed[group, num_steps] = _replay(own, num_steps)
+    new = copy.deepcopy(replayed[group, num_steps])
     return {**new, "optimizer": _with_groups(state, new["optimizer"])}
 
 

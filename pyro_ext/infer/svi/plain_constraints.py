@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro.distributions.constraints
 import torch.distributions.constraints
+from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ext._digest import digest
@@ -44,8 +45,8 @@ def decode(encoded: dict[str, Any]) -> Constraint | None:
 
 
 def is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Return whether two encoded constraints are equal."""
-    return digest(a) == digest(b)
+    """Return whether two encoded constraints are equal. Numbers may have other types."""
+    return digest(_with_floats(a)) == digest(_with_floats(b))
 
 
 def describe_constraint(encoded: dict[str, Any]) -> str:
@@ -66,6 +67,16 @@ def _encoded(value: Any) -> Any:
             raise TypeError(f"{encoded['name']} is not a constraint of torch or Pyro.")
         return {"constraint": encoded}
     return [_encoded(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_floats(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_floats(x) for x in value]
+    is_scalar = isinstance(value, Tensor) and value.dim() == 0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_scalar or is_number else value
 
 
 def _decoded(value: Any) -> Any:

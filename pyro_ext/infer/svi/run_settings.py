@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -145,8 +146,22 @@ def _plain(value: Any) -> Any:
 
 
 def _name_of(value: Any) -> str:
-    """Return the name of a class or function, or of the class of another object."""
+    """Return the name of a class or function, or of the class of another object.
+
+    A function is followed by the plain values in its closure and defaults.
+    """
     if isinstance(value, partial):
-        return f"partial of {_name_of(value.func)}"
-    has_name = isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType))
+        given = [*map(_plain, value.args), *sorted(value.keywords)]
+        given += [_plain(value.keywords[key]) for key in sorted(value.keywords)]
+        return f"partial of {_name_of(value.func)} with {given}"
+    if isinstance(value, FunctionType):
+        cells = []
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                cells.append(cell.cell_contents)
+        constants = value.__code__.co_consts if value.__name__ == "<lambda>" else ()
+        used = [*constants, *cells, *(value.__defaults__ or ())]
+        numbers = [x for x in used if isinstance(x, _NUMBERS)]
+        return f"{value.__qualname__} with {numbers}" if numbers else value.__qualname__
+    has_name = isinstance(value, (type, MethodType, BuiltinFunctionType))
     return str(value.__qualname__ if has_name else type(value).__qualname__)
