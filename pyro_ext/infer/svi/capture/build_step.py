@@ -16,7 +16,7 @@ from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph import LOCK, capture
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, find_source
-from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
+from pyro_ext.infer.svi.capture.lifted_floats import FLOATS, LiftedFloats
 from pyro_ext.infer.svi.capture.operation_log import (
     CaptureError,
     OperationLog,
@@ -161,7 +161,7 @@ def _log_twice(
     floats = [
         alias
         for alias, leaf in zip(aliases.leaves, arguments.leaves, strict=True)
-        if isinstance(alias, Tensor) and type(leaf) is float
+        if isinstance(alias, Tensor) and type(leaf) in FLOATS
     ]
     with kept_random_states(_SEED + 1), lifted.nudged(floats):
         second, outcome = log_operations(run)

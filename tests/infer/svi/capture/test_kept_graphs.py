@@ -165,6 +165,19 @@ def test_floats_of_numpy_are_floats():
     assert svi._graphs.count == 1
 
 
+@pytest.mark.parametrize("kind", [float, np.float64])
+def test_floats_that_make_new_tensors_get_graphs_of_their_own(kind):
+    def by_tensor(x, factor):
+        model(x, torch.tensor([factor, 1.0], dtype=torch.float32).sum())
+
+    def run(cls):
+        svi = make(cls, by_tensor, lambda x, factor: guide(x))
+        return [svi.step(X, kind(factor)) for factor in (0.2, 0.9, 0.2, 0.9)]
+
+    expected, found = both(run, fallback=False)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_equal_settings_share_a_graph():
     config = SimpleNamespace(device=torch.device("cpu"), rows=slice(0, 3), dtype=torch.float32)
 
