@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 from torch import Tensor, strided
 from torch.fx import GraphModule
 
@@ -15,7 +14,12 @@ from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_g
 from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph import LOCK, capture
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, find_source
+from pyro_ext.infer.svi.capture.graph_inputs import (
+    Arguments,
+    current_params,
+    find_source,
+    no_new_params,
+)
 from pyro_ext.infer.svi.capture.lifted_floats import FLOATS, LiftedFloats
 from pyro_ext.infer.svi.capture.operation_log import (
     CaptureError,
@@ -50,8 +54,7 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
     :raises NeedsEagerStepError: if the programs create parameters.
     :raises CompileError: if the compiler fails, or the compiled graph gives other results.
     """
-    known = set(current_params())
-    with LOCK:
+    with LOCK, no_new_params():
         try:
             return _build(step, arguments, lifts, backend)
         except (CaptureError, CompileError, NeedsEagerStepError):
@@ -59,9 +62,6 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
         except Exception as error:
             line = str(error).partition("\n")[0].rstrip(".")
             raise CaptureError(f"its capture fails with {type(error).__name__} ({line})") from error
-        finally:
-            for name in current_params().keys() - known:
-                del pyro.get_param_store()[name]
 
 
 def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
@@ -91,11 +91,10 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         written = _written(log, inputs)
         eps = coarsest(log.dtypes)
         as_svi = partial(step.run_as_svi, arguments, names)
-        expected = rehearse(as_svi, log.originals, _SEED + 3)
+        expected = rehearse(as_svi, len(names), log.originals, _SEED + 3)
 
         def difference_of(run: Callable[..., Outputs]) -> str | None:
-            run_on_inputs = lambda: run(*inputs)[: len(names) + 1]  # noqa: E731
-            found = rehearse(run_on_inputs, log.originals, _SEED + 3)
+            found = rehearse(partial(run, *inputs), len(names), log.originals, _SEED + 3)
             return difference(expected, found, names, eps)
 
         compiled = _compile(graph, inputs, backend, difference_of)
@@ -106,7 +105,6 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         step=step,
         graph=graph,
         run=compiled,
-        is_compiled=compiled is not graph,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,
         names=names,

@@ -25,11 +25,15 @@ class Results:
 
 
 def rehearse(
-    run: Callable[[], Sequence[Tensor | None]], written: Iterable[Tensor], seed: int | None = None
+    run: Callable[[], Sequence[Tensor | None]],
+    num_gradients: int,
+    written: Iterable[Tensor],
+    seed: int | None = None,
 ) -> Results:
     """Return the results of a run, and undo its effects.
 
-    :param run: the run, which returns the loss and the gradients.
+    :param run: the run, which returns the loss, the gradients, and perhaps unused random numbers.
+    :param num_gradients: the number of gradients.
     :param written: the tensors that the run may change in place.
     :param seed: the seed of its random numbers. None uses those that come next.
     """
@@ -37,7 +41,8 @@ def rehearse(
     with kept_random_states(seed), torch.no_grad():
         before = [x.detach().clone() for x in written]
         try:
-            tensors = [x if x is None else x.detach().clone() for x in run()]
+            outputs = run()[: num_gradients + 1]
+            tensors = [x if x is None else x.detach().clone() for x in outputs]
             after = [x.detach().clone() for x in written]
             return Results(tensors, after, torch.get_rng_state())
         finally:

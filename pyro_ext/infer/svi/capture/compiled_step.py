@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -14,7 +13,12 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import CompileError
 from pyro_ext.infer.svi.capture.comparison import Results, difference, rehearse
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, TensorSource, current_params
+from pyro_ext.infer.svi.capture.graph_inputs import (
+    Arguments,
+    TensorSource,
+    current_params,
+    no_new_params,
+)
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, OperationLog, log_operations
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
@@ -34,7 +38,6 @@ class CompiledStep:
 
     :ivar graph: the graph as it was captured.
     :ivar run: the compiled graph.
-    :ivar is_compiled: whether ``run`` is another function than ``graph``.
     :ivar sources: the places of the tensors that the graph reads, other than its arguments.
     :ivar written: the positions of the inputs that the graph changes in place.
     :ivar names: the parameters whose gradients the graph returns.
@@ -53,7 +56,6 @@ class CompiledStep:
     step: Step
     graph: GraphModule
     run: Callable[..., Outputs]
-    is_compiled: bool
     sources: list[TensorSource]
     written: list[int]
     names: list[str]
@@ -100,7 +102,7 @@ class CompiledStep:
     def rehearse(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Results:
         """Return the results of a run of the graph on the next noise, and undo its effects."""
         written = self.tensors_written(arguments, inputs)
-        return rehearse(lambda: self(arguments, inputs)[: len(self.names) + 1], written)
+        return rehearse(partial(self, arguments, inputs), len(self.names), written)
 
     def compare(
         self, arguments: Arguments, inputs: Sequence[Tensor], expected: Results, found: Results
@@ -130,19 +132,11 @@ class CompiledStep:
         :returns: the difference of programs and graph; None if there is none beyond rounding.
         :raises CompileError: if only the compiled graph differs.
         """
-        known = set(current_params())
-        try:
-            return self._verify(arguments, inputs)
-        finally:
-            for name in current_params().keys() - known:
-                del pyro.get_param_store()[name]
-
-    def _verify(self, arguments: Arguments, inputs: Sequence[Tensor]) -> str | None:
         aliases = self.lifted.lift(arguments).aliases
         tensors = [*aliases.tensors, *inputs]
         written = [tensors[index] for index in self.written]
         try:
-            with self.lifted.in_place(), kept_random_states(_SEED):
+            with no_new_params(), self.lifted.in_place(), kept_random_states(_SEED):
                 now, outcome = log_operations(partial(self.step.compute, aliases))
                 state = torch.get_rng_state()
         except CaptureError as error:
@@ -152,7 +146,7 @@ class CompiledStep:
             return reason
 
         def of(run: Callable[..., Outputs], *args: Any) -> Results:
-            return rehearse(lambda: run(*args)[: len(self.names) + 1], written, _SEED)
+            return rehearse(partial(run, *args), len(self.names), written, _SEED)
 
         plain = of(self.graph, *tensors)
         direct = Results(outcome.tensors, plain.written, state)
@@ -161,7 +155,7 @@ class CompiledStep:
             return f"{reason}, because a tensor that no name leads to has changed"
         expected = of(self.step.run_as_svi, arguments, self.names)
         reason = difference(expected, plain, self.names, self.eps)
-        if reason is None and self.is_compiled:
+        if reason is None and self.run is not self.graph:
             of_compiler = difference(expected, of(self.run, *tensors), self.names, self.eps)
             if of_compiler is not None:
                 raise CompileError(

@@ -1,6 +1,7 @@
 """Finds the tensors that a graph reads, and checks that they still fit the graph."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,6 +96,17 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
 def current_params() -> dict[str, Tensor]:
     """Return the unconstrained parameters in the param store, by name."""
     return dict(pyro.get_param_store().named_parameters())
+
+
+@contextmanager
+def no_new_params() -> Iterator[None]:
+    """Remove the parameters that a block adds to the param store."""
+    known = set(current_params())
+    try:
+        yield
+    finally:
+        for name in current_params().keys() - known:
+            del pyro.get_param_store()[name]
 
 
 def params_of(trace: Any) -> dict[str, Tensor]:

@@ -213,7 +213,7 @@ class _Search:
         copy = value.copy()  # of a subclass, perhaps an instance of the base class
         convert = type(copy) if type(copy) is not type(value) else lambda x: x
 
-        def put_back(contents: Any) -> None:
+        def put_back() -> None:
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(copy)
 
@@ -333,7 +333,9 @@ class _Search:
             return
         into = self.found.snapshots if is_small else self.found.large
         if array.nbytes <= _MAX_BYTES:
-            into.append(Snapshot(place.label, place.get, array.copy(), partial(np.copyto, array)))
+            copy = array.copy()
+            put_back = partial(np.copyto, array, copy)
+            into.append(Snapshot(place.label, place.get, copy, put_back))
         else:
             into.append(Snapshot(place.label, lambda: digest(place.get()), digest(array)))
 

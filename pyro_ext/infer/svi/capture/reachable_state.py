@@ -51,7 +51,7 @@ class Snapshot(NamedTuple):
     label: str
     read: Callable[[], Any]
     contents: Any
-    put_back: Callable[[Any], None] | None = None
+    put_back: Callable[[], None] | None = None
 
 
 class _All:
@@ -208,7 +208,7 @@ class ReachableState:
         for _, read, contents, put_back in [*self.snapshots, *self.large]:
             if put_back is not None and not _is_equal(read(), contents):
                 with suppress(Exception):
-                    put_back(contents)
+                    put_back()
         for generator in self.generators:
             generator.put_back(generator.state)
 

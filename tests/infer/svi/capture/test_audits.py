@@ -204,7 +204,6 @@ def test_a_compiler_that_turns_wrong_is_found_out():
     (graph,) = (graph for graphs in svi._graphs._by_key.values() for graph in graphs)
     run = graph.run
     graph.run = lambda *tensors: [x if x is None else 1.01 * x for x in run(*tensors)]
-    graph.is_compiled = True
     with pytest.warns(UserWarning, match="runs graphs without compiling them: an audit at step 2"):
         svi.step(*problem.args)
     svi.step(*problem.args)
