@@ -1,3 +1,5 @@
+import signal
+
 import pyro
 import pytest
 import torch
@@ -42,3 +44,11 @@ def clean_state():
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def python_handles_interrupts():
+    """A process in the background of a plain shell inherits that they are ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)

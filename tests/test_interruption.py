@@ -33,12 +33,7 @@ from pyro_ext.infer.annealing import annealer
 X = torch.linspace(-1.0, 1.0, 4)
 
 
-@pytest.fixture(autouse=True)
-def python_handles_interrupts():
-    """A process in the background of a plain shell inherits that they are ignored."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
+pytestmark = pytest.mark.usefixtures("python_handles_interrupts")
 
 
 def model(x):

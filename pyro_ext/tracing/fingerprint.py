@@ -1,7 +1,6 @@
 """Fingerprints of what a model and a guide compute with, to notice that it has changed."""
 
 import argparse
-import dis
 import enum
 import sys
 from collections import deque
@@ -30,13 +29,13 @@ from torch.distributions import Distribution, Transform
 from pyro_ext._digest import digest
 from pyro_ext._private.of_pyro import samples_of
 from pyro_ext._private.of_torch import buffers_of, children_of, parameters_of
+from pyro_ext.tracing.names_in_code import LIBRARIES, loaded_names, slots_of
 from pyro_ext.tracing.programs import Programs
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _PRINTED = (enum.Enum, torch.dtype, torch.device, range, slice)
 _ITEMS = (dict, list, tuple, set, frozenset)
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
-_LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "tqdm", *sys.stdlib_module_names} - {"__main__"}
 _DENSITIES = (Distribution, Transform)
 _KNOWN = (nn.Module, Messenger, PyroSample, *_DENSITIES)
 _NAMED = (type, FunctionType, MethodType, BuiltinFunctionType, np.ufunc)
@@ -155,7 +154,7 @@ class _Search:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # an empty cell
                 self._add(label, [(f".{name}", cell.cell_contents)])
-        global_names, attribute_names = _names(code)
+        global_names, attribute_names = loaded_names(code)
         named = sorted(global_names & function.__globals__.keys())
         self._add(label, [(f".{name}", function.__globals__[name]) for name in named])
         defaults = (function.__defaults__, function.__kwdefaults__)
@@ -215,7 +214,7 @@ class _Search:
             ]
             self._add(label, [(f".{key}", x) for key, x in shown])
         elif not is_library or isinstance(value, _NAMESPACES):
-            for name in (n for base in cls.__mro__ for n in _slots(base)):
+            for name in (n for base in cls.__mro__ for n in slots_of(base)):
                 with suppress(AttributeError):
                     attributes[name] = getattr(value, name)
             self._follow_once_named(label, attributes)
@@ -234,7 +233,7 @@ class _Search:
 
     def _is_library(self, module: Any) -> bool:
         package = _package(module)
-        if package in _LIBRARIES:
+        if package in LIBRARIES:
             return True
         file = str(getattr(sys.modules.get(package), "__file__", None))
         is_installed = "site-packages" in file or "dist-packages" in file
@@ -272,12 +271,6 @@ def _package(module: Any) -> str:
     return str(module).partition(".")[0]
 
 
-def _slots(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if not name.startswith("__"))
-
-
 def _content(code: CodeType, doc: str | None = None) -> list[Any]:
     """Return what code does: its instructions, names and constants, without its docstring."""
     constants = [
@@ -286,19 +279,3 @@ def _content(code: CodeType, doc: str | None = None) -> list[Any]:
         if doc is None or constant != doc
     ]
     return [code.co_code, code.co_names, code.co_varnames, constants]
-
-
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of globals and of attributes that code loads, also in nested code."""
-    global_names, attribute_names = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            global_names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            attribute_names.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = _names(constant)
-            global_names |= inner[0]
-            attribute_names |= inner[1]
-    return global_names, attribute_names

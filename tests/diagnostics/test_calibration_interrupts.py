@@ -10,13 +10,7 @@ from scipy import stats
 
 from pyro_ext.diagnostics import simulation_based_calibration
 
-
-@pytest.fixture(autouse=True)
-def python_handles_interrupts():
-    """A process in the background of a plain shell inherits that they are ignored."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
+pytestmark = pytest.mark.usefixtures("python_handles_interrupts")
 
 
 def model():

@@ -17,13 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.infer.svi.programs import PROBLEMS, Problem, images, regression, regression_data
 from tests.infer.svi.runs import BOTH, eager, loader, make
 
-
-@pytest.fixture(autouse=True)
-def python_handles_interrupts():
-    """A process in the background of a plain shell inherits that they are ignored."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
+pytestmark = pytest.mark.usefixtures("python_handles_interrupts")
 
 
 def interrupt_after(num_steps):

@@ -5,16 +5,14 @@ These are attributes, globals, variables of closures, items of containers, and d
 
 import argparse
 import contextlib
-import dis
 import enum
 import io
 import random
-import sys
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import cached_property, partial, partialmethod
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,10 +41,9 @@ from pyro_ext.infer.svi.capture.reachable_state import (
     Snapshot,
     printable,
 )
+from pyro_ext.tracing.names_in_code import LIBRARIES, loaded_names, slots_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
-_LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "functools", "tqdm", *sys.stdlib_module_names}
-_LIBRARIES -= {"__main__"}
 #: Objects of libraries that hold values of the user.
 _HOLDERS = (SimpleNamespace, argparse.Namespace, UserDict, UserList)
 _KNOWN = (nn.Module, ELBO, Messenger, Distribution, contextlib.ContextDecorator)
@@ -126,7 +123,7 @@ class _Search:
             self._look_at_container(label, value.args, depth)
             self._look_at_container(label, value.keywords, depth)
         elif isinstance(value, ModuleType):
-            if _library(value.__name__) not in _LIBRARIES:
+            if _library(value.__name__) not in LIBRARIES:
                 for key in vars(value):
                     self._add_once_named(Place(vars(value), key, f"{label}.{key}"), depth)
         elif isinstance(value, (dict, list, tuple, deque, set, frozenset)):
@@ -156,7 +153,7 @@ class _Search:
 
     def _look_at_function(self, function: FunctionType, depth: int) -> None:
         code, name = function.__code__, function.__name__
-        is_library = _library(function.__globals__.get("__name__")) in _LIBRARIES
+        is_library = _library(function.__globals__.get("__name__")) in LIBRARIES
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             place = Place(cell, "cell_contents", variable, is_attribute=True)
             # A decorator of a library holds the function that it decorates.
@@ -174,7 +171,7 @@ class _Search:
             self._add(Place(function.__defaults__, i, f"default {i} of {name}"), depth)
         for key in ("__code__", "__defaults__", "__kwdefaults__"):
             self._add(Place(function, key, f"{name}.{key}", is_attribute=True), depth)
-        global_names, attribute_names = _names(code)
+        global_names, attribute_names = loaded_names(code)
         for variable in sorted(global_names & function.__globals__.keys()):
             self._add(Place(function.__globals__, variable, variable), depth)
         for key in sorted(attribute_names - self.attribute_names):
@@ -230,7 +227,7 @@ class _Search:
             if id(base) in self.seen and base is not cls:
                 continue
             self.seen[id(base)] = base
-            if _library(getattr(base, "__module__", "")) in _LIBRARIES:
+            if _library(getattr(base, "__module__", "")) in LIBRARIES:
                 continue
             namespace = vars(base)
             names = self.attribute_names
@@ -247,7 +244,7 @@ class _Search:
     def _look_at_instance(self, label: str, value: Any, depth: int) -> None:
         cls = type(value)
         library = _library(getattr(cls, "__module__", ""))
-        is_library = library in _LIBRARIES and not isinstance(value, _HOLDERS)
+        is_library = library in LIBRARIES and not isinstance(value, _HOLDERS)
         attributes = getattr(value, "__dict__", {})
         for key in ("__wrapped__", "__func__"):  # such as a function with a cache
             wrapped = getattr(value, key, None)
@@ -275,7 +272,7 @@ class _Search:
             self.found.entries.append(Entries(label, attributes, dict(attributes), names))
         if not is_library:
             self._add(Place(value, "__class__", f"{label}.__class__", is_attribute=True), depth)
-            for key in (key for base in cls.__mro__ for key in _slots(base)):
+            for key in (key for base in cls.__mro__ for key in slots_of(base)):
                 self._add(Place(value, key, f"{label}.{key}", is_attribute=True), depth)
 
     def _look_at_module(self, label: str, module: nn.Module, depth: int) -> None:
@@ -346,15 +343,9 @@ def _library(module: Any) -> str:
 
 def _has_library_base(cls: type) -> bool:
     return any(
-        _library(base.__module__) in _LIBRARIES - _BARE and base not in _BASES
+        _library(base.__module__) in LIBRARIES - _BARE and base not in _BASES
         for base in cls.__mro__
     )
-
-
-def _slots(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _size(value: Any) -> int:
@@ -368,20 +359,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, (list, tuple, deque, set, frozenset)) and all(map(_is_plain, value))
-
-
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of globals and of attributes that code loads, also in nested code.
-
-    A string may be the name of an attribute, too, as in ``getattr``.
-    """
-    global_names, attribute_names, codes = set(), set(), [code]
-    for part in codes:  # the loop also visits the codes that it appends
-        codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
-        attribute_names |= {x for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
-        for instruction in dis.get_instructions(part):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                global_names.add(instruction.argval)
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                attribute_names.add(instruction.argval)
-    return global_names, attribute_names

@@ -1,0 +1,32 @@
+"""What code and classes say about the values that they use."""
+
+import dis
+import sys
+from types import CodeType
+
+#: Packages whose code is not searched for values of the user.
+LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "tqdm", *sys.stdlib_module_names} - {"__main__"}
+
+
+def loaded_names(code: CodeType) -> tuple[set[str], set[str]]:
+    """Return the names of globals and of attributes that code loads, also in nested code.
+
+    A string may be the name of an attribute, too, as in ``getattr``.
+    """
+    global_names, attribute_names, codes = set(), set(), [code]
+    for part in codes:  # the loop also visits the codes that it appends
+        codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
+        attribute_names |= {x for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                global_names.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attribute_names.add(instruction.argval)
+    return global_names, attribute_names
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Return the public slots that a class defines."""
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
