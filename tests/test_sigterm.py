@@ -101,6 +101,7 @@ def test_a_run_goes_on_after_a_handler_that_returns(usual):
     assert steps == [2, 5]
 
 
+@pytest.mark.usefixtures("python_handles_interrupts")
 def test_a_failure_inside_of_a_step_saves_no_half_step(tmp_path):
     """A signal also ends the workers of a loader, which may fail the step that is under way."""
     path, batches = tmp_path / "run.pt", list(X.split(4))
@@ -120,13 +121,9 @@ def test_a_failure_inside_of_a_step_saves_no_half_step(tmp_path):
         if len(history.losses) == 4:  # the checkpoint is that of the third step
             fails.append(True)
 
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        interrupted = make()
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run(batches, 2, False, fail_later, checkpoint=path)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    interrupted = make()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(batches, 2, False, fail_later, checkpoint=path)
     fails.clear()
     first = interrupted.history.losses
     resumed = make().run(batches, 2, False, resume=path).losses

@@ -45,7 +45,7 @@ class CompiledSVI(EagerSVI):
     ``audit_every`` steps of a graph. If they differ beyond rounding, the steps after the audit are
     eager, and a warning names the steps whose results are suspect.
 
-    A capture runs model and guide about six times, with separate random numbers. Side effects other
+    A capture runs model and guide five times, with separate random numbers. Side effects other
     than those on tensors, such as printing and counting, happen only in captures and audits.
 
     Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
