@@ -31,6 +31,7 @@ from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import warn_of_points
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
+from pyro_ext.tracing.plate_sizes import set_plate_sizes
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
 from pyro_ext.tracing.sites import lies_in
@@ -208,9 +209,11 @@ class DrawSource:
         if guide_trace is not None:
             model = poutine.replay(model, trace=guide_trace)
         with rows:
-            return poutine.trace(plated(model, num_draws, self.nesting)).get_trace(
+            trace = poutine.trace(plated(model, num_draws, self.nesting)).get_trace(
                 *self.programs.args, **self.programs.kwargs
             )
+        set_plate_sizes(trace)
+        return trace
 
     def _arrays(
         self, trace: Any, num_draws: int, is_wanted: Predicate, read: Reading | None = None

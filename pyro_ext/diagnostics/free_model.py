@@ -2,6 +2,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 
 from pyro_ext.tracing import Program
+from pyro_ext.tracing.sites import is_deterministic
 
 
 def free_model(model: Program) -> Program:
@@ -11,5 +12,5 @@ def free_model(model: Program) -> Program:
 
 class _FreeObservations(UnconditionMessenger):
     def _pyro_sample(self, msg: Message) -> None:
-        if not (msg["infer"] or {}).get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)

@@ -16,6 +16,7 @@ from pyro_ext.diagnostics.site_arrays import (
 from pyro_ext.tracing import Programs
 from pyro_ext.tracing.density_sites import plates_of
 from pyro_ext.tracing.particle_plate import plated
+from pyro_ext.tracing.plate_sizes import set_plate_sizes
 
 
 @torch.no_grad()
@@ -34,6 +35,7 @@ def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dic
     free = free_model(programs.model)
     with poutine.block():
         probe = poutine.trace(free).get_trace(*programs.args, **programs.kwargs)
+    set_plate_sizes(probe)
     nodes: dict[str, Any] = {
         name: node for name, node in probe.nodes.items() if node["type"] == "sample"
     }
@@ -61,6 +63,7 @@ def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dic
             data[name] = values.reshape(*draws, *shape, *event).to(nodes[name]["value"].device)
         model = plated(poutine.condition(free, data=data), n, nesting)
         trace = poutine.trace(model).get_trace(*programs.args, **programs.kwargs)
+        set_plate_sizes(trace)
         return site_arrays(trace, n, 1 + nesting, lambda node: node["name"] in names)
 
     return joined([chunk(start) for start in range(0, num_draws, chunk_size)])

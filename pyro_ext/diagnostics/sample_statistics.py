@@ -14,10 +14,11 @@ def sample_statistics(groups: Groups, common: tuple[str, ...]) -> dict[str, Site
     """Return log-densities, log weights and their Pareto k. The Pareto k has no dim of draws."""
 
     def total(group: str, plates: Sequence[str]) -> Any:
-        arrays = groups[group].values()
-        return sum(array.sum_to(plates) for array in arrays if set(plates) <= set(array.plates))
+        arrays = [a for a in groups[group].values() if set(plates) <= set(a.plates)]
+        return sum(array.sum_to(plates) for array in arrays)
 
-    log_p, log_q = total("log_p", ()), total("log_q", ())
+    log_p = total("log_p", ())
+    log_q = np.zeros_like(log_p) + total("log_q", ())  # a guide may have no sites
     statistics = {
         "log_p": SiteArray((), log_p),
         "log_q": SiteArray((), log_q),

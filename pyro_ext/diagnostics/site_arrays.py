@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.density_sites import plates_of
-from pyro_ext.tracing.sites import is_masked_out
+from pyro_ext.tracing.sites import base_of, is_delta, is_deterministic, is_masked_out
 
 
 class SiteArray(NamedTuple):
@@ -94,15 +94,15 @@ def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> d
     return found
 
 
-def is_deterministic(node: Any) -> bool:
-    """Return whether a site is deterministic."""
-    return bool(node["infer"].get("_deterministic"))
-
-
 def is_latent(node: Any) -> bool:
-    """Return whether a site is latent or deterministic."""
+    """Return whether a site is latent, or a function of latent sites."""
     is_observed = node["is_observed"] or node["infer"].get("was_observed")
-    return not is_observed or is_deterministic(node)
+    return not is_observed or is_deterministic(node) or _is_at_own_point(node)
+
+
+def _is_at_own_point(node: Any) -> bool:
+    """Return whether a site is "observed" at the point of its Delta, as by ConjugateReparam."""
+    return is_delta(node["fn"]) and torch.equal(base_of(node["fn"]).v, node["value"])
 
 
 def is_observation(node: Any) -> bool:

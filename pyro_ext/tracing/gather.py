@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_ext.tracing.density_sites import DensitySite, Plate, plates_of
 from pyro_ext.tracing.layout import Layout, OuterTerm, at_least_single
 from pyro_ext.tracing.matching import SiteRecord
-from pyro_ext.tracing.particles import Particles
+from pyro_ext.tracing.particles import Particles, Score
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.sites import has_particles
 
@@ -23,6 +23,7 @@ def gather_particles(
     common: Sequence[Plate],
     outside: Set[SiteKey],
     local_plate: str | None,
+    splits_rewards: bool = False,
 ) -> Particles:
     """Sum the log-probabilities of the traces to tensors of shape ``(K, *common)``.
 
@@ -31,6 +32,8 @@ def gather_particles(
     :param outside: the keys of the sites whose log ratio is not part of the log weights.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
+    :param splits_rewards: whether the reward of a non-reparameterised site excludes the terms in
+        other elements of its plates. This is right if the bound is linear.
     """
     rows = traces.density_sites
     by_key = {site.key: site for row in rows for site in row}
@@ -47,9 +50,13 @@ def gather_particles(
     plate_scale = math.prod(plate.subsampling_scale for plate in common)
     scale = plate_scale * _uniform_scale(records, dims)
 
+    def density(site: DensitySite) -> Tensor:
+        is_whole = not splits_rewards or site.program == "model"
+        return site.log_prob if is_whole else _without_score(site)
+
     def log_density(program: str, without: Set[SiteKey]) -> Tensor:
         total = layout.stack(
-            [s.log_prob for s in row if s.program == program and s.key not in without]
+            [density(s) for s in row if s.program == program and s.key not in without]
             for row in rows
         )
         if isinstance(scale, numbers.Number) and scale == 1:
@@ -58,12 +65,15 @@ def gather_particles(
         return total / (scale.masked_fill(scale == 0, 1) if isinstance(scale, Tensor) else scale)
 
     log_q = log_density("guide", outside)
+    log_p = log_density("model", outside)
     scores = [
-        [term for node, term in score_sites(trace) if has_particles(node, local_plate)]
+        [(plates_of(n), term) for n, term in score_sites(trace) if has_particles(n, local_plate)]
         for trace in traces.guide_traces
     ]
+    score = layout.stack([term for _, term in row] for row in scores) if any(scores) else None
+    whole = () if score is None else (Score(score, log_p - log_q, scale),)
     return Particles(
-        log_p=log_density("model", outside),
+        log_p=log_p,
         log_q=log_q,
         log_q_rest=log_density("guide", outside | leaves) if leaves else log_q,
         scale=scale,
@@ -75,13 +85,57 @@ def gather_particles(
             for node, term in score_sites(traces.guide_traces[0])
             if not has_particles(node, local_plate)
         ),
-        score=layout.stack(scores) if any(scores) else None,
+        score=score,
+        scores=_split_scores(traces, scores, outside) if splits_rewards else whole,
+        has_split_rewards=splits_rewards,
         plates=tuple(common),
         draws=tuple(draw for draw in traces.draws if not draw.is_global),
         global_draws=tuple(draw for draw in traces.draws if draw.is_global),
         model_traces=traces.model_traces,
         guide_traces=traces.guide_traces,
     )
+
+
+def _without_score(site: DensitySite) -> Tensor:
+    """Return log q of a guide site, with the gradient only of its reparameterised part."""
+    parts = site.node["score_parts"]
+    if is_identically_zero(parts.score_function):
+        return site.log_prob
+    value, path = site.log_prob.detach(), parts.entropy_term
+    return value if is_identically_zero(path) else value + (path - path.detach())
+
+
+def _split_scores(
+    traces: ParticleTraces,
+    scores: Sequence[Sequence[tuple[frozenset[Plate], Tensor]]],
+    outside: Set[SiteKey],
+) -> tuple[Score, ...]:
+    """Return an entry for each set of plates around non-reparameterised sites.
+
+    Its log weights sum the log ratios of all sites over all plates, except the plates in the set.
+    """
+    ratios = [
+        [
+            OuterTerm(site.log_prob if site.program == "model" else -site.log_prob, site.plates)
+            for site in row
+            if site.key not in outside
+        ]
+        for row in traces.density_sites
+    ]
+    found = []
+    for plates in dict.fromkeys(plates for row in scores for plates, _ in row):
+        kept = sorted((p for p in plates if p.dim is not None), key=lambda plate: plate.dim or 0)
+        layout = Layout(
+            traces.num_particles,
+            traces.particle_dim,
+            torch.Size(plate.size for plate in kept),
+            {traces.particle_dim, *(plate.dim for plate in kept)},
+            like=at_least_single(next(term for row in scores for _, term in row)),
+        )
+        log_q = layout.stack([term for of, term in row if of == plates] for row in scores)
+        log_w = layout.stack([ratio.sum_to(plates) for ratio in row] for row in ratios)
+        found.append(Score(log_q, log_w.detach(), 1.0))
+    return tuple(found)
 
 
 def _outer_term(traces: ParticleTraces, site: DensitySite, is_leaf: bool) -> OuterTerm:

@@ -2,10 +2,10 @@
 
 import math
 import numbers
-import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
 from pyro_ext._private.of_pyro import HANDLER_STACK, mask_of
-from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, has_particles, is_delta
+from pyro_ext.tracing.plate_sizes import UNKNOWN
+from pyro_ext.tracing.sites import (
+    SiteError,
+    global_site_error,
+    has_dim,
+    has_particles,
+    is_delta,
+    is_deterministic,
+    is_untraced,
+)
 
 
 class SiteRecord(NamedTuple):
@@ -27,7 +36,7 @@ class SiteRecord(NamedTuple):
     has_particle_dim: bool
     is_observed: bool
     is_auxiliary: bool
-    plate_sizes: dict[str, int | None]
+    plates: dict[str, Any]
     user_scales: tuple[Any, ...]
 
 
@@ -57,9 +66,13 @@ class SiteRecorder(Messenger):
         self.local_plate = local_plate
         self.sites: dict[str, SiteRecord] = {}
         self._has_latent = False
+        self._rows: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
+            self._rows[str(msg["name"])] = msg["value"]
+            return
+        if is_untraced(msg):
             return
         name, infer = str(msg["name"]), msg["infer"] or {}
         if infer.get("enumerate") and not msg["is_observed"]:
@@ -77,8 +90,8 @@ class SiteRecorder(Messenger):
             mask=msg["mask"],
             has_particle_dim=self._has_particle_dim(msg),
             is_observed=msg["is_observed"],
-            is_auxiliary=bool(infer.get("is_auxiliary") or infer.get("_deterministic")),
-            plate_sizes={f.name: f.full_size for f in msg["cond_indep_stack"] if f.vectorized},
+            is_auxiliary=bool(infer.get("is_auxiliary")) or is_deterministic(msg),
+            plates={f.name: f for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
         )
         if self.guide is not None:
@@ -86,6 +99,23 @@ class SiteRecorder(Messenger):
         is_global = not has_particles(msg, self.local_plate)
         if is_global and self.particle_dim is not None and self.sites[name].has_particle_dim:
             raise global_site_error("guide" if self.guide is None else "model", name)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if self.guide is None or not site_is_subsample(msg):
+            return
+        own, name = self._rows.pop(str(msg["name"]), None), msg["name"]
+        if own is None or own is msg["value"]:
+            return
+        in_plate = [site for site, record in self.guide.sites.items() if name in record.plates]
+        if not in_plate:
+            msg["value"] = own  # the rows of the guide's plate are of no use
+        elif is_validation_enabled() and not _has_same_rows(own, msg["value"]):
+            raise SiteError(
+                f"Plate '{name}' has the rows subsample=... in the model, but other rows in the "
+                f"guide, which draws site '{in_plate[0]}' for them. Pass the same subsample to the "
+                "guide's plate. To an automatic guide, pass create_plates, a function that returns "
+                "the plate with the same subsample."
+            )
 
     def _has_particle_dim(self, msg: Any) -> bool:
         if self.particle_dim is None:
@@ -119,17 +149,28 @@ class SiteRecorder(Messenger):
                 f"Site '{name}' is observed in the model but sampled in the guide. Remove it from "
                 "the guide, which may sample latent sites only."
             )
-        elif record.plate_sizes != in_guide.plate_sizes:
+        elif not _fit(record.plates, in_guide.plates):
             raise SiteError(
-                f"Site '{name}' is in the plates (name: size) {in_guide.plate_sizes} in the guide, "
-                f"but in {record.plate_sizes} in the model. Put it in the same plates in both."
+                f"Site '{name}' is in the plates (name: size) {_sizes(in_guide.plates)} in the "
+                f"guide, but in {_sizes(record.plates)} in the model. Put it in the same plates in "
+                "both."
             )
-        elif _is_masked(record) and not _is_masked(in_guide) and not is_delta(in_guide.fn):
-            warnings.warn(
-                f"Site '{name}' is masked in the model but not in the guide. The weights include "
-                "its log q where its log p is masked out. Use the same mask in both.",
-                stacklevel=2,
+        elif not self._is_point(in_guide) and _masks_differ(record, in_guide):
+            raise SiteError(
+                f"Latent site '{name}' has another mask in the guide than in the model. The "
+                "weights would have its log q without its log p, or the reverse, and the bound "
+                "would have no limit. Draw the site in the guide under the same poutine.mask. An "
+                "automatic guide has no masks, so write the guide of this site by hand. If the "
+                "mask comes from obs_mask=, you can put the observed site in poutine.mask instead."
             )
+
+    def _is_point(self, in_guide: SiteRecord) -> bool:
+        """Return whether a guide site is a Delta that is no function of auxiliary draws."""
+        others: Any = self.guide.sites.values() if self.guide else ()
+        return is_delta(in_guide.fn) and not any(
+            other.is_auxiliary and not other.is_observed and not is_delta(other.fn)
+            for other in others
+        )
 
     def __exit__(
         self,
@@ -149,16 +190,55 @@ class SiteRecorder(Messenger):
                     )
 
 
-def _is_masked(record: SiteRecord) -> bool:
-    """Return whether a latent site is partly masked.
+def _sizes(plates: dict[str, Any]) -> dict[str, int]:
+    return {name: frame.full_size for name, frame in plates.items()}
 
-    The mask is read only if validation is enabled. Otherwise the result is False.
+
+def _fit(in_model: dict[str, Any], in_guide: dict[str, Any]) -> bool:
+    """Return whether the plates of a site are the same in model and guide.
+
+    A plate without a size fits any plate of its name.
+
+    :raises SiteError: if such a plate of the guide is subsampled in the model.
     """
-    masks = (record.mask, mask_of(record.fn))
-    tensors = [mask for mask in masks if isinstance(mask, Tensor)]
+    for name, frame in in_model.items():
+        if name in in_guide and in_guide[name].size == UNKNOWN and frame.size != frame.full_size:
+            raise SiteError(
+                f"Plate '{name}' has no size in the guide, but it is subsampled in the model "
+                f"({frame.size} of {frame.full_size}). Without a size, log q is not scaled. Give "
+                "the guide's plate the size and the subsample size of the model's plate."
+            )
+    return in_model.keys() == in_guide.keys() and all(
+        UNKNOWN in (frame.size, in_guide[name].size) or frame.full_size == in_guide[name].full_size
+        for name, frame in in_model.items()
+    )
+
+
+def _masks_differ(record: SiteRecord, in_guide: SiteRecord) -> bool:
+    """Return whether a latent site has different masks in model and guide.
+
+    The masks are read only if validation is enabled. Otherwise the result is False.
+    """
     if record.is_observed or not is_validation_enabled():
         return False
-    return any(not bool(mask.all()) for mask in tensors)
+    in_model, of_guide = _mask(record), _mask(in_guide)
+    if in_model is False:
+        return False  # an improper prior, which is flat
+    return not bool((torch.as_tensor(in_model) == torch.as_tensor(of_guide)).all())
+
+
+def _has_same_rows(rows: Any, others: Any) -> bool:
+    return len(rows) == len(others) and bool(
+        (torch.as_tensor(rows) == torch.as_tensor(others)).all()
+    )
+
+
+def _mask(record: SiteRecord) -> Any:
+    """Return the product of the masks of a site; True if it has none."""
+    mask: Any = True
+    for part in (record.mask, mask_of(record.fn)):
+        mask = mask if part is None else mask & part
+    return mask
 
 
 def _user_scales() -> tuple[Any, ...]:

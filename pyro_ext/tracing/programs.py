@@ -9,6 +9,9 @@ import torch
 from pyro import poutine
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+
+from pyro_ext.tracing.plate_sizes import set_plate_sizes
 
 #: A callable with Pyro primitives.
 Program = Callable[..., Any]
@@ -27,6 +30,11 @@ class Programs:
     def without_arguments(self) -> "Programs":
         """The model and guide without arguments, to remember them but not their data."""
         return Programs(self.model, self.guide)
+
+    @property
+    def guide_runs_model(self) -> bool:
+        """Whether the guide is a GuideMessenger, which runs the model itself."""
+        return isinstance(poutine.unwrap(self.guide), Messenger)
 
     def is_same_pair(self, other: "Programs | None") -> bool:
         """Return whether another value has the same model and the same guide."""
@@ -52,14 +60,18 @@ class Programs:
         """
         with poutine.block():
             guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-            model = poutine.trace(poutine.replay(self.model, guide))
-            return {"model": model.get_trace(*self.args, **self.kwargs), "guide": guide}
+            handler = poutine.trace(poutine.replay(self.model, guide))
+            model = handler.get_trace(*self.args, **self.kwargs)
+        set_plate_sizes(model, guide)
+        return {"model": model, "guide": guide}
 
     def importance_traces(self, max_plate_nesting: float) -> tuple[Trace, Trace]:
         """Return Pyro's traces of model and guide, with log-probabilities and Pyro's checks."""
-        return get_importance_trace(
+        model, guide = get_importance_trace(
             "flat", max_plate_nesting, self.model, self.guide, self.args, self.kwargs
         )
+        set_plate_sizes(model, guide)
+        return model, guide
 
 
 def _is_same(program: Program, other: Program) -> bool:

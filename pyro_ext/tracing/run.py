@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
-from pyro_ext.tracing.leaves import Draw, LeafDraws
+from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
 from pyro_ext.tracing.matching import (
     SiteRecord,
     SiteRecorder,
@@ -90,7 +90,7 @@ def run_at_once(
     particle_dim: int,
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
-    has_leaves: bool,
+    leaves: Leaves,
     remedy: str,
 ) -> ParticleTraces:
     """Trace model and guide with the K particles in a plate to the left of all others.
@@ -101,7 +101,7 @@ def run_at_once(
     :param subsamples: the minibatch indices to use, or to record.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
-    :param has_leaves: whether leaves replace the reparameterised draws.
+    :param leaves: the places where leaves replace the reparameterised draws.
     :param remedy: the argument that error messages recommend for running one particle at a time,
         such as ``vectorize_particles=False``.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
@@ -111,7 +111,7 @@ def run_at_once(
     in_model = SiteRecorder(particle_dim, in_guide, local_plate)
     plate = ParticlePlate(num_particles, particle_dim, local_plate)
     recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
-    with _leaf_draws(has_leaves, local_plate) as draws, subsamples or nullcontext():
+    with _leaf_draws(leaves, local_plate, programs) as draws, subsamples or nullcontext():
         try:
             model_trace, guide_trace = recorded.importance_traces(-particle_dim)
         except (SiteError, torch.OutOfMemoryError):
@@ -145,7 +145,7 @@ def run_in_turn(
     max_plate_nesting: float,
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
-    has_leaves: bool,
+    leaves: Leaves,
 ) -> ParticleTraces:
     """Trace model and guide once for each particle, all with the same minibatch.
 
@@ -161,7 +161,7 @@ def run_in_turn(
     for _ in range(num_particles):
         in_guide = SiteRecorder(None)
         in_model = SiteRecorder(None, in_guide)
-        with _leaf_draws(has_leaves, local_plate) as draws, rows, shared_globals:
+        with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
         model_traces.append(model_trace)
@@ -174,10 +174,14 @@ def run_in_turn(
 
 
 def _leaf_draws(
-    has_leaves: bool, local_plate: str | None
+    leaves: Leaves, local_plate: str | None, programs: Programs
 ) -> AbstractContextManager[Sequence[Draw]]:
     """Collect the draws that leaves replace, while model and guide run."""
-    return _collected(LeafDraws(local_plate)) if has_leaves else nullcontext(())
+    if leaves is Leaves.NOWHERE:
+        return nullcontext(())
+    if programs.guide_runs_model:
+        leaves = Leaves.EVERYWHERE  # there is no run of the model alone
+    return _collected(LeafDraws(leaves, local_plate))
 
 
 @contextmanager

@@ -44,6 +44,21 @@ def is_masked_out(site: Any) -> bool:
     return site["mask"] is False or mask_of(site["fn"]) is False
 
 
+def is_untraced(site: Any) -> bool:
+    """Return whether Pyro leaves a site out of its traces, as ConjugateReparam asks for."""
+    return bool((site["infer"] or {}).get("_do_not_trace"))
+
+
+def is_deterministic(site: Any) -> bool:
+    """Return whether a site is a function of other sites, and neither latent nor data.
+
+    Such sites come from ``pyro.deterministic``, and from the reparameterisers of Pyro.
+    """
+    if (site["infer"] or {}).get("_deterministic"):
+        return True
+    return bool(site["is_observed"]) and is_masked_out(site) and is_delta(site["fn"])
+
+
 def has_dim(shape: Sequence[int], dim: int) -> bool:
     """Return whether a shape has a size other than 1 at a dim, counted from the right."""
     return len(shape) >= -dim and shape[dim] != 1

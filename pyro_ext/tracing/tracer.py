@@ -8,6 +8,7 @@ from pyro.util import check_site_shape
 
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.gather import gather_particles
+from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.plates import (
@@ -54,6 +55,8 @@ class ParticleTracer:
         particle. With None, all sites are.
     :ivar is_linear: whether the objective is linear in the log weights. If so, any plate may be
         subsampled.
+    :ivar splits_rewards: whether to split the rewards of non-reparameterised sites by their plates
+        if the objective is linear.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
     :ivar remedy: the argument that error messages recommend for running one particle at a time,
         such as ``vectorize_particles=False``.
@@ -65,6 +68,7 @@ class ParticleTracer:
     max_plate_nesting: float = math.inf
     local_plate: str | None = None
     is_linear: bool = False
+    splits_rewards: bool = True
     has_dim_for_one: bool = False
     remedy: str = "vectorize_particles=False"
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
@@ -74,14 +78,14 @@ class ParticleTracer:
         programs: Programs,
         num_particles: int | None = None,
         subsamples: SharedSubsamples | None = None,
-        has_leaves: bool = False,
+        leaves: Leaves = Leaves.NOWHERE,
     ) -> ParticleTraces:
         """Return the traces of K particles.
 
         :param programs: the model and guide.
         :param num_particles: the number of particles, instead of the tracer's own.
         :param subsamples: the minibatch indices to use, or to record.
-        :param has_leaves: whether leaves replace the reparameterised draws.
+        :param leaves: the places where leaves replace the reparameterised draws.
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
@@ -91,10 +95,10 @@ class ParticleTracer:
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             particle_dim = -1 - self.plate_nesting(programs, subsamples)
             return run_at_once(
-                programs, K, particle_dim, subsamples, self._local_plate, has_leaves, self.remedy
+                programs, K, particle_dim, subsamples, self._local_plate, leaves, self.remedy
             )
         return run_in_turn(
-            programs, K, self.max_plate_nesting, subsamples, self._local_plate, has_leaves
+            programs, K, self.max_plate_nesting, subsamples, self._local_plate, leaves
         )
 
     def trace(
@@ -102,7 +106,7 @@ class ParticleTracer:
         programs: Programs,
         num_particles: int | None = None,
         subsamples: SharedSubsamples | None = None,
-        has_leaves: bool = False,
+        leaves: Leaves = Leaves.NOWHERE,
     ) -> Particles:
         """Return K particles with their log weights.
 
@@ -111,7 +115,7 @@ class ParticleTracer:
         :raises ValueError: if a subsampled plate would be part of the weights.
         """
         memory = self.memory.recall(programs)
-        traces = self.run(programs, num_particles, subsamples, has_leaves)
+        traces = self.run(programs, num_particles, subsamples, leaves)
         local_plate = self._local_plate
         depends = memory.dependence.within(traces, programs, subsamples, local_plate)
         by_particle = traces.density_sites
@@ -131,7 +135,8 @@ class ParticleTracer:
             return site.is_observed and not site.plates.issuperset(common) and not depends(site)
 
         outside = {site.key for row in by_particle for site in row if is_outside(site)}
-        return gather_particles(traces, common, outside, local_plate)
+        splits_rewards = self.is_linear and self.splits_rewards
+        return gather_particles(traces, common, outside, local_plate, splits_rewards)
 
     @property
     def _local_plate(self) -> str | None:

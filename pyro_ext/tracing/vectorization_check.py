@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -26,7 +25,7 @@ def check_vectorization(tracer: ParticleTracer, programs: Programs) -> None:
         rounding error. The message names the first such site.
     :raises NotImplementedError: if the guide is a GuideMessenger, which runs the model.
     """
-    if isinstance(poutine.unwrap(programs.guide), Messenger):
+    if programs.guide_runs_model:
         raise NotImplementedError(
             "check does not support a GuideMessenger, because that guide runs the model. Compare "
             "losses with vectorize_particles=False instead."

@@ -149,24 +149,3 @@ def test_data_of_weight_zero_drop_out(vectorize):
         model, guide = (poutine.scale(p, weight) for p in (programs.model, programs.guide))
         loss = elbo.loss_and_grads(model, guide)
     assert loss == pytest.approx(-programs.log_evidence()[:6].sum().item())
-
-
-@pytest.mark.parametrize("mask", [True, False, torch.ones(len(X), dtype=torch.bool)], ids=str)
-def test_masks_that_change_nothing_for_the_guide_are_not_warned_of(mask):
-    def model():
-        with pyro.plate("data", len(X)), poutine.mask(mask=mask):
-            pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
-
-    ImportanceWeightedELBO(3).loss(model, NormalNormal(X).guide)
-
-
-def test_a_latent_masked_in_the_model_alone_is_warned_of():
-    mask = torch.arange(len(X)) < 4
-
-    def model():
-        with pyro.plate("data", len(X)), poutine.mask(mask=mask):
-            z = pyro.sample("z", dist.Normal(X.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
-
-    with pytest.warns(UserWarning, match="Site 'z' is masked in the model but not in the guide"):
-        ImportanceWeightedELBO(3).loss(model, NormalNormal(X).guide)

@@ -40,6 +40,10 @@ class CombinedELBO(MultiSampleELBO):
         check_real("CombinedELBO", "beta", beta, 0.0, 1.0)
         self.beta = beta
 
+    @property
+    def is_linear(self) -> bool:
+        return super().is_linear or self.beta == 1
+
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 

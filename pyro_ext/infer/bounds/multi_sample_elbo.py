@@ -1,5 +1,6 @@
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from pyro_ext.ops import leave_one_out_mean
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.arguments import check_program
 from pyro_ext.tracing.failures import raise_not_finite
+from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.tracer import TracerMemory
 from pyro_ext.tracing.vectorization_check import check_vectorization
@@ -150,7 +152,7 @@ class MultiSampleELBO(ELBO):
             vectorize=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
             local_plate=self.local_plate,
-            is_linear=self.num_particles == 1,
+            is_linear=self.is_linear,
             memory=self._memory,
         )
 
@@ -208,6 +210,15 @@ class MultiSampleELBO(ELBO):
         own = own.reshape(K, K, *(1,) * (log_w.dim() - 1))
         replaced = torch.where(own, leave_one_out_mean(log_w), log_w.unsqueeze(1))
         return self._against_baseline(log_w, self.bound(replaced))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this bound and its guide bound are the mean of the log weights.
+
+        A linear bound accepts every plate, also a subsampled one with global latent sites. By
+        default, the bound counts as linear for K = 1 only.
+        """
+        return self.num_particles == 1
 
     @property
     def guide_bound(self) -> "MultiSampleELBO":
@@ -336,8 +347,8 @@ class MultiSampleELBO(ELBO):
         )
 
     def _trace(self, programs: Programs) -> Particles:
-        has_leaves = torch.is_grad_enabled() and self._rule.needs_leaves(self)
-        return self.tracer.trace(programs, has_leaves=has_leaves)
+        leaves = self._rule.leaves(self) if torch.is_grad_enabled() else Leaves.NOWHERE
+        return self.tracer.trace(programs, leaves=leaves)
 
     @property
     def _is_chunked(self) -> bool:
@@ -345,11 +356,12 @@ class MultiSampleELBO(ELBO):
         return size is not None and size < self.num_particles
 
     def _two_pass(self, programs: Programs) -> TwoPass:
-        tracer = self.tracer
+        # The coefficients of the chunks are those of the common plates.
+        tracer = replace(self.tracer, splits_rewards=False)
         tracer.run_first(programs)  # a first run may draw initial values: not in a pass
 
-        def trace(size: int, subsamples: SharedSubsamples, has_leaves: bool) -> Particles:
-            return tracer.trace(programs, size, subsamples, has_leaves)
+        def trace(size: int, subsamples: SharedSubsamples, leaves: Leaves) -> Particles:
+            return tracer.trace(programs, size, subsamples, leaves)
 
         return TwoPass(trace, self.num_particles, self.particle_chunk_size or self.num_particles)
 

@@ -47,6 +47,10 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
             )
         self.num_groups = num_groups
 
+    @property
+    def is_linear(self) -> bool:
+        return super().is_linear or self.num_groups == self.num_particles
+
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         return log_mean_exp(self._grouped(log_w), dim=1).mean(0)
 

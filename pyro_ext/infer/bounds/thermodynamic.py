@@ -23,10 +23,6 @@ class ThermodynamicELBO(MultiSampleELBO):
     over K particles. The sum is then a lower bound only in the limit of large K. One partition
     gives the ELBO.
 
-    The reward of non-reparameterised sites is the covariance
-    :math:`\sum_i (\beta_{i+1} - \beta_i) v_k^{(i)} (\log w_k - \sum_j v_j^{(i)} \log w_j)`. This is
-    the paper's estimator, which has no baseline to choose.
-
     :param num_particles: the number of particles K >= 1.
     :param num_partitions: the number of partitions I >= 1; 2 by default. The inner betas are evenly
         spaced in their logarithm, and the first of them is 0.01.
@@ -70,6 +66,10 @@ class ThermodynamicELBO(MultiSampleELBO):
                 f"{abbreviate(self.betas)}."
             )
 
+    @property
+    def is_linear(self) -> bool:
+        return super().is_linear or len(self.betas) == 2
+
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
         means = [width * (v * log_w).sum(0) for _, width, v in self._partitions(log_w)]
         return torch.stack(means).sum(0)
@@ -85,17 +85,6 @@ class ThermodynamicELBO(MultiSampleELBO):
             first = first + width * slope
             second = second + width * beta * v * ((1 - v) * (1 + beta * deviation) + 1 - slope)
         return first, second
-
-    def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        """Return the covariance in the description of the class; it needs no baseline.
-
-        :param log_w: log weights of shape ``(K, ...)``.
-        :returns: a tensor of the same shape.
-        """
-        deviations = [
-            width * v * (log_w - (v * log_w).sum(0)) for _, width, v in self._partitions(log_w)
-        ]
-        return torch.stack(deviations).sum(0)
 
     def _partitions(self, log_w: Tensor) -> list[tuple[float, float, Tensor]]:
         """Return the left end, the width and the normalised weights of each partition."""

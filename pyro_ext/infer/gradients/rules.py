@@ -21,6 +21,10 @@ where signal_k is the learning signal of particle k. This term is also different
 draws before the site. Its expectation given z_k depends on z_k, which adds f_k ds/dz_k to the right
 side of the identity.
 
+If the bound is linear, f_k is a constant, so f_k s and its derivatives have mean zero and are left
+out. The learning signal of a site in plates then is that of the log weights summed over all other
+plates: a term in another element of its plates does not depend on the site.
+
 With a local plate, the draws outside of it are made once, and the objective is linear in their log
 ratio. For the bound inside the plate, these draws are parameters. The identity holds for any
 parameter, but for these draws it makes the estimate noisy at the posterior, where their pathwise
@@ -40,7 +44,7 @@ from torch import Tensor
 from pyro_ext._arguments import abbreviate, describe
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.gather import score_sites
-from pyro_ext.tracing.leaves import Draw
+from pyro_ext.tracing.leaves import Draw, Leaves
 from pyro_ext.tracing.particles import Particles
 
 
@@ -76,8 +80,8 @@ class GradientRule(NamedTuple):
 
     :ivar name: the name of the rule, for error messages.
     :ivar estimate: the function that computes the estimate.
-    :ivar has_leaves: whether leaves replace the reparameterised draws. A leaf is an autograd leaf
-        with the value of the draw. If leaves are used, ``particles.draws`` and
+    :ivar has_leaves: whether leaves replace the reparameterised draws everywhere. A leaf is an
+        autograd leaf with the value of the draw. If leaves are used, ``particles.draws`` and
         ``particles.global_draws`` hold the draws with their leaves.
     """
 
@@ -85,18 +89,20 @@ class GradientRule(NamedTuple):
     estimate: Callable[[Bound, Particles], Tensor]
     has_leaves: bool
 
-    def needs_leaves(self, bound: Bound) -> bool:
-        """Return whether the rule needs leaves for a bound.
+    def leaves(self, bound: Bound) -> Leaves:
+        """Return the places where the rule needs leaves for a bound.
 
-        Every rule needs them if the guide has a bound of its own.
+        Every rule needs them in the model if the guide has a bound of its own.
         """
-        return self.has_leaves or bound.guide_bound is not bound
+        if self.has_leaves:
+            return Leaves.EVERYWHERE
+        return Leaves.NOWHERE if bound.guide_bound is bound else Leaves.IN_MODEL
 
     def objective(self, bound: Bound, particles: Particles) -> Float[Tensor, ""]:
         """Return the estimate of the rule for a bound.
 
         :param bound: the bound.
-        :param particles: the particles, with leaves if :meth:`needs_leaves` returns True.
+        :param particles: the particles, with the leaves that :meth:`leaves` asks for.
         :raises ValueError: if the rule needs reparameterised sites and the guide has only other
             sites.
         """
@@ -204,7 +210,7 @@ def _finite(log_density: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common
 def _score_weighted(
     particles: Particles, weights: Float[Tensor, "K *common"]
 ) -> Float[Tensor, ""] | float:
-    if particles.score is None:
+    if particles.score is None or particles.has_split_rewards:
         return 0.0
     return _total(particles, (weights * particles.score).sum(0))
 
@@ -214,15 +220,16 @@ def _reward(bound: Bound, particles: Particles) -> Float[Tensor, ""] | float:
 
     The reward of a site outside the local plate is the whole objective.
     """
-    bound, log_w = bound.guide_bound, particles.log_w.detach()
+    bound = bound.guide_bound
     reward: Tensor | float = 0.0
-    if particles.score is not None:
-        reward = _score_weighted(particles, bound.learning_signal(log_w))
+    for score in particles.scores:
+        signal = bound.learning_signal(score.log_w.detach())
+        reward = reward + (score.scale * (signal * score.log_q).sum(0)).sum()
     if particles.global_scores:
-        inside = particles.scale * bound.bound(log_w)
-        for score in particles.global_scores:
-            everything = particles.reward_outside(inside, score.plates)
-            reward = reward + (everything * score.value).sum()
+        inside = particles.scale * bound.bound(particles.log_w.detach())
+        for term in particles.global_scores:
+            everything = particles.reward_outside(inside, term.plates)
+            reward = reward + (everything * term.value).sum()
     return reward
 
 

@@ -22,10 +22,11 @@ from pyro_ext._random_states import (
 )
 from pyro_ext.infer.gradients.rules import Bound, GradientRule
 from pyro_ext.tracing.failures import raise_not_finite
+from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.shared_values import SharedSubsamples
 
-TraceChunk = Callable[[int, SharedSubsamples, bool], Particles]
+TraceChunk = Callable[[int, SharedSubsamples, Leaves], Particles]
 
 
 class TwoPass:
@@ -50,7 +51,7 @@ class TwoPass:
         log_w = []
         for chunk in self.chunks:
             self.states.append(random_states())
-            particles = self.trace(chunk.stop - chunk.start, subsamples, False)
+            particles = self.trace(chunk.stop - chunk.start, subsamples, Leaves.NOWHERE)
             if particles.log_w.isnan().any():
                 raise_not_finite("A log weight", math.nan, particles)
             log_w.append(particles.log_w)
@@ -60,7 +61,7 @@ class TwoPass:
         self, rule: GradientRule, linear: "LinearBound", retain_graph: bool | None
     ) -> None:
         """Run the second pass: add the gradients of a rule's negative objective to ``.grad``."""
-        for chunk, particles in self._again(rule.needs_leaves(linear)):
+        for chunk, particles in self._again(rule.leaves(linear)):
             if chunk.start > 0:  # terms equal for all particles count once
                 particles = replace(particles, outer_terms=())
             surrogate = -rule.objective(linear.part(chunk), particles)
@@ -68,14 +69,14 @@ class TwoPass:
                 surrogate.backward(retain_graph=retain_graph)
             del particles, surrogate
 
-    def _again(self, has_leaves: bool) -> Iterator[tuple[slice, Particles]]:
+    def _again(self, leaves: Leaves) -> Iterator[tuple[slice, Particles]]:
         # A new handler, because the minibatch is drawn again as in the first pass.
         subsamples = SharedSubsamples()
         with kept_random_states():
             for chunk, state in zip(self.chunks, self.states, strict=True):
                 set_random_states(state)
                 # Keep no reference to a chunk while the next one runs.
-                yield chunk, self.trace(chunk.stop - chunk.start, subsamples, has_leaves)
+                yield chunk, self.trace(chunk.stop - chunk.start, subsamples, leaves)
 
 
 class LinearBound(NamedTuple):

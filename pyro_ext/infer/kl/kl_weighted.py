@@ -227,7 +227,7 @@ def _check_linear(elbo: Any) -> None:
     check_type("KLWeightedELBO", "elbo", elbo, ELBO, "an ELBO")
     name = type(elbo).__name__
     if isinstance(elbo, MultiSampleELBO):
-        if elbo.num_particles > 1:
+        if not elbo.is_linear:
             raise ValueError(
                 f"KLWeightedELBO: {name} must have num_particles=1, but it has "
                 f"{elbo.num_particles}. With more particles, its bound is not linear in the log "

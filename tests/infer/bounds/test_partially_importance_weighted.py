@@ -76,3 +76,51 @@ def test_a_group_of_zero_weights_is_refused_for_the_guide(size):
     with pytest.raises(ValueError, match="site 'cut' of the model is infinite"):
         elbo.loss_and_grads(model, guide)
     assert a.grad is None
+
+
+PLANAR = dist.transforms.Planar(1).double()
+
+
+def uniform_guide(parameter):
+    return pyro.sample("z", dist.Uniform(0.0, parameter.exp()))
+
+
+def planar_guide(parameter):
+    base = dist.Normal(parameter.expand(1), 0.5).to_event(1)
+    return pyro.sample("z", dist.TransformedDistribution(base, [PLANAR]))
+
+
+def two_layer_guide(parameter):
+    y = pyro.sample("y", dist.Normal(parameter, 1.0))
+    return pyro.sample("z", dist.Delta(y.exp() + parameter))
+
+
+@VECTORIZE
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("draw", [uniform_guide, planar_guide, two_layer_guide])
+def test_pathwise_gradients_need_neither_an_inverse_nor_a_fixed_support(draw, chunk, vectorize):
+    parameter, weight = (torch.tensor(v, **F64, requires_grad=True) for v in (0.3, 0.8))
+
+    def model():
+        if draw is two_layer_guide:
+            pyro.sample("y", dist.Normal(weight.new_zeros(()), 1.0))
+        prior = dist.Normal(weight.new_zeros(()), 1.0)
+        z = pyro.sample("z", prior.expand([1]).to_event(1) if draw is planar_guide else prior)
+        z = z[..., 0] if draw is planar_guide else z
+        pyro.sample("x", dist.Normal(weight * z, 1.0), obs=weight.new_tensor(0.5))
+
+    found = []
+    for elbo in (
+        PartiallyImportanceWeightedELBO(4, 2, vectorize_particles=vectorize, max_plate_nesting=0),
+        ImportanceWeightedELBO(4, vectorize_particles=vectorize, max_plate_nesting=0),
+        MultiplyImportanceWeightedELBO(4, 2, vectorize_particles=vectorize, max_plate_nesting=0),
+    ):
+        elbo.particle_chunk_size = chunk
+        pyro.set_rng_seed(1)
+        for p in (parameter, weight):
+            p.grad = None
+        elbo.loss_and_grads(model, lambda: draw(parameter))
+        found.append((parameter.grad.clone(), weight.grad.clone()))
+    piwae, of_model, of_guide = found
+    torch.testing.assert_close(piwae, (of_guide[0], of_model[1]))
+    assert not torch.allclose(of_model[0], of_guide[0])

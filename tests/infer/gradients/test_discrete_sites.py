@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -18,12 +19,17 @@ from tests.statistics import assert_mean
 BOUNDS = {
     "importance-weighted": (ImportanceWeightedELBO, log_mean_exp),
     "jackknife": (JackknifeELBO, lambda log_w: jackknife(log_w, 1)),
+    "thermodynamic": (ThermodynamicELBO, ThermodynamicELBO(3).bound),
+    "thermodynamic, linear": (partial(ThermodynamicELBO, num_partitions=1), lambda x: x.mean()),
 }
 
 
+@pytest.mark.parametrize("K", [1, 2, 3])
 @pytest.mark.parametrize(("make", "bound"), BOUNDS.values(), ids=BOUNDS)
-def test_bernoulli_latents_against_the_sum_over_all_tuples(make, bound):
-    K, x = 3, 0.8
+def test_bernoulli_latents_against_the_sum_over_all_tuples(make, bound, K):
+    if K == 1 and make is JackknifeELBO:
+        pytest.skip("the first order needs two particles")
+    x = 0.8
     logit, weight = replicated(0.4, 1.5)
 
     def model():
@@ -165,8 +171,6 @@ def test_only_discrete_sites_are_refused(rule):
 def test_signal_of_a_bound_is_its_definition(make, smallest):
     K = smallest + 2
     elbo = make(K)
-    if isinstance(elbo, ThermodynamicELBO):
-        pytest.skip("has a covariance in its place, which the next test checks")
     log_w = 3 * torch.randn(K, 4, **F64)
     signal = elbo.learning_signal(log_w)
     assert signal.shape == log_w.shape
@@ -175,16 +179,6 @@ def test_signal_of_a_bound_is_its_definition(make, smallest):
         replaced[k] = torch.cat([log_w[:k], log_w[k + 1 :]]).mean(0)
         torch.testing.assert_close(signal[k], elbo.bound(log_w) - elbo.bound(replaced))
     torch.testing.assert_close(signal, MultiSampleELBO.learning_signal(elbo, log_w))
-
-
-def test_signal_of_the_thermodynamic_bound_is_the_covariance():
-    elbo = ThermodynamicELBO(4, betas=[0.0, 0.3, 1.0])
-    log_w = torch.randn(4, **F64)
-    expected = torch.zeros(4, **F64)
-    for beta, width in ((0.0, 0.3), (0.3, 0.7)):
-        v = (log_w.exp() ** beta) / (log_w.exp() ** beta).sum()
-        expected += width * v * (log_w - (v * log_w).sum())
-    torch.testing.assert_close(elbo.learning_signal(log_w), expected)
 
 
 def test_signal_where_all_the_others_are_zero():

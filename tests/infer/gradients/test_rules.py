@@ -155,9 +155,10 @@ def test_masks_and_scales_of_one_guide_site():
 
     def model():
         with pyro.plate("replicates", REPLICATES):
-            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+            with poutine.mask(mask=mask):
+                a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
             b = pyro.sample("b", dist.Normal(a, 1.0))
-            c = pyro.sample("c", dist.Normal(b, 1.0))
+            c = pyro.sample("c", dist.Normal(b, 1.0).mask(mask))
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
     def guide():

@@ -174,7 +174,7 @@ def test_a_first_step_draws_initial_values_before_the_passes(options):
 
 def test_random_states_are_restored_if_a_rule_fails():
     class Failing:
-        def needs_leaves(self, bound):
+        def leaves(self, bound):
             return False
 
         def objective(self, bound, particles):
