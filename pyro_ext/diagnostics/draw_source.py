@@ -35,6 +35,7 @@ from pyro_ext.tracing.plate_sizes import set_plate_sizes
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
 from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.user_scales import uniform_scale
 
 
 class DrawSource:
@@ -66,6 +67,7 @@ class DrawSource:
             self._find_constants(particles.model_traces[0], three.model_traces[0])
         warn_of_points(particles.guide_traces[0], programs, rows)
         self.common = tuple(plate.name for plate in particles.plates)
+        self._common_dims = [plate.dim for plate in particles.plates if plate.dim is not None]
         sites = [
             *density_sites("model", particles.model_traces[0]),
             *density_sites("guide", particles.guide_traces[0]),
@@ -166,13 +168,15 @@ class DrawSource:
         traces: ParticleTraces = self._tracer.run(self.programs, num_draws, rows)
         (model,), (guide,) = traces.model_traces, traces.guide_traces
         self._check_rows(model)
+        records = [traces.record(site) for row in traces.density_sites for site in row]
+        density = partial(log_density, user_scale=uniform_scale(records, self._common_dims))
         groups = {
             "posterior": self._arrays(model, num_draws, is_latent),
             "log_likelihood": self._arrays(model, num_draws, is_observation, log_prob),
             "observed_data": self._arrays(model, 1, is_observation),
             "is_unmasked": self._arrays(model, num_draws, is_observation, is_unmasked),
-            "log_p": self._arrays(model, num_draws, has_density, log_density),
-            "log_q": self._arrays(guide, num_draws, has_density, log_density),
+            "log_p": self._arrays(model, num_draws, has_density, density),
+            "log_q": self._arrays(guide, num_draws, has_density, density),
         }
         if predictive:
             drawn = self._run_model(num_draws, rows, guide)

@@ -168,7 +168,7 @@ def _integrated(
         with torch.no_grad():
             particles = tracer.trace(source.programs)
         log_likelihood = log_mean_exp(particles.log_w.double())
-        log_weights.append(float(particles.outer) + log_likelihood.sum().item())
+        log_weights.append(particles.unscaled_outer + log_likelihood.sum().item())
         log_likelihoods.append(log_likelihood.cpu().numpy())
     names = tuple(p.name for p in particles.plates)
     return np.array(log_weights), SiteArray(names, np.stack(log_likelihoods))

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.density_sites import plates_of
 from pyro_ext.tracing.sites import base_of, is_delta, is_deterministic, is_masked_out
+from pyro_ext.tracing.user_scales import divided
 
 
 class SiteArray(NamedTuple):
@@ -123,9 +124,14 @@ def log_prob(node: Any) -> Tensor:
     return scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"])
 
 
-def log_density(node: Any) -> Tensor:
-    """Return the log-probability with the user's scales, but without subsampling scales."""
-    return node["log_prob"] / math.prod(plate.subsampling_scale for plate in plates_of(node))
+def log_density(node: Any, user_scale: Any) -> Tensor:
+    """Return the log-probability without subsampling scales.
+
+    :param node: the site.
+    :param user_scale: the user's scale that is the same at every site, which is left out too.
+    """
+    subsampling = math.prod(plate.subsampling_scale for plate in plates_of(node))
+    return divided(node["log_prob"] / subsampling, user_scale)
 
 
 def is_unmasked(node: Any) -> Tensor:

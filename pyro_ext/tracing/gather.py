@@ -1,7 +1,6 @@
 """The log weights of K particles, summed from their traces."""
 
 import math
-import numbers
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from pyro_ext.tracing.density_sites import DensitySite, Plate, plates_of
 from pyro_ext.tracing.layout import Layout, OuterTerm, at_least_single
-from pyro_ext.tracing.matching import SiteRecord
 from pyro_ext.tracing.particles import Particles, Score
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.sites import has_particles
+from pyro_ext.tracing.user_scales import along, divided, uniform_scale
 
 
 def gather_particles(
@@ -48,7 +47,7 @@ def gather_particles(
     )
     records = [traces.record(site) for key, site in by_key.items() if key not in outside]
     plate_scale = math.prod(plate.subsampling_scale for plate in common)
-    scale = plate_scale * _uniform_scale(records, dims)
+    scale = plate_scale * along(uniform_scale(records, dims), dims)
 
     def density(site: DensitySite) -> Tensor:
         is_whole = not splits_rewards or site.program == "model"
@@ -59,10 +58,7 @@ def gather_particles(
             [density(s) for s in row if s.program == program and s.key not in without]
             for row in rows
         )
-        if isinstance(scale, numbers.Number) and scale == 1:
-            return total
-        # Where the scale is zero, the scaled log-probabilities are zero already.
-        return total / (scale.masked_fill(scale == 0, 1) if isinstance(scale, Tensor) else scale)
+        return divided(total, scale)
 
     log_q = log_density("guide", outside)
     log_p = log_density("model", outside)
@@ -77,6 +73,7 @@ def gather_particles(
         log_q=log_q,
         log_q_rest=log_density("guide", outside | leaves) if leaves else log_q,
         scale=scale,
+        user_scale=uniform_scale([traces.record(site) for site in by_key.values()], dims),
         outer_terms=tuple(
             _outer_term(traces, by_key[key], key in leaves) for key in by_key if key in outside
         ),
@@ -150,25 +147,3 @@ def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
             term = site["score_parts"].score_function
             if not is_identically_zero(term):
                 yield site, term
-
-
-def _uniform_scale(records: Sequence[SiteRecord], dims: Sequence[int]) -> Any:
-    """Return the product of the user's scales if it is the same at every site, else 1.
-
-    Two scale tensors count as the same only if they are the same object. Such a tensor must have
-    size 1 along every dim that is not a common plate.
-    """
-    keys = {
-        tuple(s if isinstance(s, numbers.Number) else id(s) for s in record.user_scales)
-        for record in records
-    }
-    if len(keys) != 1:
-        return 1.0
-    product: Any = 1.0
-    for scale in records[0].user_scales:
-        if isinstance(scale, Tensor):
-            if any(scale.shape[d] != 1 for d in range(-scale.dim(), 0) if d not in dims):
-                return 1.0
-            scale = scale.reshape([scale.shape[d] if -d <= scale.dim() else 1 for d in dims])
-        product = product * scale
-    return product

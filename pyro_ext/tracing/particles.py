@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_ext.tracing.density_sites import Plate
 from pyro_ext.tracing.layout import OuterTerm
 from pyro_ext.tracing.leaves import Draw
+from pyro_ext.tracing.user_scales import divided
 
 
 class Score(NamedTuple):
@@ -46,6 +47,8 @@ class Particles:
     :ivar scale: the size of the common plates divided by their subsample size, times a user's scale
         that is the same at every site. It is a number, or a tensor that broadcasts against
         ``common``. It multiplies f itself and is not part of the log weights.
+    :ivar user_scale: the user's scale that is the same at every site of model and guide; 1 if there
+        is none. It is a number, or a tensor that broadcasts against the log-probabilities.
     :ivar outer_terms: the log ratios to add to the bound. They do not depend on the particle and
         lie outside at least one common plate. With a local plate, they include the log ratios of
         all sites outside this plate.
@@ -87,6 +90,7 @@ class Particles:
     log_q: Float[Tensor, "K *common"]
     log_q_rest: Float[Tensor, "K *common"]
     scale: Any
+    user_scale: Any
     outer_terms: tuple[OuterTerm, ...]
     global_scores: tuple[OuterTerm, ...]
     score: Float[Tensor, "K *common"] | None
@@ -127,6 +131,16 @@ class Particles:
     def outer(self) -> Any:
         """The sum of the outer terms: a scalar tensor, or 0 if there are none."""
         return sum(term.value.sum() for term in self.outer_terms)
+
+    @property
+    def unscaled_outer_terms(self) -> tuple[OuterTerm, ...]:
+        """The outer terms without the user's scale that is the same at every site."""
+        return tuple(t._replace(value=divided(t.value, self.user_scale)) for t in self.outer_terms)
+
+    @property
+    def unscaled_outer(self) -> float:
+        """The sum of the outer terms without the user's scale that is the same at every site."""
+        return sum(float(term.value.sum()) for term in self.unscaled_outer_terms)
 
     @property
     def outer_rest(self) -> Any:

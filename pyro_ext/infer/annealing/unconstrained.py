@@ -86,7 +86,7 @@ class UnconstrainedPrograms:
         warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
         self._particle_dim = sites.particle_dim
         self.plates = particles.plates
-        self.outer = float(particles.outer)
+        self.outer = particles.unscaled_outer
         self._raise_for_scales(particles)
         log_w = particles.log_w
         if log_w.isnan().any():

@@ -106,10 +106,10 @@ class DataBlock:
     def outer(self, particles: Particles) -> float:
         """Return the sum of the outer terms that no earlier block had."""
         if self.is_whole:
-            return float(particles.outer)
+            return particles.unscaled_outer
         rows = particles.plates[self.position(particles.plates)]
         total = 0.0
-        for term in particles.outer_terms:
+        for term in particles.unscaled_outer_terms:
             if rows.dim is not None and rows in term.plates:
                 by_row = term.sum_to(frozenset({rows})).movedim(rows.dim, 0)
                 new = by_row[-self.num_new_rows(particles) :]

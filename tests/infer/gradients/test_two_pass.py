@@ -11,6 +11,7 @@ from pyro.infer import SVI
 from pyro_ext.infer import ImportanceWeightedELBO
 from pyro_ext.infer.gradients.two_pass import linearize
 from pyro_ext.tracing import Programs
+from pyro_ext.tracing.leaves import Leaves
 from tests.models import NormalNormal
 from tests.registry import ESTIMATORS
 
@@ -175,7 +176,7 @@ def test_a_first_step_draws_initial_values_before_the_passes(options):
 def test_random_states_are_restored_if_a_rule_fails():
     class Failing:
         def leaves(self, bound):
-            return False
+            return Leaves.NOWHERE
 
         def objective(self, bound, particles):
             raise ZeroDivisionError
