@@ -56,7 +56,7 @@ class DrawSource:
         self.programs = programs
         self.chunk_size = chunk_size
         raise_for_handlers_of_linear_objectives()  # the importance weights are not linear
-        self._tracer = ParticleTracer(is_linear=True, remedy="chunk_size=1")
+        self._tracer = ParticleTracer(is_linear=True, remedy="pass chunk_size=1")
         self.nesting = self._tracer.plate_nesting(programs)
         self._constants: set[str] = set()
         self._data: dict[str, Tensor] = {}

@@ -161,7 +161,7 @@ def _integrated(
         vectorize=source.chunk_size > 1,
         max_plate_nesting=source.nesting,
         local_plate=plate,
-        remedy="chunk_size=1",
+        remedy="pass chunk_size=1",
     )
     log_weights, log_likelihoods = [], []
     for _ in tqdm(range(num_samples), desc=NAME, disable=not progress_bar):

@@ -45,6 +45,11 @@ class ParticleTraces:
     records: dict[SiteKey, SiteRecord]
     draws: tuple[Draw, ...]
 
+    @property
+    def are_vectorized(self) -> bool:
+        """Whether several particles ran at once."""
+        return self.particle_dim is not None and self.num_particles > 1
+
     def record(self, site: DensitySite) -> SiteRecord:
         """Return the record of a site.
 
@@ -102,8 +107,7 @@ def run_at_once(
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
     :param leaves: the places where leaves replace the reparameterised draws.
-    :param remedy: the argument that error messages recommend for running one particle at a time,
-        such as ``vectorize_particles=False``.
+    :param remedy: the advice of error messages for running one particle at a time.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
@@ -124,7 +128,7 @@ def run_at_once(
                     "particle. Every sample has an extra dim on the left: index dims from the "
                     "right, wrap convolutions in pyro_ext.nn.LeadingDims, correct "
                     "max_plate_nesting (it is guessed in the first run of a model and guide), or "
-                    f"pass {remedy}.\n{type(error).__name__}: {error}"
+                    f"{remedy}.\n{type(error).__name__}: {error}"
                 ) from error
             raise
     for program, trace in (("model", model_trace), ("guide", guide_trace)):

@@ -2,6 +2,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
@@ -22,6 +23,7 @@ from pyro_ext.tracing.provenance import Dependence
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
 from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
 from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.vectorization_check import check_vectorization
 
 
 @dataclass
@@ -31,6 +33,7 @@ class TracerMemory:
     pair: Programs | None = None
     plate_nesting: int | None = None
     dependence: Dependence = field(default_factory=Dependence)
+    is_checked: bool = False
     warned_plates: set[str] = field(default_factory=set)
 
     def recall(self, programs: Programs) -> "TracerMemory":
@@ -58,8 +61,8 @@ class ParticleTracer:
     :ivar splits_rewards: whether to split the rewards of non-reparameterised sites by their plates
         if the objective is linear.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
-    :ivar remedy: the argument that error messages recommend for running one particle at a time,
-        such as ``vectorize_particles=False``.
+    :ivar remedy: the advice of error messages for running one particle at a time, such as "pass
+        chunk_size=1".
     :ivar memory: the facts found about the model and guide.
     """
 
@@ -70,7 +73,7 @@ class ParticleTracer:
     is_linear: bool = False
     splits_rewards: bool = True
     has_dim_for_one: bool = False
-    remedy: str = "vectorize_particles=False"
+    remedy: str = "pass vectorize_particles=False"
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
 
     def run(
@@ -101,6 +104,21 @@ class ParticleTracer:
             programs, K, self.max_plate_nesting, subsamples, self._local_plate, leaves
         )
 
+    def check(self, programs: Programs) -> None:
+        """Raise a ValueError if a vectorised particle differs from the same particle run alone.
+
+        :raises NotImplementedError: if the guide is a GuideMessenger, which runs the model.
+        """
+        if programs.guide_runs_model:
+            raise NotImplementedError(
+                "check does not support a GuideMessenger, because that guide runs the model. "
+                f"To compare results, {self.remedy}."
+            )
+        rows = SharedSubsamples()
+        with poutine.block(), torch.no_grad():
+            traces = self.run(programs, subsamples=rows)
+        check_vectorization(traces, programs, rows, self.remedy, is_strict=True)
+
     def trace(
         self,
         programs: Programs,
@@ -115,7 +133,9 @@ class ParticleTracer:
         :raises ValueError: if a subsampled plate would be part of the weights.
         """
         memory = self.memory.recall(programs)
-        traces = self.run(programs, num_particles, subsamples, leaves)
+        to_check = not memory.is_checked and is_validation_enabled()
+        rows = SharedSubsamples() if to_check and subsamples is None else subsamples
+        traces = self.run(programs, num_particles, rows, leaves)
         local_plate = self._local_plate
         depends = memory.dependence.within(traces, programs, subsamples, local_plate)
         by_particle = traces.density_sites
@@ -135,6 +155,10 @@ class ParticleTracer:
             return site.is_observed and not site.plates.issuperset(common) and not depends(site)
 
         outside = {site.key for row in by_particle for site in row if is_outside(site)}
+        if to_check and rows is not None and traces.are_vectorized:
+            if not programs.guide_runs_model:
+                check_vectorization(traces, programs, rows, self.remedy, is_strict=False)
+            memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
         return gather_particles(traces, common, outside, local_plate, splits_rewards)
 

@@ -1,71 +1,169 @@
 """A check that a vectorised particle equals the same particle run alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.tracing.density_sites import density_sites
+from pyro_ext.tracing.kept_buffers import kept_buffers
 from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.shared_values import SharedSubsamples
-from pyro_ext.tracing.tracer import ParticleTracer
+from pyro_ext.tracing.sites import is_delta, is_untraced
+
+_NUDGE = 8  # in units of the rounding error
+_MARGIN = 30  # by which a difference must exceed the one that a nudge makes
 
 
 @torch.no_grad()
-def check_vectorization(tracer: ParticleTracer, programs: Programs) -> None:
+def check_vectorization(
+    traces: ParticleTraces,
+    programs: Programs,
+    subsamples: SharedSubsamples,
+    remedy: str,
+    is_strict: bool,
+) -> None:
     """Raise a ValueError if a vectorised particle differs from the same particle run alone.
 
-    The last of K vectorised particles is scored again alone, and compared site by site.
+    The last particle is scored again alone, and compared site by site. Random states and the
+    buffers of modules keep their values.
 
-    :param tracer: a tracer that runs several particles at once.
-    :param programs: the model and guide.
+    :param traces: the traces of particles that ran at once.
+    :param programs: the model and guide of these traces.
+    :param subsamples: the minibatch indices of these traces.
+    :param remedy: the advice of error messages for running one particle at a time.
+    :param is_strict: whether a program that is random for given draws, as by dropout, is an error
+        too. Otherwise such a program passes, because nothing can be compared.
     :raises ValueError: if a log-probability differs by more than the square root of its dtype's
-        rounding error. The message names the first such site.
-    :raises NotImplementedError: if the guide is a GuideMessenger, which runs the model.
+        rounding error, and by more than a nudge of the draws explains. The message names the first
+        such site.
     """
-    if programs.guide_runs_model:
-        raise NotImplementedError(
-            "check does not support a GuideMessenger, because that guide runs the model. Compare "
-            "losses with vectorize_particles=False instead."
+    with poutine.block(), kept_random_states(), kept_buffers():
+        start = random_states()
+        alone = _densities_alone(traces, programs, subsamples)
+        different = [key for key, x in alone.items() if _differs(_found(traces, key), x)]
+        if not different:
+            return
+        for key in different:
+            _check_size(key, _found(traces, key), alone[key], remedy)
+        again = _densities_alone(traces, programs, subsamples)
+        set_random_states(start)
+        try:
+            nudged = _densities_alone(traces, programs, subsamples, _NUDGE)
+        except ValueError:  # a nudge over the edge of a support
+            nudged = alone
+    for key in different:
+        if _differs(again[key], alone[key]):
+            if is_strict:
+                raise ValueError(
+                    f"{_name(key)} has another log-probability at each run with the same draws. "
+                    "It is random (dropout), so nothing can be compared. Put modules in "
+                    "evaluation mode for the check."
+                )
+            return
+    for key in different:
+        found, expected = _found(traces, key).reshape(alone[key].shape), alone[key]
+        if _distance(found, expected) > _MARGIN * _distance(nudged[key], expected):
+            raise ValueError(
+                f"{_name(key)} has another log-probability in a vectorised particle than in the "
+                f"same particle alone (sums: {found.sum().item():.6g} and "
+                f"{expected.sum().item():.6g}). The program mixes particles: by BatchNorm in "
+                "training mode, or by a mean, softmax or reshape over the particle dim. Count dims "
+                f"from the right, put BatchNorm in evaluation mode, or {remedy}."
+            )
+
+
+def _densities_alone(
+    traces: ParticleTraces, programs: Programs, subsamples: SharedSubsamples, nudge: int = 0
+) -> dict[SiteKey, Tensor]:
+    """Return the log-probabilities of the last particle, run alone."""
+    with subsamples:
+        particle = _OneParticle(traces, nudge)
+        guide = poutine.trace(particle(programs.guide)).get_trace(*programs.args, **programs.kwargs)
+        model = poutine.trace(poutine.replay(programs.model, guide)).get_trace(
+            *programs.args, **programs.kwargs
         )
-    subsamples = SharedSubsamples()
-    with poutine.block():
-        traces = tracer.run(programs, subsamples=subsamples)
-        with subsamples:
-            alone = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
-            node: Any
-            for name, node in alone.iter_stochastic_nodes():
-                if not site_is_subsample(node):
-                    value: Any = traces.guide_traces[0].nodes[name]["value"]
-                    value = traces.one_particle(value, node["fn"].event_dim, index=-1)
-                    node["value"] = value.reshape(node["value"].shape)
-            replayed = programs.each_under(lambda model: model, poutine.replay(trace=alone))
-            model_trace, guide_trace = replayed.importance_traces(tracer.plate_nesting(programs))
-    for program, vectorized, single in (
-        ("model", traces.model_traces[0], model_trace),
-        ("guide", traces.guide_traces[0], guide_trace),
-    ):
-        for site in density_sites(program, single):
-            found = traces.one_particle(vectorized.nodes[site.name]["log_prob"], index=-1)
-            _compare(f"Site '{site.name}' of the {program}", found, site.log_prob)
+    of_program = {"model": model, "guide": guide}
+    return {
+        key: log_prob
+        for program, trace in of_program.items()
+        for key, log_prob in _densities(program, trace)
+        if key[1] in _vectorized(traces, program).nodes
+    }
 
 
-def _compare(site: str, found: Tensor, expected: Tensor) -> None:
+def _densities(program: str, trace: Trace) -> Iterator[tuple[SiteKey, Tensor]]:
+    for site in density_sites(program, trace):
+        fn, value = site.node["fn"], site.node["value"]
+        try:
+            log_prob = fn.log_prob(value)
+        except (NotImplementedError, KeyError):  # a flow without an inverse
+            continue
+        if isinstance(log_prob, Tensor):  # unlike that of a subsample site
+            yield site.key, log_prob
+
+
+def _vectorized(traces: ParticleTraces, program: str) -> Trace:
+    return (traces.model_traces if program == "model" else traces.guide_traces)[0]
+
+
+def _found(traces: ParticleTraces, key: SiteKey) -> Tensor:
+    node: Any = _vectorized(traces, key[0]).nodes[key[1]]
+    return traces.one_particle(node["unscaled_log_prob"], index=-1)
+
+
+class _OneParticle(Messenger):
+    """A handler that gives the draws of a guide the values of the last vectorised particle.
+
+    A Delta site is left alone, because it is a function of earlier draws.
+    """
+
+    def __init__(self, traces: ParticleTraces, nudge: int) -> None:
+        super().__init__()
+        self.traces = traces
+        self.nudge = nudge
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
+        node: Any = self.traces.guide_traces[0].nodes.get(str(msg["name"]))
+        if node is None or msg["value"] is not None or is_untraced(msg) or is_delta(fn):
+            return
+        value = self.traces.one_particle(node["value"], fn.event_dim, index=-1)
+        if self.nudge and getattr(fn, "has_rsample", False):
+            signs = torch.randint_like(value, 2) * 2 - 1
+            value = value * (1 + self.nudge * torch.finfo(value.dtype).eps * signs)
+        shape = fn.batch_shape + fn.event_shape
+        msg["value"] = value.reshape(shape) if value.numel() == shape.numel() else value
+        msg["done"] = True
+
+
+def _differs(found: Tensor, expected: Tensor) -> bool:
+    if found.numel() != expected.numel():
+        return True
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    same = found.reshape(expected.shape).isclose(expected, tolerance, tolerance, equal_nan=True)
+    return not bool(same.all())
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).abs().nan_to_num(torch.inf, posinf=torch.inf).max())
+
+
+def _check_size(key: SiteKey, found: Tensor, expected: Tensor, remedy: str) -> None:
     if found.numel() != expected.numel():
         raise ValueError(
-            f"{site} has a log-probability of shape {tuple(found.shape)} in a vectorised particle, "
-            f"but of shape {tuple(expected.shape)} in the same particle alone. Index dims from "
-            "the right, or pass vectorize_particles=False."
+            f"{_name(key)} has a log-probability of shape {tuple(found.shape)} in a vectorised "
+            f"particle, but of shape {tuple(expected.shape)} in the same particle alone. Index "
+            f"dims from the right, or {remedy}."
         )
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    difference = (found.reshape(expected.shape) - expected).abs()
-    if not (difference <= tolerance * (1 + expected.abs())).all():
-        raise ValueError(
-            f"{site} has another log-probability in a vectorised particle than in the same "
-            f"particle alone (sums: {found.sum().item():.6g} and {expected.sum().item():.6g}). "
-            "A module mixes particles (BatchNorm in training mode, a reshape over the particle "
-            "dim) or is random (dropout). Put it in evaluation mode, wrap it in "
-            "pyro_ext.nn.LeadingDims, or pass vectorize_particles=False."
-        )
+
+
+def _name(key: SiteKey) -> str:
+    return f"Site '{key[1]}' of the {key[0]}"

@@ -4,10 +4,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import autoguide
+from pyro.distributions.transforms import block_autoregressive
+from pyro.infer import SVI, autoguide
 from torch import nn
 
-from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
+from pyro_ext.diagnostics import diagnose, from_pyro_svi
+from pyro_ext.infer import (
+    CompiledSVI,
+    ImportanceWeightedELBO,
+    annealed_importance_sampling,
+    estimate_evidence,
+    estimate_expectation,
+)
+from pyro_ext.nn import LeadingDims
 from tests.models import NormalNormal
 
 
@@ -39,15 +48,148 @@ def test_accepts_programs_that_keep_particles_apart():
     ImportanceWeightedELBO(4).check(subsampled.model, subsampled.guide)
 
 
-@pytest.mark.parametrize("net", [Mixing(), nn.Dropout(0.5)], ids=["mixing", "dropout"])
-def test_finds_programs_that_do_not(net):
+#: name -> a function of draws of shape (..., 3, 4) that mixes those of different particles
+MIXING = {
+    "mean": lambda z: z - z.mean(0),
+    "softmax": lambda z: z.softmax(0),
+    "all leading dims": Mixing(),
+    "cumulative sum": lambda z: z.cumsum(0),
+    "reshape": lambda z: z.transpose(0, -1).reshape(z.shape),
+    "first particle": lambda z: z + z.reshape(-1, 4)[0],
+    "batch norm": LeadingDims(nn.BatchNorm1d(4), 1),
+    "sort": lambda z: z.sort(0).values,
+}
+
+#: name -> (a call that takes a model and a guide, the argument that its message recommends)
+CALLS = {
+    "loss": (lambda m, g: ImportanceWeightedELBO(4).loss(m, g), "vectorize_particles=False"),
+    "dreg": (
+        lambda m, g: ImportanceWeightedELBO(4, gradient="dreg").loss_and_grads(m, g),
+        "vectorize_particles=False",
+    ),
+    "check": (lambda m, g: ImportanceWeightedELBO(4).check(m, g), "vectorize_particles=False"),
+    "SVI": (
+        lambda m, g: SVI(m, g, pyro.optim.Adam({}), ImportanceWeightedELBO(4)).step(),
+        "vectorize_particles=False",
+    ),
+    "CompiledSVI": (
+        lambda m, g: CompiledSVI(
+            m, g, pyro.optim.Adam({}), ImportanceWeightedELBO(4), backend="eager"
+        ).step(),
+        "vectorize_particles=False",
+    ),
+    "evidence": (partial(estimate_evidence, num_samples=20), "chunk_size=1"),
+    "expectation": (partial(estimate_expectation, num_samples=20), "chunk_size=1"),
+    "annealing": (
+        partial(annealed_importance_sampling, num_chains=4, num_temperatures=3),
+        "use estimate_evidence",
+    ),
+    "export": (partial(from_pyro_svi, num_samples=20), "chunk_size=1"),
+    "diagnosis": (partial(diagnose, num_samples=20), "chunk_size=1"),
+}
+
+
+@pytest.mark.parametrize("net", MIXING.values(), ids=MIXING)
+def test_finds_programs_that_mix_particles(net):
     model, guide = programs_with(net)
-    with pytest.raises(ValueError, match="Site 'x' of the model has another log-probability"):
-        ImportanceWeightedELBO(4).check(model, guide)
+    for call, remedy in (CALLS["loss"], CALLS["evidence"]):
+        with pytest.raises(ValueError, match=f"Site 'x' of the model .*{remedy}"):
+            call(model, guide)
     ImportanceWeightedELBO(4, vectorize_particles=False).check(model, guide)
     ImportanceWeightedELBO(1).check(model, guide)
-    if isinstance(net, nn.Dropout):
-        ImportanceWeightedELBO(4).check(*programs_with(net.eval()))
+
+
+@pytest.mark.parametrize(("call", "remedy"), CALLS.values(), ids=CALLS)
+def test_the_first_step_of_every_function_checks(call, remedy):
+    with pytest.raises(ValueError, match=f"Site 'x' of the model .*{remedy}"):
+        call(*programs_with(Mixing()))
+    if call not in (CALLS["check"][0], CALLS["expectation"][0]):
+        with pyro.validation_enabled(False):
+            call(*programs_with(Mixing()))
+
+
+def test_mixing_in_the_guide():
+    def model():
+        with pyro.plate("data", 3):
+            y = pyro.sample("y", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(y, 1.0).to_event(1))
+
+    def guide():
+        with pyro.plate("data", 3):
+            y = pyro.sample("y", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(y - y.mean(0), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="Site 'z' of the guide has another"):
+        ImportanceWeightedELBO(4).loss(model, guide)
+
+
+def test_checks_once_for_each_pair():
+    calls = []
+
+    def counted(net):
+        model, guide = programs_with(net)
+        return lambda: (calls.append(net), model()), guide
+
+    first, second = counted(nn.Identity()), counted(nn.Tanh())
+    elbo = ImportanceWeightedELBO(4, max_plate_nesting=1)
+    numbers = []
+    for programs in (first, first, first, second, second):
+        calls.clear()
+        elbo.loss(*programs)
+        numbers.append(len(calls))
+    assert numbers == [2, 1, 1, 2, 1]
+
+
+def test_leaves_random_states_and_buffers_alone():
+    found = []
+    for is_checked in (True, False):
+        norm = nn.BatchNorm1d(4)
+        model, guide = programs_with(lambda z, norm=norm: z * norm(torch.randn(8, 4)).detach()[0])
+        pyro.set_rng_seed(0)
+        with pyro.validation_enabled(is_checked):
+            elbo = ImportanceWeightedELBO(4, max_plate_nesting=1)
+            found.append([torch.tensor(elbo.loss(model, guide)), norm.running_mean, torch.rand(3)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_programs_that_are_random_for_given_draws_pass_unless_asked():
+    model, guide = programs_with(nn.Dropout(0.5))
+    elbo = ImportanceWeightedELBO(4)
+    elbo.loss_and_grads(model, guide)
+    with pytest.raises(ValueError, match=r"'x' of the model.*at each run.*evaluation mode"):
+        elbo.check(model, guide)
+    elbo.check(*programs_with(nn.Dropout(0.5).eval()))
+
+
+def ill_conditioned():
+    """A model that amplifies rounding, which is another one for several particles."""
+
+    def decode(z):
+        rounding = 1 + torch.finfo(z.dtype).eps * (z.dim() > 2)
+        return torch.sin(1e5 * z * rounding)
+
+    return programs_with(decode)
+
+
+def without_an_inverse():
+    torch.manual_seed(0)
+    flows = [block_autoregressive(4), dist.transforms.Planar(4)]
+
+    def guide():
+        with pyro.plate("data", 3):
+            base = dist.Normal(torch.zeros(4), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, flows))
+
+    return programs_with(nn.Linear(4, 4))[0], guide
+
+
+@pytest.mark.parametrize("build", [ill_conditioned, without_an_inverse])
+def test_accepts_what_it_cannot_compare_to_the_last_digit(build):
+    model, guide = build()
+    for seed in range(5):
+        pyro.set_rng_seed(seed)
+        ImportanceWeightedELBO(4).check(model, guide)
+        ImportanceWeightedELBO(4).loss(model, guide)
 
 
 def test_leaves_no_trace_in_the_surrounding_handlers():

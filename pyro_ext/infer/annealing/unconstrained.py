@@ -16,6 +16,8 @@ from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.sites import is_delta
 
+_REMEDY = "use estimate_evidence with chunk_size=1"
+
 
 class Densities(NamedTuple):
     """Log densities of the particles, each of shape ``(C, *common)``.
@@ -55,7 +57,9 @@ class UnconstrainedPrograms:
         self.owner = owner
         self.programs = programs
         self._subsamples = SharedSubsamples()
-        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, has_dim_for_one=True)
+        self._tracer = ParticleTracer(
+            max_plate_nesting=max_plate_nesting, has_dim_for_one=True, remedy=_REMEDY
+        )
         self._particle_dim = 0
         self.plates: tuple[Any, ...] = ()
         self.outer = 0.0

@@ -21,7 +21,6 @@ from pyro_ext.tracing.failures import raise_not_finite
 from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.tracer import TracerMemory
-from pyro_ext.tracing.vectorization_check import check_vectorization
 
 _OLD_METHODS = {"first_and_second": "derivatives", "signal": "learning_signal"}
 
@@ -319,7 +318,7 @@ class MultiSampleELBO(ELBO):
         :raises ValueError: if the log-probability of a site differs. The message names the site.
         """
         if self.vectorize_particles and self.num_particles > 1:
-            check_vectorization(self.tracer, self._programs(model, guide, args, kwargs))
+            self.tracer.check(self._programs(model, guide, args, kwargs))
 
     def trace_particles(
         self,

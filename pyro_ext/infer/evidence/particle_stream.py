@@ -38,7 +38,9 @@ class ParticleStream:
         self.owner = owner
         self.num_samples = num_samples
         self.chunk_size = chunk_size
-        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, remedy="chunk_size=1")
+        self._tracer = ParticleTracer(
+            max_plate_nesting=max_plate_nesting, remedy="pass chunk_size=1"
+        )
         self._was_looked_at = False
 
     def draw(

@@ -198,7 +198,8 @@ def test_runs_that_go_on_share_no_draws_with_others():
     before = torch.get_rng_state()
     estimate_evidence(model, num_samples=200, state=state, **options)
     assert torch.equal(torch.get_rng_state(), before)
-    guide_draws = torch.cat([z.flatten() for z in drawn[::2]])
+    guide_draws = torch.cat([z.flatten() for z in drawn if z.dim()]).view(-1, 2, 100)[:, 0]
+    guide_draws = guide_draws.flatten()
     assert len(guide_draws) == 300
     assert len(guide_draws.unique()) == 300
 
@@ -224,7 +225,7 @@ def test_an_interrupt_between_blocks_keeps_the_rows_that_are_done():
     programs = NormalNormal(X, exact_guide=True)
     options = {"num_samples": 50, "chunk_size": 50, "max_plate_nesting": 1, **ROWS}
     with pytest.warns(UserWarning, match="50 of 50 draws and 8 data points"):
-        found = estimate_evidence(Interrupted(programs.model, 2), programs.guide, **options)
+        found = estimate_evidence(Interrupted(programs.model, 3), programs.guide, **options)
     torch.testing.assert_close(found.log_evidence, programs.log_evidence()[:8])
 
 
