@@ -1,0 +1,87 @@
+"""Bayesian neural networks with priors on their weights."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.contrib.bnn import HiddenLayer
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor, nn
+
+from tests.pyro_programs.program import Pair, program
+
+
+def prior(*shape: int) -> PyroSample:
+    return PyroSample(dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
+
+
+class Network(PyroModule):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.first = PyroModule[nn.Linear](1, hidden)
+        self.first.weight, self.first.bias = prior(hidden, 1), prior(hidden)
+        self.last = PyroModule[nn.Linear](hidden, 1)
+        self.last.weight, self.last.bias = prior(1, hidden), prior(1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        sigma = pyro.sample("sigma", dist.Gamma(0.5, 1.0))
+        mean = self.last(torch.tanh(self.first(x.reshape(-1, 1)))).squeeze(-1)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("obs", dist.Normal(mean, 0.1 + sigma), obs=y)
+        return mean
+
+
+def data() -> tuple[Tensor, Tensor]:
+    x = torch.linspace(-1.0, 1.0, 6)
+    return x, x.sin()
+
+
+@program(one_at_a_time=True)
+def bayesian_network() -> Pair:
+    model = Network(4)
+    return model, AutoNormal(model), data(), {}
+
+
+class Regression(PyroModule):
+    """A linear regression as in the tutorial, with broadcasting weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = prior(3), PyroSample(dist.Normal(0.0, 1.0))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = (x * self.weight.unsqueeze(-2)).sum(-1) + self.bias
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.3), obs=y)
+
+
+@program()
+def module_regression() -> Pair:
+    model = Regression()
+    return model, AutoDiagonalNormal(model), (torch.randn(5, 3), torch.randn(5)), {}
+
+
+@program()
+def hidden_layer() -> Pair:
+    """Hidden units that are drawn for each data point, from the mean and variance of weights."""
+
+    def layer(name: str, x: Tensor, size: int) -> Tensor:
+        loc = pyro.param(f"{name}_loc", 0.1 * torch.randn(x.shape[-1], size))
+        scale = pyro.param(
+            f"{name}_scale", torch.full((x.shape[-1], size), 0.1), dist.constraints.positive
+        )
+        return pyro.sample(name, HiddenLayer(x, loc, scale, KL_factor=0.2, include_hidden_bias=True))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            h = pyro.sample(
+                "h", HiddenLayer(x, torch.zeros(3, 4), torch.ones(3, 4), KL_factor=0.0)
+            )
+            logits = h.sum(-1)
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            layer("h", x, 4)
+
+    return model, guide, (torch.randn(5, 3), torch.rand(5).round()), {}
