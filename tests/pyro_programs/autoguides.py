@@ -96,7 +96,7 @@ def auto_low_rank() -> Pair:
 
 @program()
 def auto_iaf() -> Pair:
-    return by_groups, AutoIAFNormal(by_groups, hidden_dim=[8]), data(), {}
+    return by_groups, AutoIAFNormal(by_groups, hidden_dim=[16]), data(), {}
 
 
 @program()
@@ -107,9 +107,17 @@ def auto_laplace() -> Pair:
 @program()
 def auto_laplace_normal() -> Pair:
     """The guide after its fit: a joint Normal around the mode."""
-    mode = AutoLaplaceApproximation(regression)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            mean = slope[..., :1] + slope[..., 1:] * x
+            noise = pyro.param("noise", torch.tensor(0.5), dist.constraints.positive)
+            pyro.sample("obs", dist.Normal(mean, noise), obs=y)
+
+    mode = AutoLaplaceApproximation(model)
     mode(*data())
-    return regression, mode.laplace_approximation(*data()), data(), {}
+    return model, mode.laplace_approximation(*data()), data(), {}
 
 
 @program()

@@ -11,7 +11,6 @@ from pyro.infer.reparam import (
     HaarReparam,
     LatentStableReparam,
     LinearHMMReparam,
-    NeuTraReparam,
     StableReparam,
 )
 from torch import Tensor
@@ -111,12 +110,12 @@ def haar_reparam() -> Pair:
         with pyro.plate("observations", len(y)):
             pyro.sample("y", dist.Normal(walk, 0.3), obs=y)
 
-    haar = HaarReparam(dim=-1, flip=True)
-    wide = poutine.reparam(model, {"step": haar})
-    return wide, AutoNormal(model), (torch.tensor([0.1, 0.4, 0.2, 0.9]),), {}
+    haar = HaarReparam(dim=-1, flip=True, experimental_allow_batch=True)
+    rewritten = poutine.reparam(model, {"step": haar})
+    return rewritten, AutoNormal(rewritten), (torch.tensor([0.1, 0.4, 0.2, 0.9]),), {}
 
 
-@program()
+@program(one_at_a_time=True)
 def linear_hmm_reparam() -> Pair:
     """A state space model with StudentT noise, which becomes a Gaussian one."""
 
@@ -133,13 +132,3 @@ def linear_hmm_reparam() -> Pair:
     rule = LinearHMMReparam(trans=student, obs=student)
     rewritten = poutine.reparam(model, {"y": rule})
     return rewritten, AutoDiagonalNormal(rewritten), (torch.randn(4, 1),), {}
-
-
-@program(one_at_a_time=True)
-def neutra() -> Pair:
-    """A model that is rewritten by a trained guide, with a second guide for what is left."""
-    y = torch.tensor([0.8, 1.2, 1.0])
-    inner = AutoDiagonalNormal(banana)
-    inner(y)
-    model = NeuTraReparam(inner.requires_grad_(False)).reparam(banana)
-    return model, AutoNormal(model), (y,), {}

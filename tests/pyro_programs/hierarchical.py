@@ -40,7 +40,7 @@ def eight_schools_centered() -> Pair:
 
 @program()
 def eight_schools_noncentered() -> Pair:
-    model = poutine.reparam(eight_schools, {"theta": LocScaleReparam(0)})
+    model = poutine.reparam(eight_schools, {"theta": LocScaleReparam(0.0)})
     return model, AutoDiagonalNormal(model), (ERRORS, EFFECTS), {}
 
 
@@ -165,7 +165,7 @@ def zero_inflated_poisson() -> Pair:
     return model, AutoDiagonalNormal(model), (0.5 * torch.randn(5, 2), y), {}
 
 
-@program()
+@program(one_at_a_time=True)
 def poisson_regression() -> Pair:
     """Coefficients that a matrix product applies, as in a formula on paper."""
 

@@ -46,7 +46,7 @@ def emissions(*shape: int) -> Tensor:
     return pyro.sample("probs_y", dist.Beta(1.0, 2.0).expand(shape).to_event(len(shape)))
 
 
-@program(enumerated=True, elbo=one_plate)
+@program(enumerated=True, one_at_a_time=True, elbo=one_plate)
 def hmm_0() -> Pair:
     def model(sequences: Tensor, lengths: Tensor) -> None:
         probs_x, probs_y = transitions(K), emissions(K, D)
@@ -62,7 +62,7 @@ def hmm_0() -> Pair:
     return pair(model)
 
 
-@program(enumerated=True, elbo=two_plates)
+@program(enumerated=True, one_at_a_time=True, elbo=two_plates)
 def hmm_1() -> Pair:
     def model(sequences: Tensor, lengths: Tensor) -> None:
         probs_x, probs_y = transitions(K), emissions(K, D)
@@ -79,7 +79,7 @@ def hmm_1() -> Pair:
     return pair(model)
 
 
-@program(enumerated=True, elbo=two_plates)
+@program(enumerated=True, one_at_a_time=True, elbo=two_plates)
 def hmm_2() -> Pair:
     """Each tone depends on its own last value."""
 
@@ -99,7 +99,7 @@ def hmm_2() -> Pair:
     return pair(model)
 
 
-@program(enumerated=True, elbo=two_plates)
+@program(enumerated=True, one_at_a_time=True, elbo=two_plates)
 def hmm_3() -> Pair:
     """Two chains of states, independent of each other."""
 
@@ -121,7 +121,7 @@ def hmm_3() -> Pair:
     return pair(model)
 
 
-@program(enumerated=True, elbo=two_plates)
+@program(enumerated=True, one_at_a_time=True, elbo=two_plates)
 def hmm_4() -> Pair:
     """Two chains, of which one drives the other."""
 
@@ -157,7 +157,7 @@ class Tones(nn.Module):
         return self.from_x(one_hot) + self.from_y(y)
 
 
-@program(enumerated=True, elbo=two_plates)
+@program(enumerated=True, one_at_a_time=True, elbo=two_plates)
 def hmm_5() -> Pair:
     tones_generator = Tones()
 

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.contrib.autoname import named
-from pyro.infer import TraceEnum_ELBO, TraceTMC_ELBO, config_enumerate
+from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
@@ -26,14 +26,14 @@ def gaussian_mixture(data: Tensor) -> None:
         pyro.sample("obs", dist.Normal(locs[assignment], scale), obs=data)
 
 
-@program(enumerated=True, elbo=lambda: TraceEnum_ELBO(max_plate_nesting=1))
+@program(enumerated=True, one_at_a_time=True, elbo=lambda: TraceEnum_ELBO(max_plate_nesting=1))
 def gaussian_mixture_enumerated() -> Pair:
     model = config_enumerate(gaussian_mixture)
     guide = AutoDelta(poutine.block(model, expose=["weights", "locs", "scale"]))
     return model, guide, (CLUSTERS,), {}
 
 
-@program(enumerated=True, elbo=lambda: TraceTMC_ELBO(max_plate_nesting=1))
+@program(enumerated=True, one_at_a_time=True, elbo=lambda: TraceTMC_ELBO(max_plate_nesting=1))
 def gaussian_mixture_tmc() -> Pair:
     """The assignments of the mixture, drawn from the prior for tensor Monte Carlo."""
     model = config_enumerate(gaussian_mixture, "parallel", expand=False, num_samples=5)
@@ -41,7 +41,7 @@ def gaussian_mixture_tmc() -> Pair:
     return model, guide, (CLUSTERS,), {}
 
 
-@program(one_at_a_time=True)
+@program(one_at_a_time=True, elbo=TraceGraph_ELBO)
 def gaussian_mixture_sampled() -> Pair:
     """Assignments that are drawn, with a score-function gradient and a moving baseline."""
 
@@ -113,7 +113,7 @@ def guide_of_topics() -> None:
         pyro.sample("topic_words", dist.Dirichlet(words))
 
 
-@program(enumerated=True, elbo=lambda: TraceEnum_ELBO(max_plate_nesting=2))
+@program(enumerated=True, one_at_a_time=True, elbo=lambda: TraceEnum_ELBO(max_plate_nesting=2))
 def lda() -> Pair:
     """Topics of words summed out, topics of documents at a point that a network predicts."""
     predictor = net(WORDS, 6, TOPICS)
@@ -163,7 +163,7 @@ def lda_sampled() -> Pair:
     return model, guide, (DOCUMENTS,), {}
 
 
-@program(one_at_a_time=True)
+@program()
 def named_mixture() -> Pair:
     """A site for each data point, named by ``pyro.contrib.autoname``."""
 

@@ -3,7 +3,6 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.contrib.bnn import HiddenLayer
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
@@ -59,29 +58,3 @@ class Regression(PyroModule):
 def module_regression() -> Pair:
     model = Regression()
     return model, AutoDiagonalNormal(model), (torch.randn(5, 3), torch.randn(5)), {}
-
-
-@program()
-def hidden_layer() -> Pair:
-    """Hidden units that are drawn for each data point, from the mean and variance of weights."""
-
-    def layer(name: str, x: Tensor, size: int) -> Tensor:
-        loc = pyro.param(f"{name}_loc", 0.1 * torch.randn(x.shape[-1], size))
-        scale = pyro.param(
-            f"{name}_scale", torch.full((x.shape[-1], size), 0.1), dist.constraints.positive
-        )
-        return pyro.sample(name, HiddenLayer(x, loc, scale, KL_factor=0.2, include_hidden_bias=True))
-
-    def model(x: Tensor, y: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            h = pyro.sample(
-                "h", HiddenLayer(x, torch.zeros(3, 4), torch.ones(3, 4), KL_factor=0.0)
-            )
-            logits = h.sum(-1)
-            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
-
-    def guide(x: Tensor, y: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            layer("h", x, 4)
-
-    return model, guide, (torch.randn(5, 3), torch.rand(5).round()), {}

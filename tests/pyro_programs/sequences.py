@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
 
 from tests.pyro_programs.program import Pair, program
@@ -46,7 +47,7 @@ def deep_markov_model() -> Pair:
     return model, guide, (torch.rand(3, 4, 3).round(), mask, 0.5), {}
 
 
-@program()
+@program(elbo=TraceGraph_ELBO)
 def attend_infer_repeat() -> Pair:
     """A batch of images, each with up to two objects. A mask ends the sequence of an image."""
     draw, look, baseline = net(2, 6, 9), net(9 + 1, 6, 5), net(9 + 1, 6, 1)

@@ -23,7 +23,8 @@ class Trend(ForecastingModel):
     def model(self, zero_data: Tensor, covariates: Tensor) -> None:
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
         scale = pyro.sample("drift_scale", dist.LogNormal(-2.0, 1.0))
-        with self.time_plate, poutine.reparam(config={"drift": DiscreteCosineReparam(dim=-1)}):
+        wave = DiscreteCosineReparam(dim=-1, experimental_allow_batch=True)
+        with self.time_plate, poutine.reparam(config={"drift": wave}):
             drift = pyro.sample("drift", dist.Normal(0.0, scale))
         level = drift.cumsum(-1).unsqueeze(-1)
         prediction = level + weight.unsqueeze(-1) * covariates
@@ -103,12 +104,10 @@ def tracking() -> Pair:
     return model, AutoNormal(model), (torch.randn(3, 2).cumsum(0),), {}
 
 
-def epidemic() -> SimpleSIRModel:
-    return SimpleSIRModel(population=20, recovery_time=2.0, data=torch.tensor([1.0, 2.0, 1.0]))
-
-
 @program()
 def epidemic_relaxed() -> Pair:
-    model = epidemic()._relaxed_model
-    init = pyro.infer.autoguide.init_to_sample
-    return model, AutoNormal(model, init_loc_fn=init), (), {}
+    epidemic = SimpleSIRModel(20, 2.0, torch.tensor([1.0, 2.0, 1.0]))
+    epidemic.relaxed, epidemic.num_quant_bins = True, 1
+    init = epidemic._heuristic(None, num_particles=64)
+    model = epidemic._relaxed_model
+    return model, AutoNormal(model, init_loc_fn=init, init_scale=0.01), (), {}
