@@ -86,7 +86,9 @@ def rejection_by_simulation() -> Pair:
         scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
         attempt = 0
         while True:
-            base = pyro.sample(f"try_{attempt}", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            base = pyro.sample(
+                f"try_{attempt}", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True}
+            )
             if abs(base.item() * 0.5 + 0.5 - summary.item()) < 0.6:
                 break
             attempt += 1
@@ -121,7 +123,7 @@ def hyperbole() -> Pair:
         informativeness = pyro.sample("informativeness", dist.LogNormal(0.0, 0.5))
         logits = informativeness.unsqueeze(-1) * torch.tensor([0.2, 1.0, 0.4])
         with pyro.plate("said", 4):
-            said = dist.Categorical(logits=logits.unsqueeze(-2))
+            said = dist.Categorical(logits=logits)
             pyro.sample("utterance", said, obs=torch.tensor([1, 1, 2, 0]))
 
     return model, AutoNormal(model), (), {}

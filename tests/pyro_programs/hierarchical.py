@@ -12,7 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tests.pyro_programs.program import Pair, program
+from tests.pyro_programs.program import Pair, mask, program
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -75,7 +75,7 @@ def lkj_covariance() -> Pair:
         scale_tril = theta.sqrt().unsqueeze(-1) * tril
         with pyro.plate("observations", len(y)):
             mean = torch.zeros(d)
-            fn = dist.MultivariateNormal(mean, scale_tril=scale_tril.unsqueeze(-3))
+            fn = dist.MultivariateNormal(mean, scale_tril=scale_tril)
             pyro.sample("obs", fn, obs=y)
 
     return model, AutoNormal(model), (torch.randn(6, 3),), {}
@@ -158,7 +158,7 @@ def zero_inflated_poisson() -> Pair:
         coefficients = pyro.sample("coefficients", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         gate = pyro.sample("gate", dist.Beta(1.0, 3.0))
         with pyro.plate("data", len(x)):
-            rate = (x * coefficients.unsqueeze(-2)).sum(-1).exp()
+            rate = (x * coefficients).sum(-1).exp()
             pyro.sample("y", dist.ZeroInflatedPoisson(rate, gate=gate), obs=y)
 
     y = torch.tensor([0.0, 2.0, 0.0, 1.0, 3.0])
@@ -185,9 +185,9 @@ def censored_survival() -> Pair:
     def model(time: Tensor, is_censored: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
         with pyro.plate("patients", len(time)):
-            with poutine.mask(mask=~is_censored):
+            with mask(~is_censored):
                 pyro.sample("time", dist.Exponential(rate), obs=time)
-            with poutine.mask(mask=is_censored):
+            with mask(is_censored):
                 pyro.factor("survival", -rate * time)
 
     time = torch.tensor([0.3, 1.2, 0.8, 2.0])
@@ -204,9 +204,9 @@ def capture_recapture() -> Pair:
         with pyro.plate("animals", len(history), dim=-1):
             z, was_seen = torch.ones(len(history)), torch.zeros(len(history)).bool()
             for t in pyro.markov(range(history.shape[1])):
-                with poutine.mask(mask=was_seen):
+                with mask(was_seen):
                     alive = was_seen.float() * phi * z + (1 - was_seen.float())
-                    infer = {"enumerate": "parallel"}
+                    infer: Any = {"enumerate": "parallel"}
                     z = pyro.sample(f"z_{t}", dist.Bernoulli(alive), infer=infer)
                     pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=history[:, t])
                 was_seen = was_seen | history[:, t].bool()

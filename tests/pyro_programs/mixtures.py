@@ -1,5 +1,7 @@
 """Mixtures and topic models, with the assignments summed out or drawn."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -53,7 +55,7 @@ def gaussian_mixture_sampled() -> Pair:
             pyro.sample("locs", dist.Normal(pyro.param("locs_q", torch.tensor([0.0, 9.0])), 0.5))
         probs = pyro.param("probs_q", torch.full((len(data), 2), 0.5), constraint=SIMPLEX)
         with pyro.plate("data", len(data)):
-            infer = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}}
+            infer: Any = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}}
             pyro.sample("assignment", dist.Categorical(probs), infer=infer)
 
     return gaussian_mixture, guide, (CLUSTERS,), {}

@@ -1,5 +1,7 @@
 """Bayesian neural networks with priors on their weights."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -9,17 +11,20 @@ from torch import Tensor, nn
 
 from tests.pyro_programs.program import Pair, program
 
+#: A linear layer whose weights may be sites.
+linear: Any = PyroModule[nn.Linear]
 
-def prior(*shape: int) -> PyroSample:
+
+def prior(*shape: int) -> Any:
     return PyroSample(dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
 
 
 class Network(PyroModule):
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.first = PyroModule[nn.Linear](1, hidden)
+        self.first = linear(1, hidden)
         self.first.weight, self.first.bias = prior(hidden, 1), prior(hidden)
-        self.last = PyroModule[nn.Linear](hidden, 1)
+        self.last = linear(hidden, 1)
         self.last.weight, self.last.bias = prior(1, hidden), prior(1)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -42,7 +47,7 @@ def bayesian_network() -> Pair:
 
 
 class Regression(PyroModule):
-    """A linear regression as in the tutorial, with broadcasting weights."""
+    """A linear regression whose mean has one dim too many with several particles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +59,7 @@ class Regression(PyroModule):
             pyro.sample("obs", dist.Normal(mean, 0.3), obs=y)
 
 
-@program()
+@program(one_at_a_time=True)
 def module_regression() -> Pair:
     model = Regression()
     return model, AutoDiagonalNormal(model), (torch.randn(5, 3), torch.randn(5)), {}

@@ -1,5 +1,7 @@
 """Plates, masks, scales and effect handlers of every kind."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -8,7 +10,7 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
-from tests.pyro_programs.program import Pair, program
+from tests.pyro_programs.program import Pair, mask, program
 
 DATA = torch.tensor([0.3, 1.1, 0.7, 1.4, 0.2])
 
@@ -36,7 +38,7 @@ def sequential_plate() -> Pair:
 
     def model(data: Tensor) -> None:
         fairness = pyro.sample("fairness", dist.Beta(10.0, 10.0))
-        for i in pyro.plate("tosses", len(data)):
+        for i in map(int, pyro.plate("tosses", len(data))):
             pyro.sample(f"obs_{i}", dist.Bernoulli(fairness), obs=data[i])
 
     def guide(data: Tensor) -> None:
@@ -121,7 +123,7 @@ def plate_contraction() -> Pair:
         simplex = dist.constraints.simplex
         prior = pyro.param("prior", torch.ones(2) / 2, constraint=simplex)
         table = pyro.param("table", torch.rand(2, 2, 3), constraint=simplex)
-        infer = {"enumerate": "parallel"}
+        infer: Any = {"enumerate": "parallel"}
         with pyro.plate("i", 2, dim=-2):
             x = pyro.sample("x", dist.Categorical(prior), infer=infer)
             with pyro.plate("j", 3, dim=-1):
@@ -135,7 +137,7 @@ def plate_contraction() -> Pair:
 @program()
 def missing_data() -> Pair:
     """Missing values are drawn, because of ``obs_mask``."""
-    is_observed = torch.tensor([True, False, True, True, False])
+    is_observed: Any = torch.tensor([True, False, True, True, False])
 
     def model(data: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -160,7 +162,7 @@ def masks_and_scales() -> Pair:
     def model(data: Tensor) -> None:
         with poutine.scale(scale=0.3):
             loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(data)), poutine.mask(mask=is_valid):
+        with pyro.plate("data", len(data)), mask(is_valid):
             z = pyro.sample("z", dist.Normal(loc, 1.0))
             with poutine.scale(scale=weights):
                 pyro.sample("obs", dist.Normal(z, 0.5), obs=data)
@@ -169,7 +171,7 @@ def masks_and_scales() -> Pair:
         with poutine.scale(scale=0.3):
             pyro.sample("loc", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.3))
         slope = pyro.param("slope", torch.tensor(0.5))
-        with pyro.plate("data", len(data)), poutine.mask(mask=is_valid):
+        with pyro.plate("data", len(data)), mask(is_valid):
             pyro.sample("z", dist.Normal(slope * data, 0.5))
 
     return model, guide, (DATA,), {}

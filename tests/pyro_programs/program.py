@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
 #: A model, a guide, and the positional and keyword arguments of both.
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Builder = Callable[[], Pair]
+
+#: With the annotations of Pyro, a mask cannot be the result of a comparison of tensors.
+mask: Any = poutine.mask
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """State space models and programs whose number of steps is random."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -24,7 +26,7 @@ def deep_markov_model() -> Pair:
         z_prev = pyro.param("z_0", z_0).expand(x.size(0), 2)
         with pyro.plate("z_minibatch", len(x)):
             for t in pyro.markov(range(1, x.size(1) + 1)):
-                with poutine.scale(None, annealing):
+                with poutine.scale(scale=annealing):
                     prior = normal(transition(z_prev)).mask(mask[:, t - 1])
                     z_t = pyro.sample(f"z_{t}", prior)
                 probs = emit(z_t).sigmoid()
@@ -40,7 +42,7 @@ def deep_markov_model() -> Pair:
             for t in pyro.markov(range(1, x.size(1) + 1)):
                 h = hidden[:, t - 1].expand(*z_prev.shape[:-1], 4)
                 posterior = normal(combine(torch.cat([z_prev, h], -1)))
-                with poutine.scale(None, annealing):
+                with poutine.scale(scale=annealing):
                     z_prev = pyro.sample(f"z_{t}", posterior.mask(mask[:, t - 1]))
 
     mask = torch.arange(4) < torch.tensor([4, 2, 3]).unsqueeze(-1)
@@ -72,7 +74,7 @@ def attend_infer_repeat() -> Pair:
             for t in range(2):
                 inputs = torch.cat([x.expand(*z_pres.shape[:-1], 9), z_pres], -1)
                 out = look(inputs)
-                infer = {"baseline": {"baseline_value": baseline(inputs.detach()).squeeze(-1)}}
+                infer: Any = {"baseline": {"baseline_value": baseline(inputs.detach()).squeeze(-1)}}
                 present = dist.Bernoulli((out[..., :1].sigmoid() * z_pres).clamp(0.0, 0.99))
                 z_pres = pyro.sample(f"z_pres_{t}", present.to_event(1), infer=infer)
                 what = dist.Normal(out[..., 1:3], out[..., 3:].exp())
@@ -88,7 +90,9 @@ def air_recursive() -> Pair:
     def model(x: Tensor) -> None:
         image, t = torch.zeros(3), 0
         while pyro.sample(f"more_{t}", dist.Bernoulli(0.4 if t < 3 else 0.0)):
-            image = image + pyro.sample(f"object_{t}", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            image = image + pyro.sample(
+                f"object_{t}", dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+            )
             t += 1
         pyro.sample("x", dist.Normal(image, 0.5).to_event(1), obs=x)
 

@@ -6,13 +6,13 @@ import torch
 from pyro import poutine
 from pyro.contrib.epidemiology.models import SimpleSIRModel
 from pyro.contrib.forecast import ForecastingModel
+from pyro.contrib.forecast.util import time_reparam_dct
 from pyro.contrib.timeseries import GenericLGSSM, IndependentMaternGP
 from pyro.contrib.tracking.distributions import EKFDistribution
 from pyro.contrib.tracking.dynamic_models import NcvContinuous
-from pyro.infer import TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
-from pyro.infer.reparam import DiscreteCosineReparam, LinearHMMReparam, StudentTReparam
-from torch import Tensor, nn
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LinearHMMReparam, StudentTReparam
+from torch import Tensor
 
 from tests.pyro_programs.program import Pair, program
 
@@ -23,8 +23,7 @@ class Trend(ForecastingModel):
     def model(self, zero_data: Tensor, covariates: Tensor) -> None:
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
         scale = pyro.sample("drift_scale", dist.LogNormal(-2.0, 1.0))
-        wave = DiscreteCosineReparam(dim=-1, experimental_allow_batch=True)
-        with self.time_plate, poutine.reparam(config={"drift": wave}):
+        with self.time_plate:
             drift = pyro.sample("drift", dist.Normal(0.0, scale))
         level = drift.cumsum(-1).unsqueeze(-1)
         prediction = level + weight.unsqueeze(-1) * covariates
@@ -33,7 +32,7 @@ class Trend(ForecastingModel):
 
 @program()
 def forecast_univariate() -> Pair:
-    model = Trend()
+    model = poutine.reparam(Trend(), time_reparam_dct)
     return model, AutoNormal(model), (torch.randn(5, 1), torch.ones(5, 1)), {}
 
 
@@ -47,7 +46,7 @@ class Seasons(ForecastingModel):
             season = pyro.sample("season", dist.Normal(torch.zeros(dim), 0.3).to_event(1))
         eye = torch.eye(dim)
         start = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
-        noise = dist.MultivariateNormal(torch.zeros(dim), scale_tril=tril.unsqueeze(-3))
+        noise = dist.MultivariateNormal(torch.zeros(dim), scale_tril=tril)
         seen = dist.StudentT(5.0, torch.zeros(dim), 0.5).to_event(1)
         hmm = dist.LinearHMM(start, eye, noise, eye, seen, duration=zero_data.size(-2))
         with pyro.plate("predicted", zero_data.size(-3), dim=-2):

@@ -1,5 +1,6 @@
 """Autoencoders and topic models with networks."""
 
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ D, H, L = 6, 8, 2
 def net(*sizes: int) -> nn.Sequential:
     """A network with a softplus between its linear layers."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.Softplus()]
     return nn.Sequential(*layers[:-1])
 
