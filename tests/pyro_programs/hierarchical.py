@@ -12,7 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tests.pyro_programs.program import Pair, mask, program
+from tests.pyro_programs.program import Pair, masked, program
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -185,9 +185,9 @@ def censored_survival() -> Pair:
     def model(time: Tensor, is_censored: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
         with pyro.plate("patients", len(time)):
-            with mask(~is_censored):
+            with masked(~is_censored):
                 pyro.sample("time", dist.Exponential(rate), obs=time)
-            with mask(is_censored):
+            with masked(is_censored):
                 pyro.factor("survival", -rate * time)
 
     time = torch.tensor([0.3, 1.2, 0.8, 2.0])
@@ -204,7 +204,7 @@ def capture_recapture() -> Pair:
         with pyro.plate("animals", len(history), dim=-1):
             z, was_seen = torch.ones(len(history)), torch.zeros(len(history)).bool()
             for t in pyro.markov(range(history.shape[1])):
-                with mask(was_seen):
+                with masked(was_seen):
                     alive = was_seen.float() * phi * z + (1 - was_seen.float())
                     infer: Any = {"enumerate": "parallel"}
                     z = pyro.sample(f"z_{t}", dist.Bernoulli(alive), infer=infer)

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoDelta
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
-from tests.pyro_programs.program import Pair, mask, program
+from tests.pyro_programs.program import Pair, masked, program
 from tests.pyro_programs.vae import net
 
 K, D = 4, 2
@@ -70,7 +70,7 @@ def hmm_1() -> Pair:
         with pyro.plate("sequences", len(sequences), 2, dim=-2) as batch:
             x: Any = 0
             for t in pyro.markov(range(int(lengths[batch].max()))):
-                with mask((t < lengths[batch]).unsqueeze(-1)):
+                with masked((t < lengths[batch]).unsqueeze(-1)):
                     x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]), infer=PARALLEL)
                     with tones:
                         y = dist.Bernoulli(probs_y[x.squeeze(-1)])
@@ -90,7 +90,7 @@ def hmm_2() -> Pair:
             x: Any = 0
             y: Any = 0
             for t in pyro.markov(range(int(lengths.max()))):
-                with mask((t < lengths).unsqueeze(-1)):
+                with masked((t < lengths).unsqueeze(-1)):
                     x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]), infer=PARALLEL)
                     with tones as tone:
                         fn = dist.Bernoulli(probs_y[x, y, tone])
@@ -111,7 +111,7 @@ def hmm_3() -> Pair:
             w: Any = 0
             x: Any = 0
             for t in pyro.markov(range(int(lengths.max()))):
-                with mask((t < lengths).unsqueeze(-1)):
+                with masked((t < lengths).unsqueeze(-1)):
                     w = pyro.sample(f"w_{t}", dist.Categorical(probs_w[w]), infer=PARALLEL)
                     x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]), infer=PARALLEL)
                     with tones as tone:
@@ -134,7 +134,7 @@ def hmm_4() -> Pair:
         with pyro.plate("sequences", len(sequences), dim=-2) as batch:
             w = x = torch.tensor(0)
             for t in pyro.markov(range(int(lengths.max()))):
-                with mask((t < lengths).unsqueeze(-1)):
+                with masked((t < lengths).unsqueeze(-1)):
                     w = pyro.sample(f"w_{t}", dist.Categorical(probs_w[w]), infer=PARALLEL)
                     fn = dist.Categorical(Vindex(probs_x)[w, x])
                     x = pyro.sample(f"x_{t}", fn, infer=PARALLEL)
@@ -168,7 +168,7 @@ def hmm_5() -> Pair:
             x: Any = 0
             y = torch.zeros(D)
             for t in pyro.markov(range(int(lengths.max()))):
-                with mask((t < lengths).unsqueeze(-1)):
+                with masked((t < lengths).unsqueeze(-1)):
                     x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]), infer=PARALLEL)
                     with pyro.plate(f"tones_{t}", D, dim=-1):
                         fn = dist.Bernoulli(logits=tones_generator(x, y))
@@ -190,7 +190,7 @@ def hmm_6() -> Pair:
         with pyro.plate("sequences", len(sequences), dim=-2) as batch:
             now, before = torch.tensor(0), torch.tensor(0)
             for t in pyro.markov(range(int(lengths.max())), history=2):
-                with mask((t < lengths).unsqueeze(-1)):
+                with masked((t < lengths).unsqueeze(-1)):
                     fn = dist.Categorical(Vindex(probs_x)[before, now])
                     before, now = now, pyro.sample(f"x_{t}", fn, infer=PARALLEL)
                     with tones:
@@ -233,7 +233,7 @@ def mixed_hmm() -> Pair:
         theta = pyro.param("theta", torch.randn(2, 4))
         with pyro.plate("group", 4, dim=-1):
             e_g = pyro.sample("e_g", dist.Categorical(torch.tensor([0.4, 0.6])))
-            with pyro.plate("individual", 2, dim=-2), mask(present):
+            with pyro.plate("individual", 2, dim=-2), masked(present):
                 e_i = pyro.sample("eps_i", dist.Normal(torch.zeros(4), 1.0).to_event(1))
                 logits = (theta[e_g] + e_i).unflatten(-1, (2, 2))
                 y: Any = torch.tensor(0)
@@ -244,7 +244,7 @@ def mixed_hmm() -> Pair:
     def guide() -> None:
         loc = pyro.param("loc_i", torch.zeros(2, 4, 4))
         plates = pyro.plate("group", 4, dim=-1), pyro.plate("individual", 2, dim=-2)
-        with plates[0], plates[1], mask(present):
+        with plates[0], plates[1], masked(present):
             pyro.sample("eps_i", dist.Normal(loc, 0.5).to_event(1))
 
     return model, guide, (), {}

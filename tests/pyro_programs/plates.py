@@ -10,7 +10,7 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
-from tests.pyro_programs.program import Pair, mask, program
+from tests.pyro_programs.program import Pair, masked, program
 
 DATA = torch.tensor([0.3, 1.1, 0.7, 1.4, 0.2])
 
@@ -162,7 +162,7 @@ def masks_and_scales() -> Pair:
     def model(data: Tensor) -> None:
         with poutine.scale(scale=0.3):
             loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(data)), mask(is_valid):
+        with pyro.plate("data", len(data)), masked(is_valid):
             z = pyro.sample("z", dist.Normal(loc, 1.0))
             with poutine.scale(scale=weights):
                 pyro.sample("obs", dist.Normal(z, 0.5), obs=data)
@@ -171,7 +171,7 @@ def masks_and_scales() -> Pair:
         with poutine.scale(scale=0.3):
             pyro.sample("loc", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.3))
         slope = pyro.param("slope", torch.tensor(0.5))
-        with pyro.plate("data", len(data)), mask(is_valid):
+        with pyro.plate("data", len(data)), masked(is_valid):
             pyro.sample("z", dist.Normal(slope * data, 0.5))
 
     return model, guide, (DATA,), {}

@@ -12,9 +12,6 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Builder = Callable[[], Pair]
 
-#: With the annotations of Pyro, a mask cannot be the result of a comparison of tensors.
-mask: Any = poutine.mask
-
 
 @dataclass(frozen=True)
 class Program:
@@ -37,6 +34,11 @@ class Program:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         return self.build_pair()
+
+
+def masked(mask: Any) -> Any:
+    """Pyro's mask, whose annotation leaves out the result of a comparison of tensors."""
+    return poutine.mask(mask=mask)
 
 
 PROGRAMS: dict[str, Program] = {}
