@@ -8,12 +8,13 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
+from pyro_ext._arguments import abbreviate
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import psis
 from pyro_ext.diagnostics.draw_source import draw_source
 from pyro_ext.diagnostics.sample_statistics import sample_statistics
 from pyro_ext.diagnostics.site_arrays import Groups
-from pyro_ext.ops import jackknife
+from pyro_ext.ops import MIN_DRAWS, jackknife
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 
@@ -44,6 +45,8 @@ class Diagnosis:
     :ivar loss_change_error: the standard error of ``loss_change``, by batch means.
     :ivar predictive_p_values: for each observed site and statistic, the probability that the
         statistic is larger for drawn observations than for the data. A tie counts as one half.
+    :ivar points: the names of the latent sites that the guide puts at one point (Delta).
+    :ivar has_draws: whether the guide draws a latent site.
     """
 
     pareto_k: float
@@ -56,6 +59,8 @@ class Diagnosis:
     loss_change: float
     loss_change_error: float
     predictive_p_values: dict[str, dict[str, float]]
+    points: tuple[str, ...] = ()
+    has_draws: bool = True
 
     @property
     def evidence_gap(self) -> float:
@@ -64,7 +69,8 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         lines = [f"Diagnosis({self.num_samples} draws)", f"  guide        {self._on_weights()}"]
-        if self.pareto_k_local is not None:
+        is_judged = self.has_draws and not self.points and self.num_samples >= MIN_DRAWS
+        if self.pareto_k_local is not None and is_judged:
             bad, n = int((self.pareto_k_local > 0.7).sum()), self.pareto_k_local.size
             lines.append(f"  data points  Pareto k is above 0.7 for {bad} of {n}")
         lines.append(
@@ -82,6 +88,12 @@ class Diagnosis:
 
     def _on_weights(self) -> str:
         figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
+        if not self.has_draws:
+            return "draws nothing, because the model has no latent sites"
+        if self.points:
+            return f"puts {abbreviate(self.points)} at one point, so its weights tell nothing"
+        if self.num_samples < MIN_DRAWS:
+            return f"needs at least {MIN_DRAWS} draws to be judged (ess {self.ess:.0f})"
         if self.pareto_k_local is not None and (self.pareto_k_local <= 0.7).all():
             return f"fits the posterior of each data point where its draws are {figures}"
         if self.pareto_k <= 0.5:
@@ -178,6 +190,8 @@ def diagnose(
             site: _p_values(groups, site, statistics or STATISTICS)
             for site in groups["posterior_predictive"]
         },
+        points=tuple(source.points),
+        has_draws=source.has_draws,
     )
 
 

@@ -26,15 +26,16 @@ from pyro_ext.diagnostics.site_arrays import (
     log_prob,
     site_arrays,
 )
-from pyro_ext.tracing import ParticleTracer, Program, Programs
+from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import warn_of_points
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
 from pyro_ext.tracing.plate_sizes import set_plate_sizes
+from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
-from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.sites import is_delta, lies_in
 from pyro_ext.tracing.user_scales import uniform_scale
 
 
@@ -48,12 +49,15 @@ class DrawSource:
     :ivar common: the names of the plates that enclose all random sites.
     :ivar local_plates: the names of other plates that hold both latent sites and data.
     :ivar row_plate: the subsampled plate; None if there is none.
+    :ivar points: the names of the sites that the guide puts at one point.
+    :ivar has_draws: whether the guide draws any site.
+    :ivar drawn_plates: the names of the plates in which the guide draws sites, other than points.
     """
 
     @torch.no_grad()
     def __init__(self, owner: str, programs: Programs, chunk_size: int) -> None:
         self.owner = owner
-        self.programs = programs
+        self.programs = programs = with_proposal(programs)
         self.chunk_size = chunk_size
         raise_for_handlers_of_linear_objectives()  # the importance weights are not linear
         self._tracer = ParticleTracer(is_linear=True, remedy="pass chunk_size=1")
@@ -65,7 +69,8 @@ class DrawSource:
         if chunk_size > 1:
             three = self._tracer.run(programs, 3, rows)
             self._find_constants(particles.model_traces[0], three.model_traces[0])
-        warn_of_points(particles.guide_traces[0], programs, rows)
+        self._check_given_rows(rows, particles)
+        self.points = warn_of_points(particles.guide_traces[0], programs, rows)
         self.common = tuple(plate.name for plate in particles.plates)
         self._common_dims = [plate.dim for plate in particles.plates if plate.dim is not None]
         sites = [
@@ -88,6 +93,9 @@ class DrawSource:
         of_data = {p.name for s in sites if s.is_observed for p in s.plates}
         of_latents = {p.name for s in sites if not s.is_observed for p in s.plates}
         self.local_plates = tuple(sorted(of_data & of_latents - set(self.common)))
+        drawn = [s for s in sites if s.program == "guide" and not s.is_observed]
+        self.has_draws = bool(drawn)
+        self.drawn_plates = {p.name for s in drawn for p in s.plates if not is_delta(s.node["fn"])}
 
     def draw(self, num_draws: int, *, predictive: bool) -> Groups:
         """Draw from the guide.
@@ -171,7 +179,8 @@ class DrawSource:
         records = [traces.record(site) for row in traces.density_sites for site in row]
         density = partial(log_density, user_scale=uniform_scale(records, self._common_dims))
         groups = {
-            "posterior": self._arrays(model, num_draws, is_latent),
+            "posterior": self._arrays(model, num_draws, is_latent)
+            | self._arrays(guide, num_draws, partial(_is_own, model=model)),
             "log_likelihood": self._arrays(model, num_draws, is_observation, log_prob),
             "observed_data": self._arrays(model, 1, is_observation),
             "is_unmasked": self._arrays(model, num_draws, is_observation, is_unmasked),
@@ -188,6 +197,18 @@ class DrawSource:
                     "again, for example with a lower learning rate."
                 )
         return groups
+
+    def _check_given_rows(self, rows: SharedSubsamples, particles: Particles) -> None:
+        """Raise a ValueError if the programs choose the rows of a subsampled plate themselves."""
+        traces = particles.model_traces + particles.guide_traces
+        plates = {p for trace in traces for s in density_sites("", trace) for p in s.plates}
+        for plate in plates:
+            if plate.name in rows.given and plate.subsampling_scale != 1:
+                raise ValueError(
+                    f"{self.owner}: plate '{plate.name}' has {plate.size} of {plate.full_size} "
+                    f"rows, because the programs pass it a subsample. Pass the arguments for all "
+                    f"{plate.full_size} rows."
+                )
 
     def _check_rows(self, trace: Any) -> None:
         """Raise a ValueError if a second block of rows has the same tensors as the first."""
@@ -211,7 +232,10 @@ class DrawSource:
         """Return the trace of the model with nothing observed."""
         model: Program = free_model(self.programs.model)
         if guide_trace is not None:
-            model = poutine.replay(model, trace=guide_trace)
+            drawn = guide_trace.copy()
+            for name in [n for n, node in drawn.nodes.items() if node.get("is_observed")]:
+                drawn.remove_node(name)  # the model draws what the guide only observes
+            model = poutine.replay(model, trace=drawn)
         with rows:
             trace = poutine.trace(plated(model, num_draws, self.nesting)).get_trace(
                 *self.programs.args, **self.programs.kwargs
@@ -223,6 +247,11 @@ class DrawSource:
         self, trace: Any, num_draws: int, is_wanted: Predicate, read: Reading | None = None
     ) -> dict[str, SiteArray]:
         return site_arrays(trace, num_draws, 1 + self.nesting, is_wanted, read, self._constants)
+
+
+def _is_own(node: Any, model: Any) -> bool:
+    """Return whether a site of the guide is deterministic, and not in the model."""
+    return is_deterministic(node) and node["name"] not in model.nodes
 
 
 def draw_source(

@@ -189,6 +189,8 @@ def _stack(
             else:
                 values = np.stack([chain[group][site].values for chain in chains])
                 groups[group][site] = values
+                if group == "log_likelihood":  # has no event dims
+                    groups[group][site] = (("chain", "draw", *array.plates), values)
                 if site.startswith("pareto_k"):
                     groups[group][site] = (("chain", *array.plates), values)
             own = tuple(dims.get(site, ()))

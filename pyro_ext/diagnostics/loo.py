@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
 from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
 from pyro_ext.diagnostics.sample_statistics import sample_statistics
-from pyro_ext.diagnostics.site_arrays import SiteArray
+from pyro_ext.diagnostics.site_arrays import SiteArray, is_observation, is_unmasked
 from pyro_ext.ops import log_mean_exp
-from pyro_ext.tracing import ParticleTracer, Program
+from pyro_ext.tracing import Particles, ParticleTracer, Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
+from pyro_ext.tracing.density_sites import density_sites
+from pyro_ext.tracing.failures import data_points
 
 NAME = "loo"
 
@@ -114,7 +117,16 @@ def loo(
     elpd = np.logaddexp.reduce(smoothed + by_point, -1)
     lppd = np.logaddexp.reduce(psis(log_weight)[0] + by_point, -1)
     elpd_i, pareto_k_i = (xr.DataArray(x, dims=log_likelihood.plates) for x in (elpd, pareto_k))
-    return elpd_data(elpd_i, float((lppd - elpd).sum()), pareto_k_i, num_samples)
+    found = elpd_data(elpd_i, float((lppd - elpd).sum()), pareto_k_i, num_samples)
+    is_bad = torch.as_tensor(pareto_k > found["good_k"])
+    if is_bad.any():
+        warnings.warn(
+            f"{NAME}: Pareto k is above {found['good_k']:.2f}{data_points(is_bad)}. A few draws "
+            "dominate their expected densities, which are not reliable. Use more draws, or a guide "
+            "that fits the posterior better.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _of_observations(
@@ -131,10 +143,7 @@ def _of_observations(
             f"{NAME}: var_name must be one of the observed sites ({names}), but it is "
             f"{describe(var_name)}."
         )
-    array, is_unmasked = found[var_name], groups["is_unmasked"][var_name].values[0]
-    if not is_unmasked.all():
-        # Without the masked-out observations, only one flat dim is left.
-        array = SiteArray(("observation",), array.values[:, is_unmasked])
+    array = _without_masked(found[var_name], groups["is_unmasked"][var_name].values[0])
     return sample_statistics(groups, source.common)["log_weight"].values, array
 
 
@@ -156,6 +165,12 @@ def _integrated(
             f"{NAME}: plates '{plate}' and '{others[0]}' both hold local latent sites and data. "
             "Use one plate for them."
         )
+    if plate not in source.drawn_plates:
+        raise ValueError(
+            f"{NAME}: the guide draws the latent sites in plate '{plate}' together with others, as "
+            "AutoMultivariateNormal does, or puts them at points. They cannot be integrated out "
+            "for each data point. Use a guide that draws each site separately, such as AutoNormal."
+        )
     tracer = ParticleTracer(
         num_local_samples,
         vectorize=source.chunk_size > 1,
@@ -171,4 +186,26 @@ def _integrated(
         log_weights.append(particles.unscaled_outer + log_likelihood.sum().item())
         log_likelihoods.append(log_likelihood.cpu().numpy())
     names = tuple(p.name for p in particles.plates)
-    return np.array(log_weights), SiteArray(names, np.stack(log_likelihoods))
+    array = SiteArray(names, np.stack(log_likelihoods))
+    return np.array(log_weights), _without_masked(array, _has_observation(particles))
+
+
+def _has_observation(particles: Particles) -> np.ndarray:
+    """Return which elements of the common plates have an observation that is not masked out."""
+    dims = [plate.dim or 0 for plate in particles.plates]
+    found = torch.zeros([plate.size for plate in particles.plates], dtype=torch.bool)
+    for site in density_sites("model", particles.model_traces[0]):
+        if is_observation(site.node) and site.plates.issuperset(particles.plates):
+            mask = is_unmasked(site.node).cpu()
+            for dim in range(-mask.dim(), 0):
+                if dim not in dims:
+                    mask = mask.any(dim, keepdim=True)
+            found = found | mask.reshape([mask.shape[dim] for dim in dims])
+    return found.numpy()
+
+
+def _without_masked(array: SiteArray, is_unmasked: np.ndarray) -> SiteArray:
+    """Return the observations that are not masked out, along a single dim if some are."""
+    if is_unmasked.all():
+        return array
+    return SiteArray(("observation",), array.values[:, is_unmasked])

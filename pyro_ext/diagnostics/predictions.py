@@ -49,7 +49,7 @@ def draw_predictions(programs: Programs, groups: Groups, chunk_size: int) -> dic
         and not is_deterministic(nodes[name])
         and not of_data.intersection(array.plates)
     }
-    num_draws = len(next(iter(posterior.values())).values)
+    num_draws = len(next(iter(groups["log_p"].values())).values)
 
     def chunk(start: int) -> dict[str, SiteArray]:
         n = min(chunk_size, num_draws - start)

@@ -1,7 +1,7 @@
 """Values of a trace's sites as numpy arrays, with draws and named plates on the left."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.density_sites import plates_of
-from pyro_ext.tracing.sites import base_of, is_delta, is_deterministic, is_masked_out
+from pyro_ext.tracing.sites import base_of, is_delta, is_deterministic, is_left_by_do, is_masked_out
 from pyro_ext.tracing.user_scales import divided
 
 
@@ -69,13 +69,33 @@ def site_arrays(
             # No event_dim was given. All dims except those of plates and draws are event dims.
             has_draws = num_draws > 1 and name not in constants
             event_dim = max(0, value.dim() - (rank if has_draws else -min(by_dim, default=0)))
+            stray = [dim for dim in range(1 - rank, 0) if dim not in by_dim]
+            value, event_dim = _with_events_last(value, event_dim, stray)
         event = value.shape[value.dim() - event_dim :]
         batch = [by_dim[dim].size if dim in by_dim else 1 for dim in range(1 - rank, 0)]
         plates = [by_dim[dim] for dim in sorted(by_dim)]
         sizes = [plate.size for plate in plates]
         whole = value.expand(num_draws, *batch, *event).reshape(num_draws, *sizes, *event)
+        if whole.dtype is torch.bfloat16:  # unknown to NumPy
+            whole = whole.float()
         arrays[name] = SiteArray(tuple(plate.name for plate in plates), whole.cpu().numpy())
     return arrays
+
+
+def _with_events_last(value: Tensor, event_dim: int, dims: Iterable[int]) -> tuple[Tensor, int]:
+    """Return a value with some of its batch dims behind the others, as event dims.
+
+    :param value: the value of a site.
+    :param event_dim: the number of its event dims.
+    :param dims: the batch dims to move, counted from the right.
+    :returns: the value, and its number of event dims.
+    """
+    for dim in dims:
+        position = value.dim() - event_dim + dim
+        if position >= 0 and value.shape[position] > 1:
+            value = value.movedim(position, -1).unsqueeze(position)
+            event_dim += 1
+    return value, event_dim
 
 
 def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> dict[str, SiteArray]:
@@ -97,6 +117,8 @@ def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> d
 
 def is_latent(node: Any) -> bool:
     """Return whether a site is latent, or a function of latent sites."""
+    if is_left_by_do(node) and is_masked_out(node):
+        return False
     is_observed = node["is_observed"] or node["infer"].get("was_observed")
     return not is_observed or is_deterministic(node) or _is_at_own_point(node)
 
@@ -111,7 +133,8 @@ def is_observation(node: Any) -> bool:
 
     Factors are not observations.
     """
-    return not is_latent(node) and not isinstance(node["fn"], Unit)
+    is_observed = node["is_observed"] or node["infer"].get("was_observed")
+    return is_observed and not is_latent(node) and not isinstance(node["fn"], Unit)
 
 
 def has_density(node: Any) -> bool:

@@ -72,19 +72,24 @@ def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> 
     return f" for data points {abbreviate(indices, most)} (of {of})"
 
 
-def warn_of_points(guide_trace: Trace, programs: Programs, subsamples: SharedSubsamples) -> None:
+def warn_of_points(
+    guide_trace: Trace, programs: Programs, subsamples: SharedSubsamples
+) -> list[str]:
     """Warn about each guide site that always has the same value (a Delta).
 
     :param guide_trace: a trace of the guide.
     :param programs: the model and guide. They run again if the trace has a Delta site.
     :param subsamples: the minibatch indices to use.
+    :returns: the names of these sites.
     """
     sites: list[Any] = list(dict(guide_trace.iter_stochastic_nodes()).values())
     if not any(is_delta(site["fn"]) for site in sites):
-        return
-    for name in points_of(with_one_minibatch(programs, subsamples)):
+        return []
+    names = points_of(with_one_minibatch(programs, subsamples))
+    for name in names:
         warnings.warn(
             f"The guide puts site '{name}' at one point (Delta). The weights are then densities at "
             "that point, and the estimate is not valid. Use a guide that samples the site.",
             stacklevel=5,
         )
+    return names

@@ -1,17 +1,16 @@
 """The log weights of K particles, summed from their traces."""
 
 import math
-from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Sequence, Set
+from operator import attrgetter
 
 import torch
-from pyro.distributions.util import is_identically_zero
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ext.tracing.density_sites import DensitySite, Plate, plates_of
 from pyro_ext.tracing.layout import Layout, OuterTerm, at_least_single
 from pyro_ext.tracing.particles import Particles, Score
+from pyro_ext.tracing.rewards import score_sites, score_terms, split_scores, without_score
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.sites import has_particles
 from pyro_ext.tracing.user_scales import along, divided, uniform_scale
@@ -49,9 +48,7 @@ def gather_particles(
     plate_scale = math.prod(plate.subsampling_scale for plate in common)
     scale = plate_scale * along(uniform_scale(records, dims), dims)
 
-    def density(site: DensitySite) -> Tensor:
-        is_whole = not splits_rewards or site.program == "model"
-        return site.log_prob if is_whole else _without_score(site)
+    density = without_score if splits_rewards else attrgetter("log_prob")
 
     def log_density(program: str, without: Set[SiteKey]) -> Tensor:
         total = layout.stack(
@@ -62,11 +59,8 @@ def gather_particles(
 
     log_q = log_density("guide", outside)
     log_p = log_density("model", outside)
-    scores = [
-        [(plates_of(n), term) for n, term in score_sites(trace) if has_particles(n, local_plate)]
-        for trace in traces.guide_traces
-    ]
-    score = layout.stack([term for _, term in row] for row in scores) if any(scores) else None
+    terms = score_terms(traces, local_plate)
+    score = layout.stack([t.value for t in row] for row in terms) if any(terms) else None
     whole = () if score is None else (Score(score, log_p - log_q, scale),)
     return Particles(
         log_p=log_p,
@@ -83,7 +77,7 @@ def gather_particles(
             if not has_particles(node, local_plate)
         ),
         score=score,
-        scores=_split_scores(traces, scores, outside) if splits_rewards else whole,
+        scores=split_scores(traces, terms, outside) if splits_rewards else whole,
         has_split_rewards=splits_rewards,
         plates=tuple(common),
         draws=tuple(draw for draw in traces.draws if not draw.is_global),
@@ -93,57 +87,6 @@ def gather_particles(
     )
 
 
-def _without_score(site: DensitySite) -> Tensor:
-    """Return log q of a guide site, with the gradient only of its reparameterised part."""
-    parts = site.node["score_parts"]
-    if is_identically_zero(parts.score_function):
-        return site.log_prob
-    value, path = site.log_prob.detach(), parts.entropy_term
-    return value if is_identically_zero(path) else value + (path - path.detach())
-
-
-def _split_scores(
-    traces: ParticleTraces,
-    scores: Sequence[Sequence[tuple[frozenset[Plate], Tensor]]],
-    outside: Set[SiteKey],
-) -> tuple[Score, ...]:
-    """Return an entry for each set of plates around non-reparameterised sites.
-
-    Its log weights sum the log ratios of all sites over all plates, except the plates in the set.
-    """
-    ratios = [
-        [
-            OuterTerm(site.log_prob if site.program == "model" else -site.log_prob, site.plates)
-            for site in row
-            if site.key not in outside
-        ]
-        for row in traces.density_sites
-    ]
-    found = []
-    for plates in dict.fromkeys(plates for row in scores for plates, _ in row):
-        kept = sorted((p for p in plates if p.dim is not None), key=lambda plate: plate.dim or 0)
-        layout = Layout(
-            traces.num_particles,
-            traces.particle_dim,
-            torch.Size(plate.size for plate in kept),
-            {traces.particle_dim, *(plate.dim for plate in kept)},
-            like=at_least_single(next(term for row in scores for _, term in row)),
-        )
-        log_q = layout.stack([term for of, term in row if of == plates] for row in scores)
-        log_w = layout.stack([ratio.sum_to(plates) for ratio in row] for row in ratios)
-        found.append(Score(log_q, log_w.detach(), 1.0))
-    return tuple(found)
-
-
 def _outer_term(traces: ParticleTraces, site: DensitySite, is_leaf: bool) -> OuterTerm:
     log_prob = at_least_single(traces.one_particle(site.log_prob))
     return OuterTerm(log_prob if site.program == "model" else -log_prob, site.plates, is_leaf)
-
-
-def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the node and the score-function term of each non-reparameterised guide site."""
-    for site in guide_trace.nodes.values():
-        if site["type"] == "sample":
-            term = site["score_parts"].score_function
-            if not is_identically_zero(term):
-                yield site, term

@@ -26,5 +26,5 @@ def kept_buffers() -> Iterator[None]:
         hook.remove()
         with torch.no_grad():
             for buffer, value in saved.values():
-                if not torch.equal(buffer, value):  # a write would spoil graphs that hold it
-                    buffer.copy_(value)
+                if not torch.equal(buffer, value):  # .data: graphs may hold the buffer
+                    buffer.data.copy_(value)

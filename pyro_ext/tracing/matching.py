@@ -23,6 +23,7 @@ from pyro_ext.tracing.sites import (
     has_particles,
     is_delta,
     is_deterministic,
+    is_left_by_do,
     is_untraced,
 )
 
@@ -73,6 +74,9 @@ class SiteRecorder(Messenger):
             self._rows[str(msg["name"])] = msg["value"]
             return
         if is_untraced(msg):
+            return
+        if self.guide is not None and is_left_by_do(msg) and msg["name"] not in self.guide.sites:
+            msg["mask"] = False  # no other site depends on it, so its density means nothing
             return
         name, infer = str(msg["name"]), msg["infer"] or {}
         if infer.get("enumerate") and not msg["is_observed"]:

@@ -12,14 +12,23 @@ from pyro_ext.tracing.sites import lies_in
 
 
 class SharedSubsamples(Messenger):
-    """A handler that gives every run the minibatch indices of the first run."""
+    """A handler that gives every run the minibatch indices of the first run.
+
+    :ivar indices: a dict from the name of a plate to its indices.
+    :ivar given: the names of the plates whose indices the programs choose themselves.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.indices: dict[str, Any] = {}
+        self.given: set[str] = set()
 
     def _pyro_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+        if not site_is_subsample(msg):
+            return
+        if msg["value"] is not None and msg["name"] not in self.indices:
+            self.given.add(str(msg["name"]))
+        if msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
 

@@ -59,6 +59,11 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["is_observed"]) and is_masked_out(site) and is_delta(site["fn"])
 
 
+def is_left_by_do(site: Any) -> bool:
+    """Return whether ``poutine.do`` has cut a site off from the sites after it."""
+    return site.get("_intervener_id") is not None
+
+
 def has_dim(shape: Sequence[int], dim: int) -> bool:
     """Return whether a shape has a size other than 1 at a dim, counted from the right."""
     return len(shape) >= -dim and shape[dim] != 1

@@ -41,6 +41,7 @@ def test_corrects_for_the_guide(factor):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:loo. Pareto k")
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_integrates_local_latents_out(vectorize):
     """x | theta ~ N(theta, 2): the two latent layers of this model are known in closed form."""
@@ -53,6 +54,7 @@ def test_integrates_local_latents_out(vectorize):
     torch.testing.assert_close(pointwise(found), exact_loo(X, 2.0), rtol=0, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:loo. Pareto k")
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ with a newer pandas
 def test_models_are_compared():
     def wide():

@@ -20,6 +20,7 @@ from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
+from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
 NAME = "estimate_evidence"
@@ -143,6 +144,7 @@ def estimate_evidence(
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
+        programs = with_proposal(programs)
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
         state.check_settings(

@@ -43,9 +43,9 @@ from torch import Tensor
 
 from pyro_ext._arguments import abbreviate, describe
 from pyro_ext._private.of_pyro import mask_of
-from pyro_ext.tracing.gather import score_sites
 from pyro_ext.tracing.leaves import Draw, Leaves
 from pyro_ext.tracing.particles import Particles
+from pyro_ext.tracing.rewards import score_sites
 
 
 class Bound(Protocol):

@@ -18,8 +18,8 @@ def observe(z, x, scale=1.0):
     pyro.sample("x", dist.Normal(z, scale), obs=x)
 
 
-def still(model, guide=guide, **options):
-    loss = ImportanceWeightedELBO(3, max_plate_nesting=0)
+def still(model, guide=guide, num_particles=3, **options):
+    loss = ImportanceWeightedELBO(num_particles, max_plate_nesting=0)
     return CompiledSVI(model, guide, pyro.optim.SGD({"lr": 0.0}), loss, backend="eager", **options)
 
 

@@ -146,14 +146,14 @@ def test_programs_that_keep_tensors_are_refused():
 
 def test_programs_that_count_are_refused():
     owner = WithAttributes()
-    svi = still(owner.counting_model)
+    svi = still(owner.counting_model, num_particles=1)
     with pytest.warns(UserWarning, match=r"the model or guide changes 'WithAttributes.calls' when"):
         svi.step(X)
 
 
 def test_refused_captures_leave_the_programs_as_they_were():
     owner = WithAttributes()
-    svi = still(owner.counting_model)
+    svi = still(owner.counting_model, num_particles=1)
     with pytest.warns(UserWarning, match="the model or guide changes"):
         svi.step(X)
     assert owner.calls == 1

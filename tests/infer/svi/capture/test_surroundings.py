@@ -173,7 +173,7 @@ def test_iterators_are_advanced_once_a_step(make):
         next(values)
         model(x)
 
-    svi = still(with_iterator)
+    svi = still(with_iterator, num_particles=1)  # several are checked once more
     with pytest.warns(UserWarning, match="reaches the iterator 'values'"):
         svi.step(X)
     svi.step(X)
@@ -192,7 +192,7 @@ def test_counters_of_refused_programs_are_restored():
         model(x)
 
     total = 0
-    svi = still(counting)
+    svi = still(counting, num_particles=1)
     with pytest.warns(UserWarning, match="the model or guide changes"):
         svi.step(X)
     assert (total, counts["calls"], log) == (1, 1, [1])
