@@ -3,13 +3,15 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
 from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
     draw_components,
+    finite,
+    finite_positive,
+    log_weights,
     one_of_pair,
 )
 from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels
@@ -51,9 +53,9 @@ class DiscretizedLogistic(ScalarIntegerPixels):
     """
 
     arg_constraints: ClassVar = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "log_scale": constraints.real,
+        "loc": finite,
+        "scale": finite_positive,
+        "log_scale": finite,
     }
 
     def __init__(
@@ -139,10 +141,10 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
     """
 
     arg_constraints: ClassVar = {
-        "logits": Independent(constraints.real, 1),
-        "loc": Independent(constraints.real, 1),
-        "scale": Independent(constraints.positive, 1),
-        "log_scale": Independent(constraints.real, 1),
+        "logits": log_weights,
+        "loc": Independent(finite, 1),
+        "scale": Independent(finite_positive, 1),
+        "log_scale": Independent(finite, 1),
     }
 
     def __init__(

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
     draw_components,
+    finite,
+    finite_positive,
+    log_weights,
     one_of_pair,
 )
 from pyro_ext.distributions.integer_pixels import IntegerPixels
@@ -59,11 +62,11 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     torch.Size([4])
     """
 
-    _matrix: ClassVar = Independent(constraints.real, 2)
+    _matrix: ClassVar = Independent(finite, 2)
     arg_constraints: ClassVar = {
-        "logits": Independent(constraints.real, 1),
+        "logits": log_weights,
         "loc": _matrix,
-        "scale": Independent(constraints.positive, 2),
+        "scale": Independent(finite_positive, 2),
         "log_scale": _matrix,
         "coeffs": _matrix,
     }
@@ -99,6 +102,24 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         )
         parameters["logits"] = parameters["logits"][..., 0, :]
         self._set_up(parameters, low, high, validate_args)
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[torch.Size, torch.Size]:
+        """Return the batch shape and the event shape, given the shapes of the arguments.
+
+        :param arg_shapes: the shapes, by the names of the arguments; ``()`` for numbers and None.
+        """
+        batch_shapes = (
+            shape[: -cls.arg_constraints[name].event_dim]
+            for name, shape in arg_shapes.items()
+            if name in cls.arg_constraints
+        )
+        return torch.broadcast_shapes(*batch_shapes), torch.Size([3])
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> Any:
+        """The triples of integers ``low..high``."""
+        return Independent(constraints.integer_interval(self.low, self.high), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with a larger batch shape. The parameters share memory.
