@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.nn.functional import softplus
 
 from pyro_ext.ops.once_differentiable import is_traced, is_transformed
 
@@ -67,7 +66,9 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(value: Tensor, scales: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         z = _ratio(value, scales)
-        return z, (reference - z) * torch.add(reference / 2, z, alpha=0.5)
+        exponent = (reference - z).mul_(torch.add(reference / 2, z, alpha=0.5))
+        # Finite also where a component without weight has the smaller ratio: -inf + inf is NaN.
+        return z, exponent.clamp(max=torch.finfo(scales.dtype).max)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +199,7 @@ class _SharedLogProb(torch.autograd.Function):
 
 
 class _Components(NamedTuple):
-    """Components in units of the first one's scale and weighted density at zero."""
+    """Components in units of the first one's scale and of the largest weighted density at zero."""
 
     scale: Tensor
     constant: Tensor
@@ -211,11 +212,11 @@ class _Components(NamedTuple):
         """Return the components with given scales and log weights, each of shape ``(K,)``."""
         constants = _constants(scales, log_weights)
         # A ratio of scales whose square overflows: the number is finite, so that x 0 is not NaN.
-        precisions = (scales[0] / scales[1:]).square().clamp(max=torch.finfo(scales.dtype).max)
+        precisions = (scales[0] / scales).square().clamp(max=torch.finfo(scales.dtype).max)
         return cls(
             scales[0],
-            constants[0],
-            (constants[1:] - constants[0]).unbind(),
+            constants.amax(),
+            (constants - constants.amax()).unbind(),
             precisions.unbind(),
             (precisions - 1).unbind(),
         )
@@ -224,18 +225,17 @@ class _Components(NamedTuple):
 def _evaluate(x: Tensor, components: _Components) -> tuple[Tensor, Tensor]:
     """Return the log density of a block, and its derivative.
 
-    Components are added one by one, the widest first, relative to the density of the first one.
+    Components are added one by one, without the term of the first one, which may overflow.
     """
     z = x / components.scale
     square = z.square()
     # The product with an excess of zero is zero, also where the square overflows.
     finite = square.clamp(max=torch.finfo(x.dtype).max)
-    log_prob = torch.sub(components.constant, square, alpha=0.5)
-    gain, mean_precision = components.constant.new_zeros(()), components.constant.new_ones(())
-    for constant, precision, excess_precision in zip(*components[2:], strict=True):
-        excess = torch.addcmul(constant, finite, excess_precision, value=-0.5)
-        if gain.dim():
-            excess.sub_(gain)
-        gain = softplus(excess, threshold=40.0).add_(gain)
-        mean_precision = torch.lerp(mean_precision, precision, excess.sigmoid_())
-    return log_prob.add_(gain), z.mul_(mean_precision).div_(-components.scale)
+    (total, *constants), (mean_precision, *precisions), (_, *excess_precisions) = components[2:]
+    for constant, precision, excess in zip(constants, precisions, excess_precisions, strict=True):
+        log_density = torch.addcmul(constant, finite, excess, value=-0.5)
+        share = (log_density - total).sigmoid_()
+        total = torch.logaddexp(total, log_density)
+        mean_precision = torch.lerp(mean_precision, precision, share)
+    log_prob = torch.sub(components.constant, square, alpha=0.5).add_(total)
+    return log_prob, z.mul_(mean_precision).div_(-components.scale)
