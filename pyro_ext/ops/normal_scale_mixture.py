@@ -199,7 +199,10 @@ class _SharedLogProb(torch.autograd.Function):
 
 
 class _Components(NamedTuple):
-    """Components in units of the first one's scale and of the largest weighted density at zero."""
+    """Components in units of the first one's scale and of the largest weighted density at zero.
+
+    The scale is multiplied by the root of two: z^2 / 2 is then a square, which overflows last.
+    """
 
     scale: Tensor
     constant: Tensor
@@ -214,7 +217,7 @@ class _Components(NamedTuple):
         # A ratio of scales whose square overflows: the number is finite, so that x 0 is not NaN.
         precisions = (scales[0] / scales).square().clamp(max=torch.finfo(scales.dtype).max)
         return cls(
-            scales[0],
+            scales[0] * math.sqrt(2),
             constants.amax(),
             (constants - constants.amax()).unbind(),
             precisions.unbind(),
@@ -233,9 +236,9 @@ def _evaluate(x: Tensor, components: _Components) -> tuple[Tensor, Tensor]:
     finite = square.clamp(max=torch.finfo(x.dtype).max)
     (total, *constants), (mean_precision, *precisions), (_, *excess_precisions) = components[2:]
     for constant, precision, excess in zip(constants, precisions, excess_precisions, strict=True):
-        log_density = torch.addcmul(constant, finite, excess, value=-0.5)
+        log_density = torch.addcmul(constant, finite, excess, value=-1)
         share = (log_density - total).sigmoid_()
         total = torch.logaddexp(total, log_density)
         mean_precision = torch.lerp(mean_precision, precision, share)
-    log_prob = torch.sub(components.constant, square, alpha=0.5).add_(total)
-    return log_prob, z.mul_(mean_precision).div_(-components.scale)
+    log_prob = (components.constant - square).add_(total)
+    return log_prob, z.mul_(mean_precision).div_(-components.scale / 2)

@@ -62,10 +62,17 @@ def assert_gradients(found, expected, log_prob, floors, dtype):
         rows = gradient.reshape(-1, gradient.shape[-1]).tolist()
         for row, terms in zip(rows, rows_of(expected[name]), strict=True):
             largest = max(1 if name == "logits" else 0, *map(abs, terms))
-            for one, term, share in zip(row, terms, shares, strict=True):
-                size = share if name == "logits" else abs(term)
-                error = tolerance * largest + lost * (1 - share) * size + floors[name]
+            for k, (one, term, share) in enumerate(zip(row, terms, shares, strict=True)):
+                size = 1 if name == "logits" or share == 0 else abs(term / share)
+                others = sum(shares[:k] + shares[k + 1 :])
+                error = tolerance * largest + spread(share, others, lost) * size + floors[name]
                 assert_close(one, term, error, dtype)
+
+
+def spread(share, others, error):
+    """How far a share can move if the log masses have an error."""
+    lower, upper = (share / (share + others * mpmath.exp(sign * 2 * error)) for sign in (1, -1))
+    return upper - lower
 
 
 def rows_of(terms):
