@@ -36,19 +36,22 @@ class NormalScaleMixture(TorchDistribution):
     Draws are reparameterised in the scales and the weights, so the distribution can also be a
     guide. Their derivatives come from implicit differentiation of the distribution function F:
     :math:`dx = -dF / p(x)`. Densities are evaluated in log space and in float64, for every dtype of
-    the parameters.
+    the parameters. They and their gradients are exact up to rounding wherever the ratios of values
+    to scales are finite, also if a log density overflows to ``-inf``. Fixed scales may differ by a
+    factor of up to 1e150.
 
     :param scales: the standard deviations > 0, of shape ``(..., K)``. The dims before K are the
         batch shape.
     :param probs: the weights of the components, >= 0, of shape ``(..., K)``. They are normalised to
         sum to one. Give exactly one of ``probs`` and ``logits``.
-    :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``.
+    :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``; minus infinity
+        for a weight of zero.
     :param validate_args: whether to check parameters and values. By default, Pyro's global setting
         decides.
     :raises TypeError: if a parameter is not a tensor.
     :raises ValueError: if not exactly one of ``probs`` and ``logits`` is given, or if the numbers
-        of components differ. With validation, also if a scale is not positive or a weight is
-        negative.
+        of components differ. With validation, also if a parameter is not finite, except for
+        ``logits`` of minus infinity, if a scale is not positive, or if a weight is negative.
 
     Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, equation 7; Figurnov, Mohamed and Mnih (2018), Implicit Reparameterization Gradients.

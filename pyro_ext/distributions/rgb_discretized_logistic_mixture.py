@@ -29,10 +29,12 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     (low + high) / 2, the location of green is shifted by c_0 (r - m), and the location of blue by
     c_1 (r - m) + c_2 (g - m). All channels of a pixel share the component. This is the likelihood
     of PixelCNN++. There, the pixels are rescaled to [-1, 1], and the network passes the
-    coefficients through tanh.
+    coefficients through tanh. Masses and their gradients are exact up to rounding as those of
+    :class:`DiscretizedLogisticMixture`, if the shifted locations are numbers of the dtype as well.
 
-    :param logits: log weights of the components up to a constant, of shape ``(..., K)``. The dims
-        before K are the batch shape, and the event shape is (3,).
+    :param logits: log weights of the components up to a constant, of shape ``(..., K)``; minus
+        infinity for a weight of zero. The dims before K are the batch shape, and the event shape is
+        (3,).
     :param loc: the locations in the units of the pixels, of shape ``(..., 3, K)``.
     :param scale: the scales > 0 in the same units, of shape ``(..., 3, K)``. Give exactly one of
         ``scale`` and ``log_scale``.
@@ -45,8 +47,9 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         decides.
     :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if shapes do not
-        match, or if not low < high. With validation, also if a scale is not positive, or if a value
-        is not an integer in ``low..high``.
+        match, or if not low < high. With validation, also if a parameter is not finite, except for
+        weights of zero, if a scale is not positive, or if a value is not an integer in
+        ``low..high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.

@@ -66,8 +66,8 @@ def discretized_logistic_mixture_log_prob(
     :param value: integers of shape ``(..., C)`` and any dtype. Values outside ``low..high`` give
         ``-inf``, and NaN gives NaN. Fractions are not checked.
     :param logits: unnormalised log weights of the components, of shape ``(..., K)``.
-    :param loc: locations of shape ``(..., C, K)``, in the units of ``value``.
-    :param log_scale: logarithms of the scales, of shape ``(..., C, K)``.
+    :param loc: finite locations of shape ``(..., C, K)``, in the units of ``value``.
+    :param log_scale: logarithms of the scales, from -80 to 80, of shape ``(..., C, K)``.
     :param low: the smallest integer.
     :param high: the largest integer, at least ``low``.
     :param dtype: the dtype of the result and of most of the arithmetic. By default, it is the
