@@ -14,7 +14,10 @@ def sigmoid(x):
 
 
 def bin_mass(x, loc, log_scale, low, high):
-    """The mass of a bin, that of both tails, and the slopes of the log mass."""
+    """The mass of a bin, that of both tails, and the slopes of the log mass.
+
+    The last is the size of the terms whose sum is the slope in the log scale.
+    """
     t = mpmath.exp(-log_scale)
     a, b = (x + HALF - loc) * t, (x - HALF - loc) * t
     upper = sigmoid(-a) if x < high else 0
@@ -25,7 +28,8 @@ def bin_mass(x, loc, log_scale, low, high):
         mass, inside = sigmoid(-b), 0
     else:
         mass, inside = sigmoid(a) * sigmoid(-b) * -mpmath.expm1(-t), t / mpmath.expm1(t)
-    return mass, lower + upper, (lower - upper) * t, b * lower - a * upper - inside
+    terms = (b * lower, -a * upper, -inside)
+    return mass, lower + upper, (lower - upper) * t, sum(terms), sum(map(abs, terms))
 
 
 def shares_of(parts):
@@ -63,15 +67,16 @@ def discretized_mixture(value, logits, loc, log_scale, low, high, factors=None):
         complements.append(-weight * mpmath.expm1(inside))
         slopes.append([by[2:] for by in bins])
     _, shares = shares_of(masses)
-    by_loc, by_log_scale = (
+    by_loc, by_log_scale, sizes = (
         [[r * s[c][i] for r, s in zip(shares, slopes, strict=True)] for c in range(len(value))]
-        for i in range(2)
+        for i in range(3)
     )
     found = {
         "shares": shares,
         "logits": [r - w for r, w in zip(shares, weights, strict=True)],
         "loc": by_loc,
         "log_scale": by_log_scale,
+        "sizes of log_scale": sizes,
     }
     if factors is not None:
         found["coeffs"] = [[x * mpmath.mpf(factor) for x in by_loc[c]] for c, factor in factors]

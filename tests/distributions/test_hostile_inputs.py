@@ -60,12 +60,13 @@ def assert_gradients(found, expected, log_prob, floors, dtype):
     lost = 4 * torch.finfo(dtype).eps * abs(log_prob)
     for name, gradient in found.items():
         rows = gradient.reshape(-1, gradient.shape[-1]).tolist()
-        for row, terms in zip(rows, rows_of(expected[name]), strict=True):
-            largest = max(1 if name == "logits" else 0, *map(abs, terms))
+        sizes = rows_of(expected.get(f"sizes of {name}", expected[name]))
+        for row, terms, size in zip(rows, rows_of(expected[name]), sizes, strict=True):
+            largest = max(1 if name == "logits" else 0, *map(abs, size))
             for k, (one, term, share) in enumerate(zip(row, terms, shares, strict=True)):
-                size = 1 if name == "logits" or share == 0 else abs(term / share)
+                slope = 1 if name == "logits" or share == 0 else abs(term / share)
                 others = sum(shares[:k] + shares[k + 1 :])
-                error = tolerance * largest + spread(share, others, lost) * size + floors[name]
+                error = tolerance * largest + spread(share, others, lost) * slope + floors[name]
                 assert_close(one, term, error, dtype)
 
 
