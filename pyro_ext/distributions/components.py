@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,38 @@ class Independent(constraints.independent):
         for _ in range(self.reinterpreted_batch_ndims):
             valid = valid.all(-1)
         return valid
+
+    def __repr__(self) -> str:
+        return f"Independent({self.base_constraint!r}, {self.reinterpreted_batch_ndims})"
+
+
+class _Finite(constraints.Constraint):
+    """Real numbers without the infinities, which ``constraints.real`` includes."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each value is valid."""
+        return value.abs() < math.inf
+
+
+class _FinitePositive(constraints.Constraint):
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each value is valid."""
+        return (value > 0) & (value < math.inf)
+
+
+class _LogWeights(constraints.Constraint):
+    """Vectors of log weights. Some may be minus infinity, but not all."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each vector is valid."""
+        return value.amax(-1).isfinite()
+
+
+finite = _Finite()
+finite_positive = _FinitePositive()
+log_weights = _LogWeights()
 
 
 def one_of_pair(owner: str, **pair: Any) -> dict[str, Any]:

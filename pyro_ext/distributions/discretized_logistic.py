@@ -3,13 +3,15 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
 from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
     draw_components,
+    finite,
+    finite_positive,
+    log_weights,
     one_of_pair,
 )
 from pyro_ext.distributions.integer_pixels import ScalarIntegerPixels
@@ -23,8 +25,9 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         P(x) = \sigma\Bigl(\frac{x + 1/2 - \mu}{s}\Bigr) - \sigma\Bigl(\frac{x - 1/2 - \mu}{s}\Bigr)
 
     The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
-    rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
-    scale.
+    rounding for finite locations and for log scales from -80 to 80. There is no floor, no
+    threshold, and no clamp of the scale. A log mass below the smallest number of the dtype is
+    ``-inf``; its derivative in the log scale is then at most the largest number.
 
     :param loc: the location, a tensor or number in the units of the pixels.
     :param scale: the scale > 0, in the same units. Give exactly one of ``scale`` and ``log_scale``.
@@ -35,8 +38,8 @@ class DiscretizedLogistic(ScalarIntegerPixels):
         decides.
     :raises TypeError: if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, or if not
-        low < high. With validation, also if a scale is not positive, or if a value is not an
-        integer in ``low..high``.
+        low < high. With validation, also if a parameter is not finite, if a scale is not positive,
+        or if a value is not an integer in ``low..high``.
 
     Sources: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improving Variational
     Inference with Inverse Autoregressive Flow; Salimans, Karpathy, Chen and Kingma (2017),
@@ -51,9 +54,9 @@ class DiscretizedLogistic(ScalarIntegerPixels):
     """
 
     arg_constraints: ClassVar = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "log_scale": constraints.real,
+        "loc": finite,
+        "scale": finite_positive,
+        "log_scale": finite,
     }
 
     def __init__(
@@ -108,11 +111,12 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         - \sigma\Bigl(\frac{x - 1/2 - \mu_k}{s_k}\Bigr) \Bigr]
 
     The edge bins ``low`` and ``high`` include the tails. Masses and their gradients are exact up to
-    rounding for log scales from -80 to 80. There is no floor, no threshold, and no clamp of the
-    scale.
+    rounding for finite locations and for log scales from -80 to 80. There is no floor, no
+    threshold, and no clamp of the scale. A log mass below the smallest number of the dtype is
+    ``-inf``; its derivative in the log scale is then at most the largest number.
 
-    :param logits: log weights of the components up to a constant, of shape ``(..., K)``. The dims
-        before K are the batch shape.
+    :param logits: log weights of the components up to a constant, of shape ``(..., K)``; minus
+        infinity for a weight of zero. The dims before K are the batch shape.
     :param loc: the locations in the units of the pixels, of shape ``(..., K)``.
     :param scale: the scales > 0 in the same units, of shape ``(..., K)``. Give exactly one of
         ``scale`` and ``log_scale``.
@@ -123,8 +127,9 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
         decides.
     :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if the numbers
-        of components differ, or if not low < high. With validation, also if a scale is not
-        positive, or if a value is not an integer in ``low..high``.
+        of components differ, or if not low < high. With validation, also if a parameter is not
+        finite, except for weights of zero, if a scale is not positive, or if a value is not an
+        integer in ``low..high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.
@@ -139,10 +144,10 @@ class DiscretizedLogisticMixture(ScalarIntegerPixels):
     """
 
     arg_constraints: ClassVar = {
-        "logits": Independent(constraints.real, 1),
-        "loc": Independent(constraints.real, 1),
-        "scale": Independent(constraints.positive, 1),
-        "log_scale": Independent(constraints.real, 1),
+        "logits": log_weights,
+        "loc": Independent(finite, 1),
+        "scale": Independent(finite_positive, 1),
+        "log_scale": Independent(finite, 1),
     }
 
     def __init__(

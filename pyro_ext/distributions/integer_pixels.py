@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_ext._arguments import describe
-from pyro_ext.distributions.components import Independent, expand_parameters
+from pyro_ext.distributions.components import expand_parameters
 from pyro_ext.ops import accumulation_dtype, discretized_logistic_mixture_log_prob
 from pyro_ext.ops.precision import promoted_dtype
 
@@ -64,12 +64,6 @@ class IntegerPixels(TorchDistribution):
         Locations and log scales may have a wider dtype, so that no digits are lost.
         """
         raise NotImplementedError
-
-    @constraints.dependent_property(is_discrete=True)
-    def support(self) -> Any:
-        """The integers ``low..high``."""
-        interval = constraints.integer_interval(self.low, self.high)
-        return Independent(interval, 1) if self.event_shape else interval
 
     @lazy_property
     def scale(self) -> Tensor:
@@ -149,6 +143,11 @@ class ScalarIntegerPixels(IntegerPixels):
 
     has_enumerate_support = True
 
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Any:
+        """The integers ``low..high``."""
+        return constraints.integer_interval(self.low, self.high)
+
     def cdf(self, value: Tensor) -> Tensor:
         """Return the probability that a draw is at most ``value``.
 
@@ -157,7 +156,8 @@ class ScalarIntegerPixels(IntegerPixels):
         """
         value = value.to(torch.promote_types(value.dtype, self._dtype))
         logits, loc, log_scale = self._mixture(value.unsqueeze(-1))
-        edge = value.floor().unsqueeze(-1) + 0.5
+        # Values outside of the range are replaced below. Infinity would give their gradient NaN.
+        edge = value.floor().clamp(self.low, self.high).unsqueeze(-1) + 0.5
         below = torch.sigmoid((edge - loc.squeeze(-2)) * log_scale.squeeze(-2).neg().exp())
         found = (logits.to(self._dtype).softmax(-1) * below).sum(-1).to(self._dtype)
         return found.masked_fill(value >= self.high, 1.0).masked_fill(value < self.low, 0.0)

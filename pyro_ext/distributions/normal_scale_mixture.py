@@ -13,6 +13,8 @@ from pyro_ext.distributions.components import (
     broadcast_components,
     draw_components,
     expand_parameters,
+    finite_positive,
+    log_weights,
     one_of_pair,
 )
 from pyro_ext.ops import (
@@ -21,6 +23,7 @@ from pyro_ext.ops import (
     normal_scale_mixture_log_densities,
     normal_scale_mixture_log_prob,
 )
+from pyro_ext.ops.normal_scale_mixture import standardize
 from pyro_ext.ops.once_differentiable import zero_with_derivative
 from pyro_ext.ops.precision import promoted_dtype
 
@@ -33,19 +36,22 @@ class NormalScaleMixture(TorchDistribution):
     Draws are reparameterised in the scales and the weights, so the distribution can also be a
     guide. Their derivatives come from implicit differentiation of the distribution function F:
     :math:`dx = -dF / p(x)`. Densities are evaluated in log space and in float64, for every dtype of
-    the parameters.
+    the parameters. They and their gradients are exact up to rounding wherever the ratios of values
+    to scales are finite, also if a log density overflows to ``-inf``. Fixed scales may differ by a
+    factor of up to 1e150.
 
     :param scales: the standard deviations > 0, of shape ``(..., K)``. The dims before K are the
         batch shape.
     :param probs: the weights of the components, >= 0, of shape ``(..., K)``. They are normalised to
         sum to one. Give exactly one of ``probs`` and ``logits``.
-    :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``.
+    :param logits: logarithms of the weights up to a constant, of shape ``(..., K)``; minus infinity
+        for a weight of zero.
     :param validate_args: whether to check parameters and values. By default, Pyro's global setting
         decides.
     :raises TypeError: if a parameter is not a tensor.
     :raises ValueError: if not exactly one of ``probs`` and ``logits`` is given, or if the numbers
-        of components differ. With validation, also if a scale is not positive or a weight is
-        negative.
+        of components differ. With validation, also if a parameter is not finite, except for
+        ``logits`` of minus infinity, if a scale is not positive, or if a weight is negative.
 
     Sources: Blundell, Cornebise, Kavukcuoglu and Wierstra (2015), Weight Uncertainty in Neural
     Networks, equation 7; Figurnov, Mohamed and Mnih (2018), Implicit Reparameterization Gradients.
@@ -60,9 +66,9 @@ class NormalScaleMixture(TorchDistribution):
     """
 
     arg_constraints: ClassVar = {
-        "scales": Independent(constraints.positive, 1),
+        "scales": Independent(finite_positive, 1),
         "probs": constraints.simplex,
-        "logits": Independent(constraints.real, 1),
+        "logits": log_weights,
     }
     support = constraints.real
     has_rsample = True
@@ -81,7 +87,9 @@ class NormalScaleMixture(TorchDistribution):
         self.scales = given["scales"]
         if "probs" in given:
             # Negative weights stay negative, so that validation rejects them.
-            self.probs = given["probs"] / given["probs"].abs().sum(-1, keepdim=True)
+            # The division by the largest one prevents an overflow of the sum.
+            scaled = given["probs"] / given["probs"].detach().abs().amax(-1, keepdim=True)
+            self.probs = scaled / scaled.abs().sum(-1, keepdim=True)
         else:
             self.logits = given["logits"] - given["logits"].logsumexp(-1, keepdim=True)
         # The parameters before expansion: computing with expanded ones would cost as much as with
@@ -118,7 +126,7 @@ class NormalScaleMixture(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """The variance: the weighted mean of the squared scales."""
-        return (self.probs * self.scales.square()).sum(-1)
+        return (self.probs * self.scales * self.scales).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density.
@@ -142,7 +150,9 @@ class NormalScaleMixture(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         scales, log_weights = self._wide_parameters()
-        below = torch.special.ndtr(value.to(scales.dtype).unsqueeze(-1) / scales)
+        # Small tails keep their digits, which 1 + erf would lose.
+        z, _ = standardize(value.to(scales.dtype).unsqueeze(-1), scales)
+        below = torch.special.erfc(-z / math.sqrt(2)) / 2
         dtype = torch.promote_types(self._dtype, value.dtype)
         found = (log_weights.exp() * below).sum(-1).to(dtype)
         return found.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
@@ -168,10 +178,10 @@ class NormalScaleMixture(TorchDistribution):
         with torch.no_grad():
             log_densities = normal_scale_mixture_log_densities(draw, scales, log_weights)
             log_density = log_densities.logsumexp(-1, keepdim=True)
-            z = draw.unsqueeze(-1) / scales
+            z, exponent = standardize(draw.unsqueeze(-1), scales)
             by_scale = (log_densities - log_density).exp() * z
             # The weights' changes sum to zero, so either tail can be used. Use the smaller one.
-            log_tail = torch.special.erfcx(z.abs() / math.sqrt(2)).log() - z.square() / 2
+            log_tail = torch.special.erfcx(z.abs() / math.sqrt(2)).log() + exponent
             log_tail = log_tail + log_weights - math.log(2)
             by_log_weight = draw.sign().unsqueeze(-1) * (log_tail - log_density).exp()
         # Weights of zero have no gradient.

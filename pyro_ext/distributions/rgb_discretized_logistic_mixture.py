@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from pyro_ext.distributions.components import (
     Independent,
     broadcast_components,
     draw_components,
+    finite,
+    finite_positive,
+    log_weights,
     one_of_pair,
 )
 from pyro_ext.distributions.integer_pixels import IntegerPixels
@@ -26,10 +29,12 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     (low + high) / 2, the location of green is shifted by c_0 (r - m), and the location of blue by
     c_1 (r - m) + c_2 (g - m). All channels of a pixel share the component. This is the likelihood
     of PixelCNN++. There, the pixels are rescaled to [-1, 1], and the network passes the
-    coefficients through tanh.
+    coefficients through tanh. Masses and their gradients are exact up to rounding as those of
+    :class:`DiscretizedLogisticMixture`, if the shifted locations are numbers of the dtype as well.
 
-    :param logits: log weights of the components up to a constant, of shape ``(..., K)``. The dims
-        before K are the batch shape, and the event shape is (3,).
+    :param logits: log weights of the components up to a constant, of shape ``(..., K)``; minus
+        infinity for a weight of zero. The dims before K are the batch shape, and the event shape is
+        (3,).
     :param loc: the locations in the units of the pixels, of shape ``(..., 3, K)``.
     :param scale: the scales > 0 in the same units, of shape ``(..., 3, K)``. Give exactly one of
         ``scale`` and ``log_scale``.
@@ -42,8 +47,9 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         decides.
     :raises TypeError: if a parameter is not a tensor, or if ``low`` or ``high`` is not an integer.
     :raises ValueError: if not exactly one of ``scale`` and ``log_scale`` is given, if shapes do not
-        match, or if not low < high. With validation, also if a scale is not positive, or if a value
-        is not an integer in ``low..high``.
+        match, or if not low < high. With validation, also if a parameter is not finite, except for
+        weights of zero, if a scale is not positive, or if a value is not an integer in
+        ``low..high``.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++: Improving the PixelCNN with
     Discretized Logistic Mixture Likelihood and Other Modifications.
@@ -59,11 +65,11 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
     torch.Size([4])
     """
 
-    _matrix: ClassVar = Independent(constraints.real, 2)
+    _matrix: ClassVar = Independent(finite, 2)
     arg_constraints: ClassVar = {
-        "logits": Independent(constraints.real, 1),
+        "logits": log_weights,
         "loc": _matrix,
-        "scale": Independent(constraints.positive, 2),
+        "scale": Independent(finite_positive, 2),
         "log_scale": _matrix,
         "coeffs": _matrix,
     }
@@ -99,6 +105,24 @@ class RGBDiscretizedLogisticMixture(IntegerPixels):
         )
         parameters["logits"] = parameters["logits"][..., 0, :]
         self._set_up(parameters, low, high, validate_args)
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[torch.Size, torch.Size]:
+        """Return the batch shape and the event shape, given the shapes of the arguments.
+
+        :param arg_shapes: the shapes, by the names of the arguments; ``()`` for numbers and None.
+        """
+        batch_shapes = (
+            shape[: -cls.arg_constraints[name].event_dim]
+            for name, shape in arg_shapes.items()
+            if name in cls.arg_constraints
+        )
+        return torch.broadcast_shapes(*batch_shapes), torch.Size([3])
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> Any:
+        """The triples of integers ``low..high``."""
+        return Independent(constraints.integer_interval(self.low, self.high), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Return the same distribution with a larger batch shape. The parameters share memory.

@@ -5,11 +5,11 @@ the signed distance from loc to the nearer edge of the bin is n = |c| - t / 2. T
 farther edge is n + t. With the masses p = sigmoid(n) and q = sigmoid(-n - t) beyond these edges,
 
     mass                 = 1 - p - q = (1 - p) (1 - q) (1 - exp(-t))
-    d log mass / d loc   = tanh(c) (p + q - 2 p q) t
+    d log mass / d loc   = sign(c) (1 - exp(-2 |c|)) p (1 - q) t
     d log mass / d log s = n p - (n + t) q - t / (exp(t) - 1).
 
 A bin at an end of the range includes the tail, and has no farther edge. For this bin, q and exp(-t)
-are zero, tanh(c) is -1 or 1, and n stays finite.
+are zero, and c is infinite.
 
 With m = min(p, 1 - p) and Q = m + q - m q,
 
@@ -17,6 +17,10 @@ With m = min(p, 1 - p) and Q = m + q - m q,
 
 The sum 1 - r = exp(-t) + (1 - exp(-t)) Q has only positive terms. Where r is near one, the log of
 the rounded r is corrected by the difference between 1 - r and this sum.
+
+A distance n can exceed the largest number of the dtype. The log mass is then minus infinity, and
+the derivative in the log scale is the largest number, so that its product with zero is zero. If all
+components of a point are that far away, the nearest one is found by distances in a larger unit.
 """
 
 import math
@@ -34,6 +38,10 @@ BLOCK_SIZE = 2**18
 
 # exp(-LARGE) is zero in every dtype. LARGE x 0 is zero as well, but inf x 0 is NaN.
 _LARGE = 1e4
+
+# A unit of distances. For log scales down to -80, no distance overflows in this unit, and one that
+# overflows without it does not underflow.
+_UNIT = 2.0**118
 
 
 def discretized_logistic_mixture_log_prob(
@@ -58,8 +66,8 @@ def discretized_logistic_mixture_log_prob(
     :param value: integers of shape ``(..., C)`` and any dtype. Values outside ``low..high`` give
         ``-inf``, and NaN gives NaN. Fractions are not checked.
     :param logits: unnormalised log weights of the components, of shape ``(..., K)``.
-    :param loc: locations of shape ``(..., C, K)``, in the units of ``value``.
-    :param log_scale: logarithms of the scales, of shape ``(..., C, K)``.
+    :param loc: finite locations of shape ``(..., C, K)``, in the units of ``value``.
+    :param log_scale: logarithms of the scales, from -80 to 80, of shape ``(..., C, K)``.
     :param low: the smallest integer.
     :param high: the largest integer, at least ``low``.
     :param dtype: the dtype of the result and of most of the arithmetic. By default, it is the
@@ -264,25 +272,35 @@ def _evaluate(
     out: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the log mass, of shape ``(N,)``, and its gradients, with components first."""
-    log_mass, by_loc, by_log_scale = _evaluate_components(
+    log_mass, excess, by_loc, by_log_scale = _evaluate_components(
         bins, loc, log_scale, logits.dtype, needs_gradient
     )
     joint = log_mass.sum(-1) if log_mass.shape[-1] > 1 else log_mass.squeeze(-1)
     logits = _components_first(logits)
+    if len(logits) == 1:
+        return _combine_one(joint, logits, by_loc, by_log_scale, needs_gradient, out)
+    smallest = torch.finfo(joint.dtype).min
+    if needs_gradient:
+        excess = excess.sum(-1) if excess.shape[-1] > 1 else excess.squeeze(-1)
+        from_nearest = excess.add_(logits, alpha=1 / _UNIT).clamp_(min=smallest)
+        from_nearest.sub_(from_nearest.amax(0))
     logits.sub_(logits.amax(0))
     weights = logits.exp()
     total = weights.sum(0)
     weights.mul_(total.reciprocal())
     # Near mass one, only the complement is accurate to all digits.
     complement = joint.expm1().mul_(weights).sum(0)
-    joint.add_(logits)
+    joint.add_(logits).clamp_(min=smallest)
     largest = joint.amax(0)
-    joint.sub_(largest).exp_()
-    sums = joint.sum(0)
-    by_sums = largest.sub_(total.log_()).add_(sums.log())
+    is_beyond = largest == smallest
+    joint.sub_(largest)
+    if needs_gradient:
+        joint.addcmul_(from_nearest, is_beyond.to(joint.dtype).mul_(_UNIT))
+    sums = joint.exp_().sum(0)
+    by_sums = largest.sub_(total.log_()).add_(sums.log()).masked_fill_(is_beyond, -math.inf)
     log_prob = torch.where(complement > -0.5, complement.log1p(), by_sums, out=out[0])
     if not needs_gradient:
-        return log_prob, by_loc, by_loc, by_loc
+        return log_prob, by_loc, by_loc, by_log_scale
     responsibilities = joint.mul_(sums.reciprocal_())
     return (
         log_prob,
@@ -292,31 +310,54 @@ def _evaluate(
     )
 
 
+def _combine_one(
+    joint: Tensor,
+    logits: Tensor,
+    by_loc: Tensor,
+    by_log_scale: Tensor,
+    needs_gradient: bool,
+    out: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of :func:`_evaluate` for a single component, which has all the weight."""
+    no_weight = logits.sub_(logits)  # zero, but NaN if there is no weight to normalise
+    is_beyond = joint == torch.finfo(joint.dtype).min
+    log_prob = joint.add_(no_weight).masked_fill_(is_beyond, -math.inf).squeeze(0)
+    found = log_prob, no_weight if needs_gradient else by_loc, by_loc, by_log_scale
+    a, b, c, d = (x if to is None else to.copy_(x) for x, to in zip(found, out, strict=True))
+    return a, b, c, d
+
+
 def _evaluate_components(
     bins: _Bins, loc: Tensor, log_scale: Tensor, dtype: torch.dtype, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the log mass of each component and channel, ``(K, N, C)``, and its derivatives.
 
+    The second result is the distance to a bin that does not contain the location, in a larger unit.
     Each operation is a pass over memory, so most of them work in place.
     """
-    by_loc = by_log_scale = loc.new_empty(0)
+    excess = by_loc = by_log_scale = loc.new_empty(0)
+    largest = torch.finfo(dtype).max
     loc = _components_first(loc)
     t = _components_first(log_scale).neg_().exp_().to(dtype)
     if needs_gradient:
-        slope = (bins.center - loc).to(dtype).mul_(t).tanh_().mul_(t)
+        offset = (bins.center - loc).to(dtype)
+        slope = offset.abs().mul_(t).mul_(-2).expm1_().copysign_(offset).mul_(t)
+        del offset
     # Subtract each edge separately: digits would cancel in |c| - t / 2.
     nearer = (bins.lower - loc).clamp_(min=loc.sub_(bins.upper)).to(dtype)
     del loc
-    nearer.mul_(t).clamp_(min=-_LARGE)
+    if needs_gradient:
+        excess = nearer.clamp(min=0, max=largest).mul_(-1 / _UNIT).mul_(t)
+    nearer.mul_(t).clamp_(min=-_LARGE, max=largest)
     exponent = bins.edge.to(dtype) - t
-    minus_farther = exponent - nearer
+    minus_farther = (exponent - nearer).clamp_(min=-_LARGE)
     p, q = nearer.sigmoid(), minus_farther.sigmoid()
     minus_inside = exponent.expm1()
     exp_minus_t = exponent.exp_()
     if needs_gradient:
         by_log_scale = t.mul_(exp_minus_t).div_(minus_inside)
         by_log_scale.addcmul_(nearer, p).addcmul_(minus_farther, q)
-        by_loc = (p + q).addcmul_(p, q, value=-2).mul_(slope)
+        by_loc = torch.addcmul(p, p, q, value=-1).mul_(slope)
         del slope
 
     p.clamp_(max=1 - p)
@@ -326,7 +367,7 @@ def _evaluate_components(
     del p, minus_inside
     log_mass = r.log().addcmul_((1 - r).sub_(one_minus_r), r)
     log_mass.sub_(nearer.clamp_(min=0))
-    return log_mass, by_loc, by_log_scale
+    return log_mass, excess, by_loc, by_log_scale
 
 
 def _components_first(x: Tensor) -> Tensor:

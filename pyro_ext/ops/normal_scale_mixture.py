@@ -1,13 +1,12 @@
 """The log density of a mixture of normals with mean zero, without a dim for the components."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.nn.functional import softplus
 
 from pyro_ext.ops.once_differentiable import is_traced, is_transformed
 
@@ -30,8 +29,75 @@ def normal_scale_mixture_log_densities(
     >>> normal_scale_mixture_log_densities(torch.zeros(5), torch.ones(2), torch.zeros(2)).shape
     torch.Size([5, 2])
     """
-    z = value.to(scales.dtype).unsqueeze(-1) / scales
-    return _constants(scales, log_weights) - z.square() / 2
+    _, exponent = standardize(value.to(scales.dtype).unsqueeze(-1), scales)
+    return _constants(scales, log_weights) + exponent
+
+
+def standardize(
+    value: Tensor, scales: Tensor, reference: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the ratio of values to scales, and the exponent of a relative normal density.
+
+    .. math:: z = x / \sigma, \qquad (z_0^2 - z^2) / 2
+
+    A ratio is at most the largest number of the dtype in size. The exponent may be infinite, but
+    the derivatives of both in values and scales do not overflow before they have to, and a gradient
+    of zero stays zero.
+
+    :param value: real numbers that broadcast with the scales, in their dtype.
+    :param scales: numbers > 0.
+    :param reference: the ratio z_0, as a constant; zero by default.
+
+    >>> standardize(torch.tensor([3.0, math.inf]), torch.tensor(2.0))
+    (tensor([1.5000e+00, 3.4028e+38]), tensor([-1.1250,    -inf]))
+    """
+    if reference is None:
+        reference = scales.new_zeros(())
+    # Dynamo cannot trace functions that define a forward mode.
+    function = _Standardize if torch.compiler.is_compiling() else _StandardizeWithForwardMode
+    return function.apply(value, scales, reference)
+
+
+class _Standardize(torch.autograd.Function):
+    """Autograd's own derivatives would form z^2 or 1 / scale^2, which overflow first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, scales: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        z = _ratio(value, scales)
+        exponent = (reference - z).mul_(torch.add(reference / 2, z, alpha=0.5))
+        # Finite also where a component without weight has the smaller ratio: -inf + inf is NaN.
+        return z, exponent.clamp(max=torch.finfo(scales.dtype).max)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [x.shape for x in inputs[:2]]
+        ctx.save_for_backward(inputs[1], output[0])
+        ctx.save_for_forward(inputs[1], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        scales, z = ctx.saved_tensors
+        by_z, by_exponent = grads
+        if by_exponent is None and by_z is None:
+            return None, None, None
+        towards_zero = 0.0 if by_exponent is None else by_exponent * z
+        if by_z is not None:
+            towards_zero = towards_zero - by_z
+        by_value = towards_zero / scales
+        of_value, of_scales = ctx.shapes
+        return -by_value.sum_to_size(of_value), (by_value * z).sum_to_size(of_scales), None
+
+
+class _StandardizeWithForwardMode(_Standardize):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        scales, z = ctx.saved_tensors
+        by_value, by_scales = (0.0 if x is None else x for x in tangents[:2])
+        by_z = (by_value - z * by_scales) / scales
+        return by_z, -z * by_z
 
 
 def normal_scale_mixture_log_prob(
@@ -61,7 +127,28 @@ def normal_scale_mixture_log_prob(
     is_plain = not any(map(is_transformed, (value, scales, log_weights)))
     if are_shared and are_fixed and is_plain and unpack_dual(value).tangent is None:
         return _SharedLogProb.apply(value, scales.reshape(K), log_weights.reshape(K), dtype)
-    return normal_scale_mixture_log_densities(value, scales, log_weights).logsumexp(-1).to(dtype)
+    relative, smallest = _relative_log_densities(value, scales, log_weights)
+    return (relative.logsumexp(-1) - smallest * (smallest / 2)).to(dtype)
+
+
+def _relative_log_densities(
+    value: Tensor, scales: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log densities without the term of the widest component, and its ratio z.
+
+    The term -z^2 / 2 may overflow. The difference to it is zero for the widest component, and may
+    be minus infinity for the others. So the shares of the components are always defined.
+    """
+    # The ratio cancels in the sum of both results, so it needs no gradient.
+    widest = scales.detach().masked_fill(log_weights.detach() == -math.inf, 0.0).amax(-1)
+    smallest = _ratio(value.detach().to(scales.dtype), widest)
+    _, exponent = standardize(value.to(scales.dtype).unsqueeze(-1), scales, smallest.unsqueeze(-1))
+    return _constants(scales, log_weights) + exponent, smallest
+
+
+def _ratio(value: Tensor, scales: Tensor) -> Tensor:
+    largest = torch.finfo(scales.dtype).max
+    return (value / scales).clamp(-largest, largest)
 
 
 def _constants(
@@ -88,16 +175,14 @@ class _SharedLogProb(torch.autograd.Function):
         # The widest component comes first, and components without weight come last.
         order = scales.masked_fill(log_weights == -math.inf, 0.0).argsort(descending=True)
         scales, log_weights = scales[order], log_weights[order]
-        constants = _constants(scales, log_weights).unbind()
-        precisions = scales.square().reciprocal().unbind()
+        components = _Components.of(scales, log_weights)
         step = BLOCK_SIZE if value.device.type == "cpu" else max(len(flat), 1)
         for start in range(0, len(flat), step):
             block = slice(start, start + step)
-            x = flat[block].to(scales.dtype)
-            found, precision = _evaluate(x, constants, precisions)
+            found, slope = _evaluate(flat[block].to(scales.dtype), components)
             log_prob[block] = found
             if derivative is not None:
-                derivative[block] = precision.mul_(x).neg_()
+                derivative[block] = slope
         ctx.save_for_backward(value, scales, log_weights, derivative)
         return log_prob.reshape(value.shape)
 
@@ -105,29 +190,55 @@ class _SharedLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         value, scales, log_weights, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():
-            log_densities = normal_scale_mixture_log_densities(value, scales, log_weights)
-            precision = (log_densities.softmax(-1) / scales.square()).sum(-1)
-            by_value = -precision * value
+            relative, _ = _relative_log_densities(value, scales, log_weights)
+            z, _ = standardize(value.to(scales.dtype).unsqueeze(-1), scales)
+            by_value = -(relative.softmax(-1) * z / scales).sum(-1)
         else:
             by_value = derivative.reshape(value.shape)
         return (grad * by_value).to(value.dtype), None, None, None
 
 
-def _evaluate(
-    x: Tensor, constants: tuple[Tensor, ...], precisions: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return the log density of a block, and the mean precision of the components given the value.
+class _Components(NamedTuple):
+    """Components in units of the first one's scale and of the largest weighted density at zero.
 
-    Components are added one by one, the widest first. Where a narrower component adds much, both
-    log densities are moderate, and no digits cancel.
+    The scale is multiplied by the root of two: z^2 / 2 is then a square, which overflows last.
     """
-    square = x.square()
-    log_prob = torch.addcmul(constants[0], square, precisions[0], value=-0.5)
-    mean_precision = precisions[0].expand(x.shape)
-    for constant, precision in zip(constants[1:], precisions[1:], strict=True):
-        excess = torch.addcmul(constant, square, precision, value=-0.5).sub_(log_prob)
-        log_prob.add_(softplus(excess, threshold=40.0))
-        mean_precision = torch.lerp(mean_precision, precision, excess.sigmoid_())
-    # At infinity each log density is -inf, and the difference of two is NaN.
-    log_prob.masked_fill_(square.isinf(), -math.inf)
-    return log_prob, mean_precision.clone() if len(precisions) == 1 else mean_precision
+
+    scale: Tensor
+    constant: Tensor
+    constants: tuple[Tensor, ...]
+    precisions: tuple[Tensor, ...]
+    excess_precisions: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, scales: Tensor, log_weights: Tensor) -> "_Components":
+        """Return the components with given scales and log weights, each of shape ``(K,)``."""
+        constants = _constants(scales, log_weights)
+        # A ratio of scales whose square overflows: the number is finite, so that x 0 is not NaN.
+        precisions = (scales[0] / scales).square().clamp(max=torch.finfo(scales.dtype).max)
+        return cls(
+            scales[0] * math.sqrt(2),
+            constants.amax(),
+            (constants - constants.amax()).unbind(),
+            precisions.unbind(),
+            (precisions - 1).unbind(),
+        )
+
+
+def _evaluate(x: Tensor, components: _Components) -> tuple[Tensor, Tensor]:
+    """Return the log density of a block, and its derivative.
+
+    Components are added one by one, without the term of the first one, which may overflow.
+    """
+    z = x / components.scale
+    square = z.square()
+    # The product with an excess of zero is zero, also where the square overflows.
+    finite = square.clamp(max=torch.finfo(x.dtype).max)
+    (total, *constants), (mean_precision, *precisions), (_, *excess_precisions) = components[2:]
+    for constant, precision, excess in zip(constants, precisions, excess_precisions, strict=True):
+        log_density = torch.addcmul(constant, finite, excess, value=-1)
+        share = (log_density - total).sigmoid_()
+        total = torch.logaddexp(total, log_density)
+        mean_precision = torch.lerp(mean_precision, precision, share)
+    log_prob = (components.constant - square).add_(total)
+    return log_prob, z.mul_(mean_precision).div_(-components.scale / 2)

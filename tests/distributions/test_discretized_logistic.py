@@ -232,6 +232,32 @@ def test_integer_locations_with_a_number_as_scale():
     assert whole.log_prob(torch.tensor([5])) == fraction.log_prob(torch.tensor([5]))
 
 
+def test_components_whose_log_mass_overflows():
+    log_scale = torch.tensor([-78.0, 0.0], requires_grad=True)
+    loc = torch.tensor([0.0, 65535.0])
+    d = DiscretizedLogisticMixture(torch.zeros(2), loc, log_scale=log_scale, low=0, high=65535)
+    (gradient,) = torch.autograd.grad(d.log_prob(torch.tensor(65535)), log_scale)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, -0.1887703]))
+    far = DiscretizedLogistic(torch.tensor([1e5]), log_scale=torch.tensor([-80.0]))
+    assert far.log_prob(torch.tensor([3])) == -torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_if_all_log_masses_overflow_the_nearest_component_has_the_share(dtype):
+    far = torch.finfo(dtype).max / 2
+    loc = torch.tensor([-far, far / 2, far], dtype=dtype, requires_grad=True)
+    logits = torch.zeros(3, dtype=dtype, requires_grad=True)
+    log_scale = torch.full((3,), -80.0, dtype=dtype, requires_grad=True)
+    log_prob = DiscretizedLogisticMixture(logits, loc, None, log_scale).log_prob(torch.tensor(3))
+    assert log_prob == -torch.inf
+    by_logits, by_loc, by_log_scale = torch.autograd.grad(log_prob, (logits, loc, log_scale))
+    third = torch.full((), 1 / 3, dtype=dtype)
+    torch.testing.assert_close(by_logits, torch.tensor([0.0, 1.0, 0.0]).to(dtype) - third)
+    steep = -torch.full((), 80.0, dtype=dtype).exp()
+    torch.testing.assert_close(by_loc, torch.tensor([0.0, 1.0, 0.0]).to(dtype) * steep)
+    assert by_log_scale.tolist() == [0.0, torch.finfo(dtype).max, 0.0]
+
+
 P = torch.ones(2)
 BAD_PIXELS = {
     "fraction": (0.5, "integers in 0..255, but one is 0.5. Values in [0, 1] are not rescaled"),

@@ -271,3 +271,53 @@ def test_validation_can_be_turned_off(name):
     for one in (strict, strict.expand((3, 2))):
         with pytest.raises(ValueError, match=r"nan|support"):
             one.log_prob(nan)
+
+
+def alternatives(name):
+    """The parameters in each of their spellings."""
+    _, parameters, _ = DISTRIBUTIONS[name]
+
+    def spell(shape, old, new):
+        return {new if key == old else key: x.exp() for key, x in parameters(shape).items()}
+
+    spellings = [parameters, lambda shape: spell(shape, "log_scale", "scale")]
+    if name == "normal-scale-mixture":
+        spellings[1] = lambda shape: spell(shape, "logits", "probs")
+    if name == "rgb-discretized-logistic-mixture":
+        spellings.append(lambda shape: {**parameters(shape), "coeffs": None})
+    return spellings
+
+
+@BATCH_SHAPES
+@EVERY
+def test_shapes_are_inferred_from_those_of_the_arguments(name, batch_shape):
+    cls, _, fixed = DISTRIBUTIONS[name]
+    for spelling in alternatives(name):
+        small, large = spelling(()), spelling(batch_shape)
+        for wide in [*small, None]:
+            given = {**large, **fixed} if wide is None else {**small, wide: large[wide], **fixed}
+            shapes = {key: getattr(x, "shape", ()) for key, x in given.items()}
+            d = cls(**given)
+            assert cls.infer_shapes(**shapes) == (d.batch_shape, d.event_shape)
+            assert all(type(shape) is torch.Size for shape in cls.infer_shapes(**shapes))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@EVERY
+def test_parameters_that_are_not_finite_are_refused(name, bad):
+    """Except for log weights of minus infinity, unless all are."""
+    cls, _, fixed = DISTRIBUTIONS[name]
+    for spelling in alternatives(name):
+        for key, x in spelling((2,)).items():
+            if x is None:
+                continue
+            is_weight = key == "logits" and bad == float("-inf")
+            index = (0, slice(None)) if is_weight else (0, *(0 for _ in x.shape[1:]))
+            wrong = x.clone()
+            wrong[index] = bad
+            given = {**spelling((2,)), key: wrong}
+            with pytest.raises(ValueError, match=f"parameter {key} "):
+                cls(**given, **fixed)
+            if is_weight:
+                wrong[0, 0] = 0.0
+                assert cls(**given, **fixed).log_prob(make(name).sample()).isfinite().all()

@@ -195,6 +195,54 @@ def test_second_derivatives_of_draws_are_refused():
         torch.autograd.grad(first.sum(), scales)
 
 
+def test_extreme_ratios_of_values_to_scales():
+    """The log density overflows, or would on the way, but its gradients do not."""
+    x = torch.tensor([1e155, 3e300, -1e155], **F64, requires_grad=True)
+    scales = torch.tensor([[1.0, 0.5], [1e150, 1e150], [1e10, 1.0]], **F64, requires_grad=True)
+    log_prob = NormalScaleMixture(scales, probs=torch.tensor([0.5, 0.5], **F64)).log_prob(x)
+    by_x, by_scales = torch.autograd.grad(log_prob.sum(), (x, scales))
+    torch.testing.assert_close(log_prob[1].item(), -4.5e300, rtol=1e-12, atol=0)
+    assert log_prob[0] == -math.inf
+    torch.testing.assert_close(by_x, torch.tensor([-1e155, -3.0, 1e135], **F64))
+    expected = [[math.inf, 0.0], [4.5e150, 4.5e150], [1e280, 0.0]]
+    torch.testing.assert_close(by_scales, torch.tensor(expected, **F64))
+    x.requires_grad_(False)
+    shared = x[:1].clone().requires_grad_()
+    fixed = NormalScaleMixture(scales[0].detach(), probs=torch.tensor([0.5, 0.5], **F64))
+    torch.testing.assert_close(*torch.autograd.grad(fixed.log_prob(shared), shared), by_x[:1])
+
+
+def test_small_tails_keep_their_digits():
+    d = NormalScaleMixture(torch.tensor([1.0, 0.1], **F64), torch.tensor([1e-3, 1.0], **F64))
+    x = torch.tensor([-38.0, -20.0, -9.0, -0.5], **F64)
+    with mpmath.workdps(60):
+        for value, found in zip(x.tolist(), d.cdf(x).tolist(), strict=True):
+            terms = ((mpmath.mpf(0.001), mpmath.mpf(1.0)), (mpmath.mpf(1.0), mpmath.mpf(0.1)))
+            total = sum(w for w, _ in terms)
+            expected = sum(w / total * mpmath.ncdf(mpmath.mpf(value) / s) for w, s in terms)
+            assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_large_weights_and_scales_do_not_overflow_on_the_way():
+    probs = torch.tensor([3e38, 1e38, 3e38])
+    torch.testing.assert_close(
+        NormalScaleMixture(torch.ones(3), probs=probs).probs, torch.tensor([3.0, 1.0, 3.0]) / 7
+    )
+    d = NormalScaleMixture(torch.tensor([1e20, 1.0]), probs=torch.tensor([1e-10, 1.0]))
+    assert d.variance.item() == pytest.approx(1e30, rel=1e-5)
+    d = NormalScaleMixture(torch.tensor([1e20, 1.0]), probs=torch.tensor([0.0, 1.0]))
+    assert d.variance == 1
+
+
+@pytest.mark.parametrize("is_widest", [False, True])
+def test_a_large_negative_logit_excludes_a_component(is_widest):
+    scales = torch.tensor([2.0, 0.5]) if is_widest else torch.tensor([0.1, 0.5])
+    logits = torch.tensor([torch.finfo(torch.float32).min, 0.0])
+    x = torch.tensor([0.0, 0.3, -4.0])
+    expected = dist.Normal(0.0, 0.5).log_prob(x)
+    torch.testing.assert_close(NormalScaleMixture(scales, logits=logits).log_prob(x), expected)
+
+
 ERRORS = {
     "both": (
         lambda s: NormalScaleMixture(s, probs=s, logits=s),

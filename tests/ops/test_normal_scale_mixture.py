@@ -1,11 +1,14 @@
 """The pass for values that share their components, against the plain formula and 60 digits."""
 
 import math
+import subprocess
+import sys
 
 import mpmath
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ext.ops import normal_scale_mixture_log_densities, normal_scale_mixture_log_prob
 
@@ -122,3 +125,57 @@ def test_learnt_components_have_gradients():
     assert torch.autograd.gradcheck(
         lambda s: normal_scale_mixture_log_prob(x, s, log_weights, torch.float64), scales
     )
+
+
+def learnt_step(x, scales, log_weights):
+    log_prob = normal_scale_mixture_log_prob(x, scales, log_weights, torch.float64)
+    return log_prob, *torch.autograd.grad(log_prob.sum(), (x, scales, log_weights))
+
+
+def learnt_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, scales, log_weights = (
+        torch.randn(shape, generator=generator, **F64) for shape in ((5,), (5, 3), (5, 3))
+    )
+    return [t.requires_grad_() for t in (x, scales.exp(), log_weights.log_softmax(-1))]
+
+
+def test_learnt_components_are_captured_as_a_graph():
+    graph = make_fx(learnt_step)(*learnt_inputs())
+    other = learnt_inputs(1)
+    for one, expected in zip(graph(*other), learnt_step(*other), strict=True):
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.long
+def test_learnt_components_are_compiled_without_breaks():
+    call = "from tests.ops.test_normal_scale_mixture import compile_it; compile_it()"
+    subprocess.run([sys.executable, "-c", call], check=True)
+
+
+def compile_it():
+    inputs = learnt_inputs()
+    compiled = torch.compile(
+        lambda *tensors: normal_scale_mixture_log_prob(*tensors, torch.float64),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    log_prob = compiled(*inputs)
+    found = log_prob, *torch.autograd.grad(log_prob.sum(), inputs)
+    for one, expected in zip(found, learnt_step(*inputs), strict=True):
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_forward_mode_and_second_derivatives_of_learnt_components():
+    inputs = tuple(t.detach() for t in learnt_inputs())
+
+    def total(*tensors):
+        return normal_scale_mixture_log_prob(*tensors, torch.float64).sum()
+
+    arguments = (0, 1, 2)
+    backward = torch.func.jacrev(torch.func.grad(total, arguments), arguments)(*inputs)
+    forward = torch.func.jacfwd(torch.func.grad(total, arguments), arguments)(*inputs)
+    torch.testing.assert_close(forward, backward)
+    leaves = [t.requires_grad_() for t in learnt_inputs()]
+    assert torch.autograd.gradgradcheck(total, leaves)
