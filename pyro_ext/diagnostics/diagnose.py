@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyro_ext._arguments import abbreviate
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import psis
-from pyro_ext.diagnostics.draw_source import draw_source
+from pyro_ext.diagnostics.draw_source import CannotDrawError, draw_source
 from pyro_ext.diagnostics.sample_statistics import sample_statistics
 from pyro_ext.diagnostics.site_arrays import Groups
 from pyro_ext.ops import MIN_DRAWS, jackknife
@@ -169,7 +170,13 @@ def diagnose(
     """
     programs = read_programs(NAME, model, guide, args, kwargs, model_args, model_kwargs)
     source = draw_source(NAME, programs, num_samples, chunk_size)
-    groups = source.draw(num_samples, predictive=True)
+    try:
+        groups = source.draw(num_samples, predictive=True)
+    except CannotDrawError as cannot:
+        warnings.warn(
+            f"{NAME}: {cannot.__cause__}: there are no predictive p-values.", stacklevel=3
+        )
+        groups = source.draw(num_samples, predictive=False)
     found = sample_statistics(groups, source.common)
     joint = found["log_weight"].values
     by_element = torch.tensor(found["log_weight_local" if source.common else "log_weight"].values)
@@ -188,7 +195,7 @@ def diagnose(
         loss_change_error=error,
         predictive_p_values={
             site: _p_values(groups, site, statistics or STATISTICS)
-            for site in groups["posterior_predictive"]
+            for site in groups.get("posterior_predictive", {})
         },
         points=tuple(source.points),
         has_draws=source.has_draws,

@@ -1,5 +1,6 @@
 """Draws of a guide, with all quantities that the model computes from them."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import abbreviate, check_integer
 from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import (
     Groups,
@@ -27,6 +28,7 @@ from pyro_ext.diagnostics.site_arrays import (
     site_arrays,
 )
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
+from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import warn_of_points
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
@@ -35,8 +37,12 @@ from pyro_ext.tracing.plate_sizes import set_plate_sizes
 from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
-from pyro_ext.tracing.sites import is_delta, lies_in
+from pyro_ext.tracing.sites import SiteError, is_delta, lies_in
 from pyro_ext.tracing.user_scales import uniform_scale
+
+
+class CannotDrawError(ValueError):
+    """An error about a likelihood that has a density, but cannot be drawn from."""
 
 
 class DrawSource:
@@ -60,15 +66,19 @@ class DrawSource:
         self.programs = programs = with_proposal(programs)
         self.chunk_size = chunk_size
         raise_for_handlers_of_linear_objectives()  # the importance weights are not linear
-        self._tracer = ParticleTracer(is_linear=True, remedy="pass chunk_size=1")
+        self._tracer = ParticleTracer(is_linear=True, advice=CHUNK_ADVICE)
         self.nesting = self._tracer.plate_nesting(programs)
         self._constants: set[str] = set()
         self._data: dict[str, Tensor] = {}
         rows = SharedSubsamples()
         particles = self._tracer.trace(programs, min(2, chunk_size), rows)
+        (one, *_), (other, *_) = (
+            particles.model_traces,
+            self._tracer.run(programs, 3 if chunk_size > 1 else 1, rows).model_traces,
+        )
         if chunk_size > 1:
-            three = self._tracer.run(programs, 3, rows)
-            self._find_constants(particles.model_traces[0], three.model_traces[0])
+            self._find_constants(one, other)
+        self._varying = self._find_varying(one, other)
         self._check_given_rows(rows, particles)
         self.points = warn_of_points(particles.guide_traces[0], programs, rows)
         self.common = tuple(plate.name for plate in particles.plates)
@@ -114,7 +124,7 @@ class DrawSource:
             trace = self._run_model(n, rows)
             return {
                 "prior": self._arrays(trace, n, is_latent),
-                "prior_predictive": self._arrays(trace, n, is_observation),
+                "prior_predictive": self._arrays(trace, n, self._is_data),
             }
 
         return self._collect(num_draws, make)
@@ -151,6 +161,28 @@ class DrawSource:
                 )
             self._constants.add(name)
 
+    def _find_varying(self, first: Any, other: Any) -> set[str]:
+        """Return the observed sites whose values depend on the draws, and warn of them."""
+        names = {
+            name
+            for name, node in first.nodes.items()
+            if node["type"] == "sample"
+            and is_observation(node)
+            and name in other.nodes
+            and not torch.equal(node["value"], other.nodes[name]["value"])
+        }
+        if names:
+            warnings.warn(
+                f"{self.owner}: the values of the observed sites {abbreviate(sorted(names))} "
+                "depend on the draws, so they are no data. Their log-likelihood counts, but they "
+                "are left out of the observed data and of the predictions.",
+                stacklevel=5,
+            )
+        return names
+
+    def _is_data(self, node: Any) -> bool:
+        return is_observation(node) and node["name"] not in self._varying
+
     def _blocks(self, make: Callable[[SharedSubsamples], Groups]) -> Iterator[Groups]:
         """Yield the groups of one chunk of draws, for one block of rows at a time."""
         self._data = {}
@@ -182,14 +214,14 @@ class DrawSource:
             "posterior": self._arrays(model, num_draws, is_latent)
             | self._arrays(guide, num_draws, partial(_is_own, model=model)),
             "log_likelihood": self._arrays(model, num_draws, is_observation, log_prob),
-            "observed_data": self._arrays(model, 1, is_observation),
+            "observed_data": self._arrays(model, 1, self._is_data),
             "is_unmasked": self._arrays(model, num_draws, is_observation, is_unmasked),
             "log_p": self._arrays(model, num_draws, has_density, density),
             "log_q": self._arrays(guide, num_draws, has_density, density),
         }
         if predictive:
             drawn = self._run_model(num_draws, rows, guide)
-            groups["posterior_predictive"] = self._arrays(drawn, num_draws, is_observation)
+            groups["posterior_predictive"] = self._arrays(drawn, num_draws, self._is_data)
         for name, array in groups["posterior"].items():
             if np.isnan(array.values).any():
                 raise ValueError(
@@ -236,10 +268,15 @@ class DrawSource:
             for name in [n for n, node in drawn.nodes.items() if node.get("is_observed")]:
                 drawn.remove_node(name)  # the model draws what the guide only observes
             model = poutine.replay(model, trace=drawn)
-        with rows:
-            trace = poutine.trace(plated(model, num_draws, self.nesting)).get_trace(
-                *self.programs.args, **self.programs.kwargs
-            )
+        handler = poutine.trace(plated(model, num_draws, self.nesting))
+        try:
+            with rows:
+                trace = handler.get_trace(*self.programs.args, **self.programs.kwargs)
+        except NotImplementedError as error:
+            raise CannotDrawError(
+                f"{self.owner}: the model cannot draw its observations ({error}), so it has no "
+                "predictions."
+            ) from error
         set_plate_sizes(trace)
         return trace
 
@@ -278,9 +315,9 @@ def draw_source(
             f"{sorted(programs.kwargs)}."
         ) from error
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, SiteError) or str(error).startswith(owner):
+            raise
         error.add_note(
-            f"{owner}: if sizes do not match, the guide may have been fitted to other data. Pass "
-            "the data of the fit. If model and guide cannot take several draws at once, pass "
-            "chunk_size=1."
+            f"{owner}: if model and guide cannot take several draws at once, pass chunk_size=1."
         )
         raise

@@ -10,12 +10,12 @@ from pyro.infer import SVI
 from pyro_ext._arguments import describe
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import arviz, to_container
-from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
+from pyro_ext.diagnostics.draw_source import CannotDrawError, DrawSource, draw_source
 from pyro_ext.diagnostics.predictions import draw_predictions
 from pyro_ext.diagnostics.sample_statistics import resample_draws, sample_statistics
 from pyro_ext.diagnostics.site_arrays import Groups
 from pyro_ext.tracing import Program, Programs
-from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
+from pyro_ext.tracing.arguments import NOT_GIVEN, is_svi, read_programs
 
 NAME = "from_pyro_svi"
 
@@ -118,6 +118,11 @@ def from_pyro_svi(
     if isinstance(model, list):
         args = args if guide is NOT_GIVEN else (guide, *args)
         runs = [run if isinstance(run, tuple) else (run, NOT_GIVEN) for run in model]
+        if any(given is NOT_GIVEN and not is_svi(run) for run, given in runs):
+            raise TypeError(
+                f"{NAME}: a list must hold one SVI, or one tuple of model and guide, for each "
+                "chain. Pass a single model and guide without a list."
+            )
     chains = []
     for run in runs:
         programs = read_programs(NAME, *run, args, kwargs, model_args, model_kwargs)
@@ -156,7 +161,11 @@ def _posterior(
     source: DrawSource, num_samples: int, predictive: bool, resample: str | None
 ) -> Groups:
     """Return the draws of the guide with their statistics, resampled if requested."""
-    groups = source.draw(num_samples, predictive=predictive)
+    try:
+        groups = source.draw(num_samples, predictive=predictive)
+    except CannotDrawError as error:
+        error.add_note("Pass posterior_predictive=False and prior=False.")
+        raise
     if not groups["log_p"].keys() - groups["posterior"].keys():
         raise ValueError(f"{NAME}: the model has no observed site. Observe a site with obs=.")
     statistics = sample_statistics(groups, source.common)

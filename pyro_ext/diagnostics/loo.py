@@ -15,6 +15,7 @@ from pyro_ext.diagnostics.sample_statistics import sample_statistics
 from pyro_ext.diagnostics.site_arrays import SiteArray, is_observation, is_unmasked
 from pyro_ext.ops import log_mean_exp
 from pyro_ext.tracing import Particles, ParticleTracer, Program
+from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import data_points
@@ -176,7 +177,7 @@ def _integrated(
         vectorize=source.chunk_size > 1,
         max_plate_nesting=source.nesting,
         local_plate=plate,
-        remedy="pass chunk_size=1",
+        advice=CHUNK_ADVICE,
     )
     log_weights, log_likelihoods = [], []
     for _ in tqdm(range(num_samples), desc=NAME, disable=not progress_bar):

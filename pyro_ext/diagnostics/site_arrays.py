@@ -107,6 +107,12 @@ def joined(parts: Sequence[dict[str, SiteArray]], plate: str | None = None) -> d
     :returns: a dict from site name to array.
     """
     found = dict(parts[0])
+    for part in parts:
+        if names := found.keys() ^ part.keys():
+            raise ValueError(
+                f"Site '{min(names)}' is not in every draw, so its draws are not an array. Give "
+                "the programs the same sites in every run."
+            )
     for name, (plates, _) in found.items():
         if plate is None or plate in plates:
             axis = 0 if plate is None else 1 + plates.index(plate)

@@ -25,6 +25,7 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
     :param particles: the particles from which it was computed.
     :raises ValueError: always.
     """
+    raise_for_hidden_nan(what.split(":")[0], particles)
     if site := _first_site(particles, torch.isnan):
         cause = (
             f"The log-probability of site {site} is NaN. Check the data, the parameters and the "
@@ -41,6 +42,28 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
             "for overflow."
         )
     raise ValueError(f"{what} is {value}. {cause}")
+
+
+def raise_for_hidden_nan(owner: str, particles: Particles) -> None:
+    """Raise a ValueError if an observed site has NaN under its mask, and a gradient.
+
+    The log-probability is zero there, but its gradient is NaN.
+
+    :param owner: the name of the estimator, for the message.
+    :param particles: the particles.
+    """
+    for site in density_sites("model", particles.model_traces[0]):
+        if not (site.is_observed and site.log_prob.requires_grad):
+            continue
+        is_nan = torch.as_tensor(site.node["value"]).isnan()
+        for _ in range(site.node["fn"].event_dim):
+            is_nan = is_nan.any(-1)
+        if (is_nan & ~site.log_prob.isnan()).any():
+            raise ValueError(
+                f"{owner}: the gradient is NaN. Site '{site.name}' of the model observes NaN under "
+                "its mask, where its log-probability is masked out but not its gradient. Replace "
+                "NaN in the data by any number of the support."
+            )
 
 
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
 from pyro_ext._private.of_pyro import HANDLER_STACK, mask_of
+from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.plate_sizes import UNKNOWN
 from pyro_ext.tracing.sites import (
     SiteError,
@@ -49,6 +50,7 @@ class SiteRecorder(Messenger):
     first site that does not match, where Pyro would only warn.
 
     :param particle_dim: the dim of the particle plate, negative; None if there is no such plate.
+    :param advice: the advice of error messages.
     :param guide: for the model, the recorder of the guide against which it is replayed; for the
         guide, None.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
@@ -58,11 +60,13 @@ class SiteRecorder(Messenger):
     def __init__(
         self,
         particle_dim: int | None,
+        advice: Advice,
         guide: "SiteRecorder | None" = None,
         local_plate: str | None = None,
     ) -> None:
         super().__init__()
         self.particle_dim = particle_dim
+        self.advice = advice
         self.guide = guide
         self.local_plate = local_plate
         self.sites: dict[str, SiteRecord] = {}
@@ -82,8 +86,7 @@ class SiteRecorder(Messenger):
         if infer.get("enumerate") and not msg["is_observed"]:
             raise SiteError(
                 f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "
-                "support. Remove infer={'enumerate': ...} or config_enumerate, or use "
-                "pyro.infer.TraceEnum_ELBO."
+                f"support. {self.advice.enumeration}"
             )
         if not msg["is_observed"] and not self._has_latent and self.particle_dim is not None:
             self._raise_for_batch_dim_without_plate(msg)

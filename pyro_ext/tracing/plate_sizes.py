@@ -15,8 +15,8 @@ def set_plate_sizes(*traces: Trace) -> None:
 
     :param traces: the traces of a model and its guide, or of one of them. They are changed.
     """
-    nodes: list[Any] = [n for trace in traces for n in trace.nodes.values() if "fn" in n]
-    frames = [(node, frame) for node in nodes for frame in node.get("cond_indep_stack", ())]
+    nodes: list[Any] = [n for t in traces for n in t.nodes.values() if n["type"] == "sample"]
+    frames = [(node, frame) for node in nodes for frame in node["cond_indep_stack"]]
     unknown = {frame.name for _, frame in frames if frame.size == UNKNOWN}
     if not unknown:
         return
@@ -26,7 +26,7 @@ def set_plate_sizes(*traces: Trace) -> None:
         size = max(_size_at(node, f.dim) for node, f in frames if f.name == name)
         sizes[name] = size, size
     for node in nodes:
-        if any(frame.name in unknown for frame in node.get("cond_indep_stack", ())):
+        if any(frame.name in unknown for frame in node["cond_indep_stack"]):
             node["cond_indep_stack"] = tuple(_with_sizes(node["cond_indep_stack"], sizes))
 
 

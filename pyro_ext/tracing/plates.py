@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from pyro_ext._arguments import abbreviate
+from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, Plate
 from pyro_ext.tracing.sites import global_site_error, is_delta, lies_in
 
@@ -28,20 +29,22 @@ def find_common_plates(sites: Sequence[DensitySite], depends: Depends) -> tuple[
 
 
 def check_subsampling(
-    sites: Sequence[DensitySite], common: Sequence[Plate], depends: Depends
+    sites: Sequence[DensitySite], common: Sequence[Plate], depends: Depends, advice: Advice
 ) -> None:
     """Raise a ValueError if a plate is subsampled inside a nonlinear bound."""
     for site in sites:
         for plate in site.plates.difference(common):
             if plate.subsampling_scale == 1 or (site.is_observed and not depends(site)):
                 continue
+            way_out = (
+                advice.local_plate.format(plate=plate.name)
+                if plate.is_vectorized
+                else "Make it a vectorised plate (with, not for), or use all of its rows"
+            )
             raise ValueError(
                 f"Plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}) but "
                 f"{_why_not_common(plate, sites)}. With more than one particle, its scale would "
-                "make the nonlinear bound wrong. If the other latent sites are global, pass "
-                f"local_plate='{plate.name}', which draws them once and has a bound for each data "
-                "point. Otherwise put every latent site in a vectorised plate, move global latent "
-                "variables into pyro.param, use the full data, or use num_particles=1."
+                f"make the nonlinear bound wrong. {way_out}{advice.one_particle}."
             )
 
 

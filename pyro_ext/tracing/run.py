@@ -1,8 +1,10 @@
 """Traces of a model and a guide for K particles, at once in a plate or one after the other."""
 
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +14,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
 from pyro_ext.tracing.matching import (
@@ -20,7 +23,7 @@ from pyro_ext.tracing.matching import (
 )
 from pyro_ext.tracing.particle_plate import ParticlePlate
 from pyro_ext.tracing.programs import Programs
-from pyro_ext.tracing.shared_values import SharedGlobals, SharedSubsamples
+from pyro_ext.tracing.shared_values import SharedGlobals, SharedSubsamples, with_one_minibatch
 from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, is_masked_out
 
 SiteKey = tuple[str, str]
@@ -96,7 +99,7 @@ def run_at_once(
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
     leaves: Leaves,
-    remedy: str,
+    advice: Advice,
 ) -> ParticleTraces:
     """Trace model and guide with the K particles in a plate to the left of all others.
 
@@ -107,12 +110,12 @@ def run_at_once(
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
     :param leaves: the places where leaves replace the reparameterised draws.
-    :param remedy: the advice of error messages for running one particle at a time.
+    :param advice: the advice of error messages.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
-    in_guide = SiteRecorder(particle_dim, local_plate=local_plate)
-    in_model = SiteRecorder(particle_dim, in_guide, local_plate)
+    in_guide = SiteRecorder(particle_dim, advice, local_plate=local_plate)
+    in_model = SiteRecorder(particle_dim, advice, in_guide, local_plate)
     plate = ParticlePlate(num_particles, particle_dim, local_plate)
     recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
     with _leaf_draws(leaves, local_plate, programs) as draws, subsamples or nullcontext():
@@ -121,14 +124,15 @@ def run_at_once(
         except (SiteError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if _runs_alone(programs):
+            if _runs_alone(programs, subsamples):
                 where = f"num_particles={num_particles} vectorised in a plate at dim {particle_dim}"
-                raise ValueError(
+                raise SiteError(
                     f"The {_last_place(in_model, in_guide)} with {where}, but it runs with one "
-                    "particle. Every sample has an extra dim on the left: index dims from the "
-                    "right, wrap convolutions in pyro_ext.nn.LeadingDims, correct "
-                    "max_plate_nesting (it is guessed in the first run of a model and guide), or "
-                    f"{remedy}.\n{type(error).__name__}: {error}"
+                    "particle. Every sample has an extra dim on the left. Count dims from the "
+                    "right, use matmul and .mT for matrices, wrap convolutions in "
+                    "pyro_ext.nn.LeadingDims, correct max_plate_nesting (it is guessed in the "
+                    f"first run of a model and guide), or {advice.one_at_a_time}.\n"
+                    f"{_described(error)}"
                 ) from error
             raise
     for program, trace in (("model", model_trace), ("guide", guide_trace)):
@@ -150,6 +154,7 @@ def run_in_turn(
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
     leaves: Leaves,
+    advice: Advice,
 ) -> ParticleTraces:
     """Trace model and guide once for each particle, all with the same minibatch.
 
@@ -163,8 +168,8 @@ def run_in_turn(
     all_draws: list[Draw] = []
     records: dict[SiteKey, SiteRecord] = {}
     for _ in range(num_particles):
-        in_guide = SiteRecorder(None)
-        in_model = SiteRecorder(None, in_guide)
+        in_guide = SiteRecorder(None, advice)
+        in_model = SiteRecorder(None, advice, in_guide)
         with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
@@ -231,11 +236,20 @@ def _by_program(in_model: SiteRecorder, in_guide: SiteRecorder) -> dict[SiteKey,
     }
 
 
-def _runs_alone(programs: Programs) -> bool:
+def _described(error: Exception) -> str:
+    """Return the type and text of an error, or its place if it has no text."""
+    if str(error):
+        return f"{type(error).__name__}: {error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {place.line}"
+
+
+def _runs_alone(programs: Programs, subsamples: SharedSubsamples | None) -> bool:
     """Return whether one particle runs where several at once have failed."""
     try:
         with poutine.block(), torch.no_grad(), kept_random_states():
-            programs.importance_traces(math.inf)
+            # A copy, because the handler itself is active outside of the block.
+            with_one_minibatch(programs, copy(subsamples)).importance_traces(math.inf)
     except Exception:
         return False
     return True

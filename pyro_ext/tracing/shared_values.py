@@ -8,7 +8,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext.tracing.programs import Programs
-from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.sites import SiteError, lies_in
 
 
 class SharedSubsamples(Messenger):
@@ -101,7 +101,7 @@ class RowsOfPlate(SharedSubsamples):
         elif msg["value"] is not None and not torch.equal(torch.as_tensor(msg["value"]), rows):
             found = "rows of its own"  # a replayed model has the rows of the guide
         if found:
-            raise ValueError(
+            raise SiteError(
                 f"Plate '{self.plate}' has {found}, which does not fit "
                 f"batch_size={self.batch_size}. Give it subsample_size={self.batch_size} or none, "
                 "and use the indices that it yields. An automatic guide has the plate sizes of "

@@ -7,10 +7,12 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 
+from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
+from pyro_ext.tracing.explanations import explained
 from pyro_ext.tracing.gather import gather_particles
 from pyro_ext.tracing.leaves import Leaves
-from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
+from pyro_ext.tracing.matching import SiteRecorder, raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.plates import (
     check_local_plate,
@@ -34,6 +36,7 @@ class TracerMemory:
     plate_nesting: int | None = None
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
+    has_gradients: bool = False
     warned_plates: set[str] = field(default_factory=set)
 
     def recall(self, programs: Programs) -> "TracerMemory":
@@ -61,8 +64,7 @@ class ParticleTracer:
     :ivar splits_rewards: whether to split the rewards of non-reparameterised sites by their plates
         if the objective is linear.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
-    :ivar remedy: the advice of error messages for running one particle at a time, such as "pass
-        chunk_size=1".
+    :ivar advice: the advice of error messages.
     :ivar memory: the facts found about the model and guide.
     """
 
@@ -73,9 +75,10 @@ class ParticleTracer:
     is_linear: bool = False
     splits_rewards: bool = True
     has_dim_for_one: bool = False
-    remedy: str = "pass vectorize_particles=False"
+    advice: Advice = field(default_factory=Advice)
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
 
+    @explained()
     def run(
         self,
         programs: Programs,
@@ -98,10 +101,16 @@ class ParticleTracer:
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             particle_dim = -1 - self.plate_nesting(programs, subsamples)
             return run_at_once(
-                programs, K, particle_dim, subsamples, self._local_plate, leaves, self.remedy
+                programs, K, particle_dim, subsamples, self._local_plate, leaves, self.advice
             )
         return run_in_turn(
-            programs, K, self.max_plate_nesting, subsamples, self._local_plate, leaves
+            programs,
+            K,
+            self.max_plate_nesting,
+            subsamples,
+            self._local_plate,
+            leaves,
+            self.advice,
         )
 
     def check(self, programs: Programs) -> None:
@@ -112,12 +121,12 @@ class ParticleTracer:
         if programs.guide_runs_model:
             raise NotImplementedError(
                 "check does not support a GuideMessenger, because that guide runs the model. "
-                f"To compare results, {self.remedy}."
+                f"To compare results, {self.advice.one_at_a_time}."
             )
         rows = SharedSubsamples()
         with poutine.block(), torch.no_grad():
             traces = self.run(programs, subsamples=rows)
-        check_vectorization(traces, programs, rows, self.remedy, is_strict=True)
+        check_vectorization(traces, programs, rows, self.advice.one_at_a_time, is_strict=True)
 
     def trace(
         self,
@@ -145,7 +154,7 @@ class ParticleTracer:
             sites = [site for site in sites if lies_in(site.node, local_plate)]
         common = find_common_plates(sites, depends)
         if not self.is_linear:
-            check_subsampling(sites, common, depends)
+            check_subsampling(sites, common, depends, self.advice)
             if not common:
                 warn_of_joint_weights(sites, memory.warned_plates)
 
@@ -157,7 +166,9 @@ class ParticleTracer:
         outside = {site.key for row in by_particle for site in row if is_outside(site)}
         if to_check and rows is not None and traces.are_vectorized:
             if not programs.guide_runs_model:
-                check_vectorization(traces, programs, rows, self.remedy, is_strict=False)
+                check_vectorization(
+                    traces, programs, rows, self.advice.one_at_a_time, is_strict=False
+                )
             memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
         return gather_particles(traces, common, outside, local_plate, splits_rewards)
@@ -167,6 +178,7 @@ class ParticleTracer:
         # The place of the particles makes no difference to a linear objective.
         return None if self.is_linear else self.local_plate
 
+    @explained()
     def run_first(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
         """Run model and guide once, unless they have run, and return their number of nested plates.
 
@@ -175,7 +187,9 @@ class ParticleTracer:
         memory = self.memory.recall(programs)
         if memory.plate_nesting is None:
             # A run is hidden from the handlers around it, so the handler goes inside.
-            memory.plate_nesting = _guess_plate_nesting(with_one_minibatch(programs, subsamples))
+            in_guide = SiteRecorder(None, self.advice)
+            recorded = programs.each_under(SiteRecorder(None, self.advice, in_guide), in_guide)
+            memory.plate_nesting = _guess_plate_nesting(with_one_minibatch(recorded, subsamples))
         return memory.plate_nesting
 
     def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:

@@ -47,7 +47,14 @@ def check_vectorization(
     """
     with poutine.block(), kept_random_states(), kept_buffers():
         start = random_states()
-        alone = _densities_alone(traces, programs, subsamples)
+        try:
+            alone = _densities_alone(traces, programs, subsamples)
+        except Exception as error:
+            if is_strict:
+                raise ValueError(
+                    f"A particle cannot run alone, so nothing can be compared: {error}"
+                ) from error
+            return
         different = [key for key, x in alone.items() if _differs(_found(traces, key), x)]
         if not different:
             return

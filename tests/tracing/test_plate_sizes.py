@@ -27,9 +27,10 @@ def model_of(**size):
 
 def guide_of(**size):
     def guide():
-        loc = pyro.param("loc", torch.zeros(3))
         with pyro.plate("data", **size):
-            pyro.sample("z", dist.Normal(loc, 1.0))
+            loc = pyro.param("loc", torch.zeros(3))
+            other = pyro.param("other", torch.zeros(5, 7))  # has no dim of the plate
+            pyro.sample("z", dist.Normal(loc + other.sum(), 1.0))
 
     return guide
 

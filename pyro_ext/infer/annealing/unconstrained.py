@@ -1,5 +1,6 @@
 """The densities as functions of unconstrained tensors, one for each latent site of a guide."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,13 +11,14 @@ from torch import Tensor
 from pyro_ext._arguments import abbreviate
 from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
+from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.failures import data_points, warn_of_points
 from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.sites import is_delta
 
-_REMEDY = "use estimate_evidence with chunk_size=1"
+_ADVICE = replace(CHUNK_ADVICE, one_at_a_time="use estimate_evidence with chunk_size=1")
 
 
 class Densities(NamedTuple):
@@ -58,7 +60,7 @@ class UnconstrainedPrograms:
         self.programs = programs
         self._subsamples = SharedSubsamples()
         self._tracer = ParticleTracer(
-            max_plate_nesting=max_plate_nesting, has_dim_for_one=True, remedy=_REMEDY
+            max_plate_nesting=max_plate_nesting, has_dim_for_one=True, advice=_ADVICE
         )
         self._particle_dim = 0
         self.plates: tuple[Any, ...] = ()

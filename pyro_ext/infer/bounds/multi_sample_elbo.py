@@ -17,7 +17,7 @@ from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
 from pyro_ext.ops import leave_one_out_mean
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.arguments import check_program
-from pyro_ext.tracing.failures import raise_not_finite
+from pyro_ext.tracing.failures import raise_for_hidden_nan, raise_not_finite
 from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.tracer import TracerMemory
@@ -106,6 +106,11 @@ class MultiSampleELBO(ELBO):
         local_plate: str | None = None,
     ) -> None:
         name = type(self).__name__
+        if callable(num_particles):
+            raise TypeError(
+                f"{name} was called with a model. Pass an instance to SVI, such as "
+                f"{name}(num_particles=5), instead of the class."
+            )
         check_integer(name, "num_particles", num_particles, 1)
         if max_plate_nesting != math.inf:
             check_integer(name, "max_plate_nesting (unless infinite)", max_plate_nesting, 0)
@@ -195,7 +200,7 @@ class MultiSampleELBO(ELBO):
 
         The second term is a baseline, which does not depend on particle k. The baseline is 0 for
         K = 1, and wherever it would not be finite. By default, :meth:`bound` is evaluated on a
-        tensor with K times as many elements as ``log_w``.
+        tensor with K times as many elements as ``log_w``, unless the bound is linear.
 
         :param log_w: log weights of shape ``(K, ...)``.
         :returns: a tensor of the same shape.
@@ -205,6 +210,8 @@ class MultiSampleELBO(ELBO):
         K = log_w.shape[0]
         if K == 1:
             return self.bound(log_w).unsqueeze(0)
+        if self.is_linear:
+            return (log_w - leave_one_out_mean(log_w)) / K
         own = torch.eye(K, dtype=torch.bool, device=log_w.device)
         own = own.reshape(K, K, *(1,) * (log_w.dim() - 1))
         replaced = torch.where(own, leave_one_out_mean(log_w), log_w.unsqueeze(1))
@@ -346,8 +353,13 @@ class MultiSampleELBO(ELBO):
         )
 
     def _trace(self, programs: Programs) -> Particles:
-        leaves = self._rule.leaves(self) if torch.is_grad_enabled() else Leaves.NOWHERE
-        return self.tracer.trace(programs, leaves=leaves)
+        has_gradients = torch.is_grad_enabled()
+        leaves = self._rule.leaves(self) if has_gradients else Leaves.NOWHERE
+        particles = self.tracer.trace(programs, leaves=leaves)
+        if has_gradients and not self._memory.has_gradients and is_validation_enabled():
+            raise_for_hidden_nan(type(self).__name__, particles)
+            self._memory.has_gradients = True
+        return particles
 
     @property
     def _is_chunked(self) -> bool:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from pyro_ext._arguments import check_integer
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.tracing import Particles, ParticleTracer
+from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_points
 
 
@@ -38,9 +39,7 @@ class ParticleStream:
         self.owner = owner
         self.num_samples = num_samples
         self.chunk_size = chunk_size
-        self._tracer = ParticleTracer(
-            max_plate_nesting=max_plate_nesting, remedy="pass chunk_size=1"
-        )
+        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, advice=CHUNK_ADVICE)
         self._was_looked_at = False
 
     def draw(

@@ -66,6 +66,11 @@ class EagerSVI(SVI):
     """
 
     def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
+        if isinstance(loss, type):
+            raise TypeError(
+                f"{type(self).__name__}: the loss is the class {loss.__name__}. Pass an instance "
+                f"of it, such as {loss.__name__}()."
+            )
         super().__init__(model, guide, optim, loss)
         self.history = TrainingHistory()
         #: The modules that the first step called; None before the first step.

@@ -1,0 +1,42 @@
+"""Explanations of errors that Pyro and torch raise inside of programs."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyro_ext.tracing.sites import SiteError
+
+_SIZES = re.compile("shape|size|broadcast|dimension", re.IGNORECASE)
+_ADVICE = (
+    "If sizes do not match: an automatic guide has the plates and parameters of its first run. "
+    "Pass it data of the same size. For minibatches, pass it create_plates, a function that makes "
+    "the plates from the arguments."
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Explain errors of model and guide about sizes.
+
+    :raises SiteError: if a plate has no elements, or subsamples of different sizes.
+    """
+    try:
+        yield
+    except SiteError:
+        raise
+    except ZeroDivisionError as error:
+        if "size cannot be zero" in str(error):
+            raise SiteError(
+                "A plate has size 0, because the data are empty. Pass at least one data point."
+            ) from error
+        raise
+    except (RuntimeError, ValueError) as error:
+        if "subsample_size does not match" in str(error):
+            raise SiteError(
+                "A plate has subsamples of different sizes in the model and in the guide. An "
+                "automatic guide has the plates of its first run, so pass it create_plates, a "
+                "function that makes the plates from the arguments."
+            ) from error
+        if _SIZES.search(str(error)) and _ADVICE not in getattr(error, "__notes__", ()):
+            error.add_note(_ADVICE)
+        raise

@@ -1,0 +1,126 @@
+"""Programs of the shapes of Pyro's examples, in every function of the package."""
+
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+from pyro_ext.diagnostics import diagnose, from_pyro_svi
+from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence
+from tests.pyro_programs import PROGRAMS
+
+DRAWN = {name: program for name, program in PROGRAMS.items() if not program.enumerated}
+ENUMERATED = {name: program for name, program in PROGRAMS.items() if program.enumerated}
+
+#: (program, function) -> a part of the message
+REFUSED = {
+    ("missing_data", "loss"): "another mask in the guide",
+    ("missing_data", "several"): "another mask in the guide",
+    ("missing_data", "evidence"): "another mask in the guide",
+    ("missing_data", "export"): "another mask in the guide",
+    ("missing_data", "diagnose"): "another mask in the guide",
+    ("subsampled_globals", "several"): "is subsampled",
+    ("subsampled_globals", "evidence"): "is subsampled",
+    ("subsampled_locals", "several"): "is subsampled",
+    ("subsampled_locals", "evidence"): "is subsampled",
+    ("vae_minibatch", "export"): "Pass the arguments for all 20 rows",
+    ("vae_minibatch", "diagnose"): "Pass the arguments for all 20 rows",
+    ("tracking", "export"): "cannot draw its observations",
+    ("epidemic_relaxed", "export"): "Incorrect state",  # Pyro's, on drawn observations
+    ("epidemic_relaxed", "diagnose"): "Incorrect state",
+    ("air_recursive", "export"): "is not in every draw",
+    ("air_recursive", "diagnose"): "is not in every draw",
+    ("rejection_by_simulation", "export"): "is not in every draw",
+    ("rejection_by_simulation", "diagnose"): "is not in every draw",
+}
+
+CALLS = {
+    "several": (
+        lambda m, g, a, k: ImportanceWeightedELBO(3).loss_and_grads(m, g, *a, **k),
+        lambda m, g, a, k: ImportanceWeightedELBO(3, vectorize_particles=False).loss_and_grads(
+            m, g, *a, **k
+        ),
+    ),
+    "evidence": (
+        lambda m, g, a, k: estimate_evidence(m, g, *a, **k, num_samples=8).total,
+        lambda m, g, a, k: estimate_evidence(m, g, *a, **k, num_samples=8, chunk_size=1).total,
+    ),
+    "export": (
+        lambda m, g, a, k: from_pyro_svi(m, g, *a, **k, num_samples=8),
+        lambda m, g, a, k: from_pyro_svi(m, g, *a, **k, num_samples=8, chunk_size=1),
+    ),
+    "diagnose": (
+        lambda m, g, a, k: diagnose(m, g, *a, **k, num_samples=8),
+        lambda m, g, a, k: diagnose(m, g, *a, **k, num_samples=8, chunk_size=1),
+    ),
+}
+
+
+def gradients():
+    store = pyro.get_param_store()
+    return {name: p.grad for name, p in store.named_parameters() if p.grad is not None}
+
+
+def one_step(program, elbo):
+    model, guide, args, kwargs = program.build()
+    with torch.no_grad(), poutine.block():
+        guide(*args, **kwargs)  # draws the initial values of parameters
+        poutine.block(model)(*args, **kwargs)
+    pyro.set_rng_seed(1)
+    loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
+    return loss, gradients()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DRAWN)
+def test_one_particle_takes_the_step_of_trace_elbo(name):
+    program = DRAWN[name]
+    if (name, "loss") in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name, "loss"]):
+            one_step(program, ImportanceWeightedELBO(1))
+        return
+    loss, found = one_step(program, ImportanceWeightedELBO(1, max_plate_nesting=4))
+    expected_loss, expected = one_step(program, Trace_ELBO(max_plate_nesting=4))
+    assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-4)
+    if name == "cevae":
+        return  # Trace_ELBO has score terms for the observed sites of this guide
+    for key in found.keys() | expected.keys():
+        zero = torch.zeros(())
+        x, y = (grads.get(key, zero) for grads in (found, expected))
+        size = 1 + float(y.abs().max())
+        torch.testing.assert_close(*torch.broadcast_tensors(x, y), rtol=1e-3, atol=1e-4 * size)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_function_takes_the_program_or_says_why_not(call, name):
+    program = DRAWN[name]
+    at_once, in_turn = CALLS[call]
+    refusal = REFUSED.get((name, call))
+    if refusal is None:
+        try:
+            found = at_once(*program.build())
+        except ValueError:
+            if not program.one_at_a_time:
+                raise
+            found = in_turn(*program.build())
+        assert not isinstance(found, float) or math.isfinite(found)
+    else:
+        with pytest.raises(ValueError, match=refusal):
+            in_turn(*program.build())
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_sites_marked_for_enumeration_are_refused_by_name(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in CALLS.values():
+            with pytest.raises(ValueError, match=r"Site '.*' is marked for enumeration"):
+                call[1](*ENUMERATED[name].build())
