@@ -160,7 +160,7 @@ class SiteRecorder(Messenger):
             raise SiteError(
                 f"Site '{name}' is in the plates (name: size) {_sizes(in_guide.plates)} in the "
                 f"guide, but in {_sizes(record.plates)} in the model. Put it in the same plates in "
-                "both."
+                f"both.{_of_first_run(record.plates, in_guide.plates)}"
             )
         elif not self._is_point(in_guide) and _masks_differ(record, in_guide):
             raise SiteError(
@@ -199,6 +199,12 @@ class SiteRecorder(Messenger):
 
 def _sizes(plates: dict[str, Any]) -> dict[str, int]:
     return {name: frame.full_size for name, frame in plates.items()}
+
+
+def _of_first_run(in_model: dict[str, Any], in_guide: dict[str, Any]) -> str:
+    if in_model.keys() != in_guide.keys():
+        return ""
+    return " An automatic guide has the plates of its first run, unless you pass create_plates."
 
 
 def _fit(in_model: dict[str, Any], in_guide: dict[str, Any]) -> bool:

@@ -198,9 +198,11 @@ def _collected(handler: LeafDraws) -> Iterator[Sequence[Draw]]:
     try:
         with handler:
             yield handler.draws
-    except (SiteError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if isinstance(error, SiteError) and error.__cause__ is None:
+            raise
         handler.raise_without_inverse(error)
         raise
 
