@@ -173,9 +173,7 @@ def diagnose(
     try:
         groups = source.draw(num_samples, predictive=True)
     except CannotDrawError as cannot:
-        warnings.warn(
-            f"{NAME}: {cannot.__cause__}: there are no predictive p-values.", stacklevel=3
-        )
+        warnings.warn(f"{cannot} There are no predictive p-values.", stacklevel=3)
         groups = source.draw(num_samples, predictive=False)
     found = sample_statistics(groups, source.common)
     joint = found["log_weight"].values

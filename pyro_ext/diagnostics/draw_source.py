@@ -274,8 +274,8 @@ class DrawSource:
                 trace = handler.get_trace(*self.programs.args, **self.programs.kwargs)
         except NotImplementedError as error:
             raise CannotDrawError(
-                f"{self.owner}: the model cannot draw its observations ({error}), so it has no "
-                "predictions."
+                f"{self.owner}: the model cannot draw its observations "
+                f"({str(error).splitlines()[0]}), so it has no predictions."
             ) from error
         set_plate_sizes(trace)
         return trace

@@ -114,15 +114,9 @@ def from_pyro_svi(
         raise ValueError(
             f"{NAME}: resample must be None or 'psis', but it is {describe(resample)}."
         )
-    runs = [(model, guide)]
-    if isinstance(model, list):
-        args = args if guide is NOT_GIVEN else (guide, *args)
-        runs = [run if isinstance(run, tuple) else (run, NOT_GIVEN) for run in model]
-        if any(given is NOT_GIVEN and not is_svi(run) for run, given in runs):
-            raise TypeError(
-                f"{NAME}: a list must hold one SVI, or one tuple of model and guide, for each "
-                "chain. Pass a single model and guide without a list."
-            )
+    runs = _runs(model, guide)
+    if isinstance(model, list) and guide is not NOT_GIVEN:
+        args = (guide, *args)
     chains = []
     for run in runs:
         programs = read_programs(NAME, *run, args, kwargs, model_args, model_kwargs)
@@ -155,6 +149,19 @@ def from_pyro_svi(
         "common_plates": list(source.common),
     }
     return to_container(groups, names, dict(coords or {}), attributes)
+
+
+def _runs(model: Any, guide: Any) -> list[tuple[Any, Any]]:
+    """Return the model and guide, or the SVI, of each chain."""
+    if not isinstance(model, list):
+        return [(model, guide)]
+    runs = [run if isinstance(run, tuple) else (run, NOT_GIVEN) for run in model]
+    if any(given is NOT_GIVEN and not is_svi(run) for run, given in runs):
+        raise TypeError(
+            f"{NAME}: a list must hold one SVI, or one tuple of model and guide, for each chain. "
+            "Pass a single model and guide without a list."
+        )
+    return runs
 
 
 def _posterior(

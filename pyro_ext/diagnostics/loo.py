@@ -85,13 +85,14 @@ def loo(
     Bayesian Leave-One-Out Cross-Validation for Large Data.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pyro.infer.autoguide import AutoNormal
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("loc", dist.Normal(0.0, 0.5))
     >>> pyro.set_rng_seed(0)
-    >>> found = loo(model, AutoNormal(model, init_scale=0.5), torch.zeros(3))
+    >>> found = loo(model, guide, torch.zeros(3))
     >>> found["n_data_points"]
     3
     """

@@ -37,6 +37,7 @@ def explained() -> Iterator[None]:
                 "automatic guide has the plates of its first run, so pass it create_plates, a "
                 "function that makes the plates from the arguments."
             ) from error
-        if _SIZES.search(str(error)) and _ADVICE not in getattr(error, "__notes__", ()):
+        text, *_ = str(error).split("Trace Shapes")
+        if _SIZES.search(text) and _ADVICE not in getattr(error, "__notes__", ()):
             error.add_note(_ADVICE)
         raise

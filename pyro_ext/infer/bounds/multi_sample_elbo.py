@@ -9,9 +9,9 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer, check_type, describe
 from pyro_ext._deprecated import keep_old_methods
 from pyro_ext._private.of_torch import outside_of_dynamo
+from pyro_ext.infer.bounds.options import check_options
 from pyro_ext.infer.gradients.rules import GRADIENT_RULES, GradientRule, bound_value
 from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
 from pyro_ext.ops import leave_one_out_mean
@@ -34,10 +34,10 @@ class MultiSampleELBO(ELBO):
         \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
 
     A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
-    :meth:`learning_signal` and :attr:`guide_bound`. It must not override any other method, such as
-    :meth:`loss` or :meth:`trace_particles`. The gradient rules, particle chunks and compiled steps
-    combine these four members in different ways. Another override would therefore change only some
-    of the results.
+    :meth:`learning_signal`, :attr:`guide_bound` and :attr:`is_linear`. It must not override any
+    other method, such as :meth:`loss` or :meth:`trace_particles`. The gradient rules, particle
+    chunks and compiled steps combine these five members in different ways. Another override would
+    therefore change only some of the results.
 
     A common plate encloses every site that depends on the particle. Each element of the common
     plates has its own log weights and its own bound. The subsampling scale N / B multiplies f
@@ -73,10 +73,12 @@ class MultiSampleELBO(ELBO):
         Hierarchical Models.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range. A run raises it if sites or plates do not
-        match between model and guide, if a site is marked for enumeration, if a plate is subsampled
-        inside a nonlinear bound, if the model cannot take the extra dim, or if the loss is NaN. A
+        match between model and guide, if their masks or rows differ, if a site is marked for
+        enumeration, if a plate is subsampled inside a nonlinear bound, if the model cannot take the
+        extra dim or mixes particles (see :meth:`check`), or if the loss is NaN. A
         run with gradients also raises it if the loss is infinite. Parameters and gradients keep
-        their values after an error. A NaN gradient of a finite loss is not detected.
+        their values after an error. A NaN gradient of a finite loss is detected in the first run
+        only, and only if it comes from NaN under a mask.
     :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
     A bound of your own, here the mean of the log weights:
@@ -105,29 +107,14 @@ class MultiSampleELBO(ELBO):
         particle_chunk_size: int | None = None,
         local_plate: str | None = None,
     ) -> None:
-        name = type(self).__name__
-        if callable(num_particles):
-            raise TypeError(
-                f"{name} was called with a model. Pass an instance to SVI, such as "
-                f"{name}(num_particles=5), instead of the class."
-            )
-        check_integer(name, "num_particles", num_particles, 1)
-        if max_plate_nesting != math.inf:
-            check_integer(name, "max_plate_nesting (unless infinite)", max_plate_nesting, 0)
-        if particle_chunk_size is not None:
-            check_integer(name, "particle_chunk_size", particle_chunk_size, 1)
-        if gradient not in GRADIENT_RULES:
-            raise ValueError(
-                f"{name}: gradient must be one of {sorted(GRADIENT_RULES)}, but it is "
-                f"{describe(gradient)}."
-            )
-        if local_plate is not None:
-            check_type(name, "local_plate", local_plate, str, "the name of a plate")
-        if local_plate is not None and particle_chunk_size is not None:
-            raise NotImplementedError(
-                f"{name}: local_plate does not support particle_chunk_size, because each chunk "
-                "would draw its own global sites. Leave out one of them."
-            )
+        check_options(
+            type(self).__name__,
+            num_particles,
+            gradient,
+            max_plate_nesting,
+            particle_chunk_size,
+            local_plate,
+        )
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
@@ -314,15 +301,18 @@ class MultiSampleELBO(ELBO):
         """Compare a vectorised particle, site by site, with the same particle run alone.
 
         The check finds programs that mix particles silently, for example by BatchNorm in training
-        mode or by a reshape over the particle dim. Dropout is random and differs between the two
-        runs, so put modules in evaluation mode. If particles do not run vectorised, nothing is
-        compared.
+        mode or by a reshape over the particle dim. The first step of each model and guide runs the
+        same check, unless ``pyro.enable_validation(False)`` is set. Unlike the first step, this
+        method also raises an error if a program is random for given draws, as by dropout, because
+        nothing can be compared. Random states and buffers keep their values. If particles do not
+        run vectorised, nothing is compared.
 
         :param model: the model: a callable with Pyro primitives.
         :param guide: the guide: a callable with Pyro primitives.
         :param args: positional arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
-        :raises ValueError: if the log-probability of a site differs. The message names the site.
+        :raises ValueError: if the log-probability of a site differs, or is random. The message
+            names the site.
         """
         if self.vectorize_particles and self.num_particles > 1:
             self.tracer.check(self._programs(model, guide, args, kwargs))
