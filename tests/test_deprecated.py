@@ -20,6 +20,7 @@ X = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
 LOG_W = torch.tensor([0.3, -1.0, 2.0])
 
 
+@pytest.mark.filterwarnings("ignore:loo. Pareto k")
 @pytest.mark.parametrize("function", [diagnose, from_pyro_svi, loo])
 def test_pairs_and_old_names_of_arguments(function):
     programs = GlobalNormal(X)

@@ -34,7 +34,6 @@ from pyro_ext.tracing.failures import warn_of_points
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
 from pyro_ext.tracing.plate_sizes import set_plate_sizes
-from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
 from pyro_ext.tracing.sites import SiteError, is_delta, lies_in
@@ -63,10 +62,10 @@ class DrawSource:
     @torch.no_grad()
     def __init__(self, owner: str, programs: Programs, chunk_size: int) -> None:
         self.owner = owner
-        self.programs = programs = with_proposal(programs)
+        self.programs = programs
         self.chunk_size = chunk_size
         raise_for_handlers_of_linear_objectives()  # the importance weights are not linear
-        self._tracer = ParticleTracer(is_linear=True, advice=CHUNK_ADVICE)
+        self._tracer = ParticleTracer(is_linear=True, is_proposal=True, advice=CHUNK_ADVICE)
         self.nesting = self._tracer.plate_nesting(programs)
         self._constants: set[str] = set()
         self._data: dict[str, Tensor] = {}
@@ -169,7 +168,7 @@ class DrawSource:
             if node["type"] == "sample"
             and is_observation(node)
             and name in other.nodes
-            and not torch.equal(node["value"], other.nodes[name]["value"])
+            and not _is_same(node["value"], other.nodes[name]["value"])
         }
         if names:
             warnings.warn(
@@ -284,6 +283,11 @@ class DrawSource:
         self, trace: Any, num_draws: int, is_wanted: Predicate, read: Reading | None = None
     ) -> dict[str, SiteArray]:
         return site_arrays(trace, num_draws, 1 + self.nesting, is_wanted, read, self._constants)
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors are equal, also in their NaN."""
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def _is_own(node: Any, model: Any) -> bool:

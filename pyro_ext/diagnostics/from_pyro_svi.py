@@ -45,10 +45,13 @@ def from_pyro_svi(
 
     The groups are ``posterior``, ``posterior_predictive``, ``log_likelihood``, ``prior``,
     ``prior_predictive``, ``observed_data``, ``constant_data``, ``predictions`` and
-    ``sample_stats``. ``posterior`` has the draws of the guide and the deterministic sites.
+    ``sample_stats``. ``posterior`` has the draws of the guide and the deterministic sites of model
+    and guide, and also the sites that a reparameteriser of Pyro replaced. An observed site whose
+    value depends on the draws is no data: it has a log-likelihood only, and a warning names it.
     ``log_likelihood`` has one value for each observation. ``sample_stats`` has ``log_p``, ``log_q``
     and ``log_weight`` of each draw, and the Pareto k of all draws. The weight w above is the
-    importance weight of a draw.
+    importance weight of a draw. It leaves out a user's scale that is the same at every site, and
+    sites that the guide observes.
 
     If plates enclose all random sites, such as the local latents of a VAE, these plates are the
     common plates. ``sample_stats`` then has ``log_weight_local`` and ``pareto_k_local`` for each of
@@ -92,7 +95,8 @@ def from_pyro_svi(
     :returns: an :class:`arviz.InferenceData`, or a :class:`xarray.DataTree` with ArviZ 1.x.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an SVI has not been trained, if arguments are out of range or do not fit
-        the programs, if nothing is observed, or if draws are NaN.
+        the programs, if nothing is observed, if the model cannot draw its observations, if the
+        sites are not the same in every draw, if draws are mixed, or if draws are NaN.
     :raises ImportError: if ArviZ is not installed.
 
     Sources: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling;

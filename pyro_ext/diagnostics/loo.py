@@ -178,6 +178,7 @@ def _integrated(
         vectorize=source.chunk_size > 1,
         max_plate_nesting=source.nesting,
         local_plate=plate,
+        is_proposal=True,
         advice=CHUNK_ADVICE,
     )
     log_weights, log_likelihoods = [], []

@@ -21,6 +21,7 @@ from pyro_ext.tracing.plates import (
     warn_of_joint_weights,
 )
 from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.provenance import Dependence
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
 from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
@@ -63,6 +64,8 @@ class ParticleTracer:
         subsampled.
     :ivar splits_rewards: whether to split the rewards of non-reparameterised sites by their plates
         if the objective is linear.
+    :ivar is_proposal: whether the guide counts only with the density of its draws. An ELBO also
+        counts the sites that the guide observes.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
     :ivar advice: the advice of error messages.
     :ivar memory: the facts found about the model and guide.
@@ -74,6 +77,7 @@ class ParticleTracer:
     local_plate: str | None = None
     is_linear: bool = False
     splits_rewards: bool = True
+    is_proposal: bool = False
     has_dim_for_one: bool = False
     advice: Advice = field(default_factory=Advice)
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
@@ -97,14 +101,15 @@ class ParticleTracer:
         """
         if not self.is_linear:
             raise_for_handlers_of_linear_objectives()
+        counted = with_proposal(programs) if self.is_proposal else programs
         K = self.num_particles if num_particles is None else num_particles
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             particle_dim = -1 - self.plate_nesting(programs, subsamples)
             return run_at_once(
-                programs, K, particle_dim, subsamples, self._local_plate, leaves, self.advice
+                counted, K, particle_dim, subsamples, self._local_plate, leaves, self.advice
             )
         return run_in_turn(
-            programs,
+            counted,
             K,
             self.max_plate_nesting,
             subsamples,

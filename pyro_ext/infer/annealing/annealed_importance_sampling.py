@@ -17,7 +17,6 @@ from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
 from pyro_ext.infer.evidence.proposals import prior_proposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
-from pyro_ext.tracing.proposal import with_proposal
 
 NAME = "annealed_importance_sampling"
 
@@ -134,7 +133,7 @@ def annealed_importance_sampling(
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
-        target = UnconstrainedPrograms(NAME, with_proposal(programs), max_plate_nesting)
+        target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, interrupts, bar)
         with bar:

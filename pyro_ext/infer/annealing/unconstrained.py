@@ -60,7 +60,10 @@ class UnconstrainedPrograms:
         self.programs = programs
         self._subsamples = SharedSubsamples()
         self._tracer = ParticleTracer(
-            max_plate_nesting=max_plate_nesting, has_dim_for_one=True, advice=_ADVICE
+            max_plate_nesting=max_plate_nesting,
+            has_dim_for_one=True,
+            is_proposal=True,
+            advice=_ADVICE,
         )
         self._particle_dim = 0
         self.plates: tuple[Any, ...] = ()

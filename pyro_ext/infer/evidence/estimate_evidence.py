@@ -20,7 +20,6 @@ from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
-from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
 NAME = "estimate_evidence"
@@ -60,7 +59,8 @@ def estimate_evidence(
     ``chunk_size`` or ``batch_size`` gives different draws, even with the same seed, because the
     random numbers are drawn chunk by chunk. The result is the evidence of the data on which model
     and guide run. It does not include the subsampling scale. It does not include a user's scale
-    either, if this scale is the same at every site.
+    either, if this scale is the same at every site. Sites that the guide observes do not count,
+    because the guide does not draw them.
 
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is also given if a
@@ -144,7 +144,6 @@ def estimate_evidence(
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
-        programs = with_proposal(programs)
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
         state.check_settings(

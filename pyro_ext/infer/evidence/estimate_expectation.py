@@ -19,7 +19,6 @@ from pyro_ext.ops import accumulation_dtype
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.particles import Particles
-from pyro_ext.tracing.proposal import with_proposal
 from pyro_ext.tracing.sites import PARTICLE_PLATE, is_masked_out
 
 NAME = "estimate_expectation"
@@ -98,7 +97,6 @@ def estimate_expectation(
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
         )
-        programs = with_proposal(programs)
         block = DataBlock(programs)
         if stream.chunk_size > 1:
             _check_particle_dim(stream, block)

@@ -39,7 +39,9 @@ class ParticleStream:
         self.owner = owner
         self.num_samples = num_samples
         self.chunk_size = chunk_size
-        self._tracer = ParticleTracer(max_plate_nesting=max_plate_nesting, advice=CHUNK_ADVICE)
+        self._tracer = ParticleTracer(
+            max_plate_nesting=max_plate_nesting, is_proposal=True, advice=CHUNK_ADVICE
+        )
         self._was_looked_at = False
 
     def draw(
