@@ -36,6 +36,10 @@ ESTIMATORS = {
     "jackknife-0": (partial(JackknifeELBO, order=0), 1),
     "jackknife-1": (partial(JackknifeELBO, order=1), 2),
     "jackknife-2": (partial(JackknifeELBO, order=2), 3),
+    "jackknife-1, published": (
+        partial(JackknifeELBO, order=1, guide="jackknife", weights="published"),
+        2,
+    ),
     "variational-renyi": (lambda K, **options: VariationalRenyiELBO(0.6, K, **options), 1),
     "combined": (lambda K, **options: CombinedELBO(0.3, K, **options), 1),
     "multiply-importance-weighted": (grouped(MultiplyImportanceWeightedELBO), 1),

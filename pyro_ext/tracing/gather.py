@@ -35,7 +35,7 @@ def gather_particles(
     """
     rows = traces.density_sites
     by_key = {site.key: site for row in rows for site in row}
-    leaves = {("guide", draw.name) for draw in traces.draws}
+    leaves = {("guide", draw.name) for draw in traces.draws if not draw.is_point}
     dims = [plate.dim for plate in common if plate.dim is not None]
     layout = Layout(
         traces.num_particles,

@@ -22,6 +22,7 @@ class Draw(NamedTuple):
     scale: Any
     mask: Any
     is_global: bool
+    is_point: bool
 
 
 class Leaves(Enum):
@@ -30,16 +31,18 @@ class Leaves(Enum):
     NOWHERE = 0
     IN_MODEL = 1
     EVERYWHERE = 2
+    EVERYWHERE_WITH_POINTS = 3
 
 
 class LeafDraws(Messenger):
     """A handler that replaces each reparameterised draw of the guide by a leaf tensor.
 
     The leaf has the value of the draw, without its graph. Everywhere, the later sites of the guide
-    and the model use the leaf, so one run yields the derivatives at the draws. A Delta site is then
-    not replaced, because it is a function of earlier draws. Only in the model, the guide keeps its
-    draws, and needs neither their density at a given value nor a fixed support. The handler also
-    keeps the draws themselves. Their graph leads to the guide's parameters.
+    and the model use the leaf, so one run yields the derivatives at the draws. A Delta site (a
+    point) is a function of earlier draws, so it is not replaced unless points are asked for. Only
+    in the model, the guide keeps its draws, and needs neither their density at a given value nor a
+    fixed support. The handler also keeps the draws themselves. Their graph leads to the guide's
+    parameters.
 
     :param leaves: the places of the leaves.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
@@ -68,16 +71,20 @@ class LeafDraws(Messenger):
             return
         leaf = value.detach().requires_grad_()
         is_global = not has_particles(msg, self.local_plate)
-        self.draws.append(Draw(name, value, leaf, fn, msg["scale"], msg["mask"], is_global))
+        is_point = is_delta(fn)
+        draw = Draw(name, value, leaf, fn, msg["scale"], msg["mask"], is_global, is_point)
+        self.draws.append(draw)
         if self.leaves is Leaves.IN_MODEL:
             self._seen[name] = leaf
         else:
-            if support_moves(fn):
+            if not is_point and support_moves(fn):
                 raise SiteError(_moving_support(name))
             msg["value"] = leaf
 
     def _is_replaced(self, fn: Any, value: Any) -> bool:
-        if self.leaves is Leaves.IN_MODEL:
+        if self.leaves is Leaves.IN_MODEL or (
+            self.leaves is Leaves.EVERYWHERE_WITH_POINTS and is_delta(fn)
+        ):
             return value.requires_grad
         return getattr(fn, "has_rsample", False) and value.grad_fn is not None and not is_delta(fn)
 

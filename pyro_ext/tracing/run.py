@@ -188,8 +188,8 @@ def _leaf_draws(
     """Collect the draws that leaves replace, while model and guide run."""
     if leaves is Leaves.NOWHERE:
         return nullcontext(())
-    if programs.guide_runs_model:
-        leaves = Leaves.EVERYWHERE  # there is no run of the model alone
+    if programs.guide_runs_model and leaves is Leaves.IN_MODEL:
+        leaves = Leaves.EVERYWHERE_WITH_POINTS  # there is no run of the model alone
     return _collected(LeafDraws(leaves, local_plate))
 
 

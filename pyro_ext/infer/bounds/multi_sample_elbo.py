@@ -218,6 +218,16 @@ class MultiSampleELBO(ELBO):
         """The estimator whose bound trains the guide; this estimator, unless overridden."""
         return self
 
+    def model_weights(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
+        """Return the weight of each particle in the model's gradient; f_k, unless overridden.
+
+        It is used only if :attr:`guide_bound` is another estimator.
+
+        :param log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
+        """
+        return self.derivatives(log_w)[0]
+
     def _against_baseline(
         self, log_w: Float[Tensor, "K *common"], baseline: Float[Tensor, "K *common"]
     ) -> Float[Tensor, "K *common"]:

@@ -62,6 +62,9 @@ class Bound(Protocol):
     def learning_signal(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         """Return the learning signal: the reward of each particle's non-reparameterised sites."""
 
+    def model_weights(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
+        """Return the weights of the model's gradient if the guide has a bound of its own."""
+
     @property
     def guide_bound(self) -> "Bound":
         """The bound that trains the guide; usually this bound itself."""
@@ -94,9 +97,10 @@ class GradientRule(NamedTuple):
 
         Every rule needs them in the model if the guide has a bound of its own.
         """
-        if self.has_leaves:
-            return Leaves.EVERYWHERE
-        return Leaves.NOWHERE if bound.guide_bound is bound else Leaves.IN_MODEL
+        if bound.guide_bound is bound:
+            return Leaves.EVERYWHERE if self.has_leaves else Leaves.NOWHERE
+        # The guide's parameters also reach the model through points.
+        return Leaves.EVERYWHERE_WITH_POINTS if self.has_leaves else Leaves.IN_MODEL
 
     def objective(self, bound: Bound, particles: Particles) -> Float[Tensor, ""]:
         """Return the estimate of the rule for a bound.
@@ -107,7 +111,8 @@ class GradientRule(NamedTuple):
             sites.
         """
         names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
-        if self.has_leaves and names and not particles.global_draws + particles.draws:
+        draws = particles.global_draws + particles.draws
+        if self.has_leaves and names and all(draw.is_point for draw in draws):
             raise ValueError(
                 f"gradient={self.name!r} needs a reparameterised site with parameters in the "
                 f"guide, but its sites {abbreviate(names)} are not reparameterised. Use "
@@ -264,7 +269,7 @@ def _along_paths(
     """
     first = guide_first
     if bound.guide_bound is not bound:
-        first, _ = bound.derivatives(particles.log_w.detach())
+        first = bound.model_weights(particles.log_w.detach())
     explicit = (first * _finite(particles.log_p) - guide_first * _finite(log_q)).sum(0)
     surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
     draws = particles.global_draws + particles.draws
@@ -297,6 +302,8 @@ def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Te
 
 def _density_factor(draw: Draw, scale: Any) -> Tensor | None:
     """Return the factor of a draw's log q in log w; None if it is 1."""
+    if draw.is_point:  # has no explicit term
+        return torch.zeros_like(draw.leaf)
     factor: Any = draw.mask
     if not isinstance(scale, Tensor):  # a tensor scale is the same at every site and stays outside
         relative = draw.scale / scale

@@ -120,6 +120,10 @@ class LinearBound(NamedTuple):
         """Return the stored learning signal, for any log weights."""
         return self.signal
 
+    def model_weights(self, log_w: Tensor) -> Tensor:
+        """Return the stored weights of the model's gradient, for any log weights."""
+        return self.first
+
     @property
     def guide_bound(self) -> "LinearBound":
         """The bound that trains the guide."""
@@ -134,8 +138,10 @@ def linearize(bound: Bound, log_w: Float[Tensor, "K *common"], has_score: bool) 
     :param has_score: whether the guide has non-reparameterised sites.
     """
     guide_bound = bound.guide_bound
+    first, second = bound.derivatives(log_w)
     return LinearBound(
-        *bound.derivatives(log_w),
+        first if guide_bound is bound else bound.model_weights(log_w),
+        second,
         signal=bound.learning_signal(log_w) if has_score else None,
         own_guide_bound=None if guide_bound is bound else linearize(guide_bound, log_w, has_score),
     )

@@ -12,7 +12,7 @@ from pyro.infer import autoguide
 from torch import nn
 
 from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
-from tests.infer.gradients.estimates import F64, assert_same_mean
+from tests.infer.gradients.estimates import F64, assert_same_mean, gradient, stored_parameters
 from tests.registry import VECTORIZE
 
 
@@ -114,3 +114,21 @@ def test_flows_without_an_inverse_are_refused_by_name(rule, vectorize):
     assert all(p.grad is None for p in flow.parameters())
     plain = ImportanceWeightedELBO(2, vectorize_particles=vectorize)
     assert math.isfinite(plain.loss_and_grads(model, guide))
+
+
+@pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
+@pytest.mark.parametrize(("model", "make_guide"), AUTOGUIDES.values(), ids=AUTOGUIDES)
+def test_a_guide_with_a_bound_of_its_own_has_the_gradient_of_this_bound(model, make_guide, rule):
+    """Also where its parameters reach the model through a Delta."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        guide = make_guide(model)
+        options = {"gradient": rule, "max_plate_nesting": 1}
+        own, plain = JackknifeELBO(4, **options), ImportanceWeightedELBO(4, **options)
+        stored_parameters(plain, model, guide)
+        parameters = list(guide.parameters())
+        for seed in range(3):
+            found, expected = (gradient(e, model, guide, parameters, seed) for e in (own, plain))
+            torch.testing.assert_close(found, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
