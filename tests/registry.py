@@ -36,8 +36,8 @@ ESTIMATORS = {
     "jackknife-0": (partial(JackknifeELBO, order=0), 1),
     "jackknife-1": (partial(JackknifeELBO, order=1), 2),
     "jackknife-2": (partial(JackknifeELBO, order=2), 3),
-    "jackknife-1, published": (
-        partial(JackknifeELBO, order=1, guide="jackknife", weights="published"),
+    "jackknife-1, guide apart": (
+        partial(JackknifeELBO, order=1, guide="importance-weighted", weights="nonnegative"),
         2,
     ),
     "variational-renyi": (lambda K, **options: VariationalRenyiELBO(0.6, K, **options), 1),

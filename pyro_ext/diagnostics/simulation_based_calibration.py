@@ -217,7 +217,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         if isinstance(node["fn"], Unit):
             raise ValueError(
                 f"{NAME}: the model has the factor '{name}', so it cannot be simulated from. "
-                "Remove the factor, or write it as a sample site."
+                "Write it as an observed site with a distribution that can be sampled."
             )
         for frame in node["cond_indep_stack"]:
             if (frame.full_size or frame.size) != frame.size:

@@ -16,20 +16,20 @@ class Advice:
 
     one_at_a_time: str = "pass vectorize_particles=False"
     local_plate: str = (
-        "If the other latent sites are global, pass local_plate='{plate}', which draws them once "
-        "and has a bound for each data point. Otherwise put every latent site in a vectorised "
-        "plate, move global latent variables into pyro.param, or use the full data"
+        "If the sites outside of it are global, pass local_plate='{plate}', which draws them once "
+        "and has a bound for each data point. Otherwise use all rows"
     )
     one_particle: str = ", or use num_particles=1"
     enumeration: str = (
-        "Remove infer={'enumerate': ...} or config_enumerate, or use pyro.infer.TraceEnum_ELBO."
+        "Remove infer={'enumerate': ...} or config_enumerate, and draw the site in the guide. To "
+        "sum it out, use pyro.infer.TraceEnum_ELBO."
     )
 
 
 #: The advice of functions that draw in chunks.
 CHUNK_ADVICE = Advice(
     one_at_a_time="pass chunk_size=1",
-    local_plate="Use all rows of the plate, without a subsample size",
+    local_plate="Pass all rows of the plate, without subsample= or subsample_size=",
     one_particle="",
     enumeration=(
         "Remove infer={'enumerate': ...} or config_enumerate, and draw the site in the guide."

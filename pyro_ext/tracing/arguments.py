@@ -60,7 +60,7 @@ def read_programs(
         args = args if guide is NOT_GIVEN else (guide, *args)
         _check_is_stepped(owner, model)
         model, guide = model.model, model.guide
-    check_program(owner, "model", model)
+    check_program(owner, "model", model, or_svi="an SVI, or ")
     if guide is NOT_GIVEN or guide is None:
         if without_guide is None:
             raise TypeError(
@@ -87,12 +87,13 @@ def read_programs(
     )
 
 
-def check_program(owner: str, role: str, value: Any) -> Program:
+def check_program(owner: str, role: str, value: Any, or_svi: str = "") -> Program:
     """Return a model or a guide, after a check that it is one.
 
     :param owner: the name of the function that was given the value, for error messages.
     :param role: ``"model"`` or ``"guide"``.
     :param value: the model or guide.
+    :param or_svi: words for the other values that the function accepts.
     :raises TypeError: if it is an SVI, a class, or not callable.
     """
     if callable(value) and not isinstance(value, type) and not is_svi(value):
@@ -102,9 +103,8 @@ def check_program(owner: str, role: str, value: Any) -> Program:
     elif isinstance(value, type):
         advice = f"Pass an instance of it, such as {value.__name__}(model)"
     elif isinstance(value, Tensor):
-        advice = f"Pass the {role} first, then the arguments of model and guide"
+        advice = "Pass the model, then the guide, then the arguments of both"
     else:
-        or_svi = "an SVI, or " if role == "model" else ""
         advice = f"Pass {or_svi}a {role}: a function or module with Pyro primitives"
     raise TypeError(f"{owner}: the {role} is {describe(value)}. {advice}.")
 
@@ -118,6 +118,6 @@ def _check_is_stepped(owner: str, svi: Any) -> None:
     is_new = not getattr(svi.optim, "optim_objs", True)
     if is_new and len(pyro.get_param_store()) == 0:
         raise ValueError(
-            f"{owner}: the SVI has not been trained. Call svi.step first, or pass its model and "
-            "guide."
+            f"{owner}: the SVI has not been trained. Call svi.step first. If its guide was trained "
+            "elsewhere, pass model and guide."
         )

@@ -73,7 +73,7 @@ def density_sites(program: str, trace: Trace) -> list[DensitySite]:
 def plates_of(node: Any) -> frozenset[Plate]:
     """Return the plates around a site, without the particle plate."""
     return frozenset(
-        Plate(f.name, f.dim, f.size, f.full_size or f.size, f.counter)
+        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size), f.counter)
         for f in node["cond_indep_stack"]
         if f.name != PARTICLE_PLATE
     )

@@ -4,9 +4,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+
+from pyro_ext.tracing.programs import Program
 from pyro_ext.tracing.sites import SiteError
 
-_SIZES = re.compile("shape|size|broadcast|dimension", re.IGNORECASE)
+_SIZES = re.compile(
+    "shape mismatch|size mismatch|must match|not broadcastable|inconsistent tensor size|"
+    "invalid shape|expanded size",
+    re.IGNORECASE,
+)
+_SUBSAMPLES = re.compile(r"subsample_size does not match len\(subsample\), (\d+) vs (\d+)")
 _ADVICE = (
     "If sizes do not match: an automatic guide has the plates and parameters of its first run. "
     "Pass it data of the same size. For minibatches, pass it create_plates, a function that makes "
@@ -15,9 +24,10 @@ _ADVICE = (
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(guide: Program) -> Iterator[None]:
     """Explain errors of model and guide about sizes.
 
+    :param guide: the guide.
     :raises SiteError: if a plate has no elements, or subsamples of different sizes.
     """
     try:
@@ -31,13 +41,14 @@ def explained() -> Iterator[None]:
             ) from error
         raise
     except (RuntimeError, ValueError) as error:
-        if "subsample_size does not match" in str(error):
+        if found := _SUBSAMPLES.search(str(error)):
             raise SiteError(
-                "A plate has subsamples of different sizes in the model and in the guide. An "
+                f"A plate has {found[1]} rows in the model, but {found[2]} in the guide. An "
                 "automatic guide has the plates of its first run, so pass it create_plates, a "
                 "function that makes the plates from the arguments."
             ) from error
         text, *_ = str(error).split("Trace Shapes")
-        if _SIZES.search(text) and _ADVICE not in getattr(error, "__notes__", ()):
+        is_automatic = isinstance(poutine.unwrap(guide), AutoGuide)
+        if is_automatic and _SIZES.search(text) and _ADVICE not in getattr(error, "__notes__", ()):
             error.add_note(_ADVICE)
         raise

@@ -34,7 +34,7 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
     elif site := _first_site(particles, torch.isinf):
         cause = (
             f"The log-probability of site {site} is infinite in too many particles. Check that "
-            "its values are inside the support and do not overflow."
+            "the guide draws inside the support of the model, and that nothing overflows."
         )
     else:
         cause = (

@@ -78,8 +78,9 @@ class SiteRecorder(Messenger):
             self._rows[str(msg["name"])] = msg["value"]
             return
         if is_untraced(msg):
+            self._has_latent = True
             return
-        if self.guide is not None and is_left_by_do(msg) and msg["name"] not in self.guide.sites:
+        if self._is_cut_off(msg):
             msg["mask"] = False  # no other site depends on it, so its density means nothing
             return
         name, infer = str(msg["name"]), msg["infer"] or {}
@@ -107,6 +108,12 @@ class SiteRecorder(Messenger):
         if is_global and self.particle_dim is not None and self.sites[name].has_particle_dim:
             raise global_site_error("guide" if self.guide is None else "model", name)
 
+    def _is_cut_off(self, msg: Any) -> bool:
+        """Return whether a latent site of the model, without a guide, is left by poutine.do."""
+        if self.guide is None or msg["is_observed"] or msg["name"] in self.guide.sites:
+            return False
+        return is_left_by_do(msg)
+
     def _pyro_post_sample(self, msg: Message) -> None:
         if self.guide is None or not site_is_subsample(msg):
             return
@@ -118,10 +125,9 @@ class SiteRecorder(Messenger):
             msg["value"] = own  # the rows of the guide's plate are of no use
         elif is_validation_enabled() and not _has_same_rows(own, msg["value"]):
             raise SiteError(
-                f"Plate '{name}' has the rows subsample=... in the model, but other rows in the "
-                f"guide, which draws site '{in_plate[0]}' for them. Pass the same subsample to the "
-                "guide's plate. To an automatic guide, pass create_plates, a function that returns "
-                "the plate with the same subsample."
+                f"Plate '{name}' has other rows in the guide than in the model, which passes it "
+                "subsample=. Pass the same subsample to the guide's plate. Pass an automatic guide "
+                "create_plates, a function that returns the plate with this subsample."
             )
 
     def _has_particle_dim(self, msg: Any) -> bool:
@@ -159,17 +165,19 @@ class SiteRecorder(Messenger):
         elif not _fit(record.plates, in_guide.plates):
             raise SiteError(
                 f"Site '{name}' is in the plates (name: size) {_sizes(in_guide.plates)} in the "
-                f"guide, but in {_sizes(record.plates)} in the model. Put it in the same plates in "
-                f"both.{_of_first_run(record.plates, in_guide.plates)}"
+                f"guide, but in {_sizes(record.plates)} in the model. "
+                f"{_plate_advice(record.plates, in_guide.plates)}"
             )
         elif not self._is_point(in_guide) and _masks_differ(record, in_guide):
             raise SiteError(
                 f"Latent site '{name}' has another mask in the guide than in the model. The "
-                "weights would have its log q without its log p, or the reverse, and the bound "
-                "would have no limit. Draw the site in the guide under the same poutine.mask. An "
-                "automatic guide has no masks, so write the guide of this site by hand. If the "
-                "mask comes from obs_mask=, you can put the observed site in poutine.mask instead."
+                "weights would have its log q without its log p, or the reverse. "
+                f"{_mask_advice(name, in_guide)}"
             )
+
+    @property
+    def _latent_names(self) -> list[str]:
+        return sorted(name for name, record in self.sites.items() if not record.is_observed)
 
     def _is_point(self, in_guide: SiteRecord) -> bool:
         """Return whether a guide site is a Delta that is no function of auxiliary draws."""
@@ -190,10 +198,10 @@ class SiteRecorder(Messenger):
             for name, record in self.guide.sites.items():
                 if name not in self.sites and not record.is_auxiliary:
                     raise SiteError(
-                        f"Site '{name}' of the guide is missing from the model, which has the "
-                        f"sites {abbreviate(sorted(self.sites))}. Add a latent site of that name "
-                        "to the model. Only if the latent sites are deterministic functions of "
-                        "it, mark it with infer={'is_auxiliary': True} instead."
+                        f"Site '{name}' of the guide is missing from the model, whose latent sites "
+                        f"are {abbreviate(self._latent_names)}. Remove or rename it in the guide, "
+                        "or add it to the model. Only if the latent sites are deterministic "
+                        "functions of it, mark it with infer={'is_auxiliary': True} instead."
                     )
 
 
@@ -201,10 +209,25 @@ def _sizes(plates: dict[str, Any]) -> dict[str, int]:
     return {name: frame.full_size for name, frame in plates.items()}
 
 
-def _of_first_run(in_model: dict[str, Any], in_guide: dict[str, Any]) -> str:
+def _plate_advice(in_model: dict[str, Any], in_guide: dict[str, Any]) -> str:
     if in_model.keys() != in_guide.keys():
-        return ""
-    return " An automatic guide has the plates of its first run, unless you pass create_plates."
+        return "Put it in the same plates in both."
+    return (
+        "An automatic guide has the plates of its first run: pass it data of that size, or fit a "
+        "new guide."
+    )
+
+
+def _mask_advice(name: str, in_guide: SiteRecord) -> str:
+    if name.endswith("_unobserved"):
+        return (
+            "The mask comes from obs_mask=. If you do not need the imputed values, put the "
+            "observed site under poutine.mask instead. Otherwise draw this site in a guide by "
+            "hand, under the same mask."
+        )
+    if is_delta(in_guide.fn):
+        return "An automatic guide has no masks. Draw this site by hand, under the same mask."
+    return "Draw the site in the guide under the same poutine.mask."
 
 
 def _fit(in_model: dict[str, Any], in_guide: dict[str, Any]) -> bool:
@@ -235,15 +258,16 @@ def _masks_differ(record: SiteRecord, in_guide: SiteRecord) -> bool:
     if record.is_observed or not is_validation_enabled():
         return False
     in_model, of_guide = _mask(record), _mask(in_guide)
-    if in_model is False:
+    if not torch.as_tensor(in_model).any():
         return False  # an improper prior, which is flat
     return not bool((torch.as_tensor(in_model) == torch.as_tensor(of_guide)).all())
 
 
 def _has_same_rows(rows: Any, others: Any) -> bool:
-    return len(rows) == len(others) and bool(
-        (torch.as_tensor(rows) == torch.as_tensor(others)).all()
-    )
+    if len(rows) != len(others):
+        return False
+    x, y = torch.as_tensor(rows), torch.as_tensor(others)
+    return bool(((x == y) | ((x != x) & (y != y))).all())  # rows of data may be NaN
 
 
 def _mask(record: SiteRecord) -> Any:

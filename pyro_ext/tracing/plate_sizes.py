@@ -1,6 +1,6 @@
 """The sizes of plates that were made without a size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from pyro.poutine import Trace
@@ -27,19 +27,27 @@ def set_plate_sizes(*traces: Trace) -> None:
         sizes[name] = size, size
     for node in nodes:
         if any(frame.name in unknown for frame in node["cond_indep_stack"]):
-            node["cond_indep_stack"] = tuple(_with_sizes(node["cond_indep_stack"], sizes))
+            node["cond_indep_stack"] = tuple(_with_sizes(node, sizes))
 
 
 def _size_at(node: Any, dim: int) -> int:
-    """Return the size of a batch dim, counted from the right, in the value of a site."""
-    shape = getattr(node["value"], "shape", ())
-    dim -= getattr(node["fn"], "event_dim", 0)
-    return shape[dim] if len(shape) >= -dim else 1
+    """Return the size of a batch dim, counted from the right, of a site."""
+    event_dim = getattr(node["fn"], "event_dim", 0)
+    value = getattr(node["value"], "shape", ())
+    shapes = value[: len(value) - event_dim], getattr(node["fn"], "batch_shape", ())
+    return max(shape[dim] if len(shape) >= -dim else 1 for shape in shapes)
 
 
-def _with_sizes(stack: Iterable[Any], sizes: dict[str, tuple[int, int]]) -> Iterable[Any]:
-    for frame in stack:
+def _with_sizes(node: Any, sizes: dict[str, tuple[int, int]]) -> Iterator[Any]:
+    """Yield the frames of a site with their sizes.
+
+    A plate without a size does not expand its sites. A site of size 1 in a larger plate is the same
+    for all of its elements, so it is not in the plate.
+    """
+    for frame in node["cond_indep_stack"]:
         if frame.size == UNKNOWN:
             size, full_size = sizes[frame.name]
+            if size > 1 and _size_at(node, frame.dim) == 1:
+                continue
             frame = frame._replace(size=size, full_size=full_size)
         yield frame

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
-from pyro_ext.tracing.density_sites import DensitySite
+from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.plates import Depends
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
@@ -123,6 +123,23 @@ def points_of(programs: Programs) -> list[str]:
         if torch.equal(detach_provenance(site["value"]), again["value"]):
             names.append(name)
     return names
+
+
+def draws_leave_plates(programs: Programs) -> bool:
+    """Return whether a guide site outside of a plate depends on a draw inside of it.
+
+    Elements of the plate then depend on each other through this site.
+    """
+    tracker = _TrackDraws()
+    with kept_random_states():
+        guide = programs.each_under(tracker, tracker).run()["guide"]
+    sites: dict[str, Any] = dict(guide.iter_stochastic_nodes())
+    return any(
+        not plates_of(sites[name]) <= plates_of(site)
+        for site in sites.values()
+        for name in _provenance(site)
+        if name in sites
+    )
 
 
 def _two_runs(programs: Programs) -> tuple[dict[str, Trace], dict[str, Trace]]:

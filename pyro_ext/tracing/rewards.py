@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
@@ -18,10 +19,15 @@ from pyro_ext.tracing.sites import has_particles
 def score_sites(guide_trace: Trace) -> Iterator[tuple[Any, Tensor]]:
     """Yield the node and the score-function term of each non-reparameterised guide site."""
     for site in guide_trace.nodes.values():
-        if site["type"] == "sample" and not site["is_observed"]:
+        if site["type"] == "sample" and _is_drawn(site):
             term = site["score_parts"].score_function
             if not is_identically_zero(term):
                 yield site, term
+
+
+def _is_drawn(node: Any) -> bool:
+    """Return whether a site may stand for draws: its own, or those of a factor's author."""
+    return not node["is_observed"] or isinstance(node["fn"], Unit)
 
 
 def score_terms(traces: ParticleTraces, local_plate: str | None) -> list[list[OuterTerm]]:
@@ -38,7 +44,7 @@ def score_terms(traces: ParticleTraces, local_plate: str | None) -> list[list[Ou
 
 def without_score(site: DensitySite) -> Tensor:
     """Return the log-probability of a site, with the gradient only of its reparameterised part."""
-    if site.program == "model" or site.is_observed:
+    if site.program == "model" or not _is_drawn(site.node):
         return site.log_prob
     parts = site.node["score_parts"]
     if is_identically_zero(parts.score_function):

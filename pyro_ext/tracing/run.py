@@ -129,9 +129,8 @@ def run_at_once(
                 raise SiteError(
                     f"The {_last_place(in_model, in_guide)} with {where}, but it runs with one "
                     "particle. Every sample has an extra dim on the left. Count dims from the "
-                    "right, use matmul and .mT for matrices, wrap convolutions in "
-                    "pyro_ext.nn.LeadingDims, correct max_plate_nesting (it is guessed in the "
-                    f"first run of a model and guide), or {advice.one_at_a_time}.\n"
+                    "right (x[..., 0] and .mT), wrap convolutions in pyro_ext.nn.LeadingDims, "
+                    f"correct max_plate_nesting, or {advice.one_at_a_time}.\n"
                     f"{_described(error)}"
                 ) from error
             raise

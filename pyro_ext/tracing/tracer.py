@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 
+from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.explanations import explained
@@ -22,7 +24,8 @@ from pyro_ext.tracing.plates import (
 )
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.proposal import with_proposal
-from pyro_ext.tracing.provenance import Dependence
+from pyro_ext.tracing.provenance import Dependence, draws_leave_plates
+from pyro_ext.tracing.rewards import score_sites
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
 from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
 from pyro_ext.tracing.sites import lies_in
@@ -38,6 +41,7 @@ class TracerMemory:
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
     has_gradients: bool = False
+    leaves_plates: bool | None = None
     warned_plates: set[str] = field(default_factory=set)
 
     def recall(self, programs: Programs) -> "TracerMemory":
@@ -82,7 +86,6 @@ class ParticleTracer:
     advice: Advice = field(default_factory=Advice)
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
 
-    @explained()
     def run(
         self,
         programs: Programs,
@@ -99,9 +102,19 @@ class ParticleTracer:
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
+        with explained(programs.guide):
+            return self._run(programs, num_particles, subsamples, leaves)
+
+    def _run(
+        self,
+        programs: Programs,
+        num_particles: int | None,
+        subsamples: SharedSubsamples | None,
+        leaves: Leaves,
+    ) -> ParticleTraces:
         if not self.is_linear:
             raise_for_handlers_of_linear_objectives()
-        counted = with_proposal(programs) if self.is_proposal else programs
+        counted = self._counted(programs)
         K = self.num_particles if num_particles is None else num_particles
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             particle_dim = -1 - self.plate_nesting(programs, subsamples)
@@ -170,20 +183,26 @@ class ParticleTracer:
 
         outside = {site.key for row in by_particle for site in row if is_outside(site)}
         if to_check and rows is not None and traces.are_vectorized:
-            if not programs.guide_runs_model:
-                check_vectorization(
-                    traces, programs, rows, self.advice.one_at_a_time, is_strict=False
-                )
+            # Handlers around the step would not reach a run of one particle.
+            if not _has_foreign_handlers() and not programs.guide_runs_model:
+                counted, remedy = self._counted(programs), self.advice.one_at_a_time
+                check_vectorization(traces, counted, rows, remedy, is_strict=False)
             memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
+        if splits_rewards and any(True for _ in score_sites(traces.guide_traces[0])):
+            if memory.leaves_plates is None:
+                memory.leaves_plates = draws_leave_plates(with_one_minibatch(programs, rows))
+            splits_rewards = not memory.leaves_plates
         return gather_particles(traces, common, outside, local_plate, splits_rewards)
+
+    def _counted(self, programs: Programs) -> Programs:
+        return with_proposal(programs) if self.is_proposal else programs
 
     @property
     def _local_plate(self) -> str | None:
         # The place of the particles makes no difference to a linear objective.
         return None if self.is_linear else self.local_plate
 
-    @explained()
     def run_first(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
         """Run model and guide once, unless they have run, and return their number of nested plates.
 
@@ -194,7 +213,10 @@ class ParticleTracer:
             # A run is hidden from the handlers around it, so the handler goes inside.
             in_guide = SiteRecorder(None, self.advice)
             recorded = programs.each_under(SiteRecorder(None, self.advice, in_guide), in_guide)
-            memory.plate_nesting = _guess_plate_nesting(with_one_minibatch(recorded, subsamples))
+            with explained(programs.guide):
+                memory.plate_nesting = _guess_plate_nesting(
+                    with_one_minibatch(recorded, subsamples)
+                )
         return memory.plate_nesting
 
     def plate_nesting(self, programs: Programs, subsamples: SharedSubsamples | None = None) -> int:
@@ -202,6 +224,15 @@ class ParticleTracer:
         if self.max_plate_nesting != math.inf:
             return int(self.max_plate_nesting)
         return self.run_first(programs, subsamples)
+
+
+def _has_foreign_handlers() -> bool:
+    """Return whether a step runs inside of effect handlers other than traces and our own."""
+    return any(
+        not isinstance(handler, TraceMessenger)
+        and not type(handler).__module__.startswith("pyro_ext.")
+        for handler in HANDLER_STACK
+    )
 
 
 @torch.no_grad()

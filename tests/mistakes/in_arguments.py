@@ -1,5 +1,6 @@
 """Wrong arguments."""
 
+import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -60,7 +61,7 @@ MISTAKES: dict[str, Mistake] = {
     "data in place of the guide": (
         lambda: estimate_evidence(local_model, X),
         TypeError,
-        "the guide is a tensor of shape .20,.. Pass the guide first",
+        "the guide is a tensor of shape .20,.. Pass the model, then the guide",
     ),
     "a list in place of chains": (
         lambda: from_pyro_svi([local_model, local_guide], X),
@@ -81,7 +82,7 @@ MISTAKES: dict[str, Mistake] = {
     "the class of a schedule": (
         lambda: KLWeightedELBO(Trace_ELBO(), GeometricKL),
         TypeError,
-        "schedule must be a KLSchedule, but it is the class GeometricKL",
+        "schedule must be an instance of KLSchedule, but it is the class GeometricKL",
     ),
     "a nonlinear bound with a KL factor": (
         lambda: KLWeightedELBO(ELBO_3, GeometricKL(5)),
@@ -161,9 +162,9 @@ MISTAKES: dict[str, Mistake] = {
         "probs.*logits|logits.*probs",
     ),
     "a function as a Bayesian module": (
-        lambda: BayesianModule(local_model),  # type: ignore[arg-type]
+        lambda: BayesianModule(local_model, dist.Normal(0.0, 1.0)),  # type: ignore[arg-type]
         TypeError,
-        "must be a|Module",
+        "net must be a plain torch.nn.Module, but it is a function",
     ),
     # Runs.
     "a run without batches": (

@@ -112,6 +112,6 @@ MISTAKES: dict[str, Mistake] = {
     "evidence by a guide beside the posterior": (
         lambda: estimate_evidence(support_model, narrow_guide, X),
         ValueError,
-        "all 1000 weights are zero for data points .* Use a wider guide",
+        "all 1000 weights are zero for data points .* Use a guide that draws them",
     ),
 }

@@ -87,7 +87,7 @@ MISTAKES: dict[str, Mistake] = {
     "evidence of a minibatch beside a global site": (
         lambda: estimate_evidence(rows_model, rows_guide, X),
         ValueError,
-        "Plate 'data' is subsampled .20 of 100.*Use all rows of the plate, without",
+        "Plate 'data' is subsampled .20 of 100.*Pass all rows of the plate, without",
     ),
     "export of a minibatch": (
         lambda: from_pyro_svi(rows_model, rows_guide, X),
@@ -107,14 +107,14 @@ MISTAKES: dict[str, Mistake] = {
     "an automatic guide on smaller minibatches": (
         lambda: ELBO_3.loss(minibatch_model, fitted(minibatch_model, AutoNormal, X), X[:5]),
         ValueError,
-        "subsamples of different sizes.*create_plates",
+        "has 5 rows in the model, but 20 in the guide.*create_plates",
     ),
     "an automatic guide with other rows": (
         lambda: ImportanceWeightedELBO(1).loss(
             rows_model, fitted(rows_model, AutoNormal, X), X + 1
         ),
         ValueError,
-        "Plate 'data' has the rows subsample=.*create_plates",
+        "Plate 'data' has other rows in the guide than in the model.*create_plates",
     ),
     "a guide plate without a size on a minibatch": (
         lambda: ELBO_3.loss(

@@ -117,7 +117,10 @@ def test_names_may_clash(function, number):
 @EACH
 def test_what_is_no_program(function, number):
     for wrong, words in (
-        (torch.zeros(10_000), r"the guide is a tensor of shape \(10000,\)\. Pass the guide first"),
+        (
+            torch.zeros(10_000),
+            r"the guide is a tensor of shape \(10000,\)\. Pass the model, then the guide",
+        ),
         ([0.0] * 10_000, r"the guide is a list of length 10000\. Pass a guide"),
         (dist.Normal, r"the guide is the class Normal\. Pass an instance"),
         (trained(), r"the guide is an SVI\. Pass its guide, svi\.guide"),

@@ -118,3 +118,39 @@ def test_other_plates_are_refused():
 
     with pytest.raises(ValueError, match="'z' is in the plates"):
         ImportanceWeightedELBO(3).loss(model_of(size=3), guide)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
+def test_a_site_of_size_one_in_a_larger_plate_is_shared():
+    def model():
+        with pyro.plate("data", dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    def guide():
+        with pyro.plate("data", dim=-1):
+            pyro.sample("z", dist.Normal(0.3, 0.5))  # near the posterior N(0.325, 0.5^2)
+
+    pyro.set_rng_seed(0)
+    expected = Trace_ELBO(max_plate_nesting=1).loss(model, guide)
+    pyro.set_rng_seed(0)
+    found = ImportanceWeightedELBO(1, max_plate_nesting=1).loss(model, guide)
+    assert found == pytest.approx(expected)
+    covariance = torch.eye(3) + 1
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(X).item()
+    for chunk_size in (100, 1):
+        evidence = estimate_evidence(model, guide, num_samples=300, chunk_size=chunk_size)
+        assert evidence.total == pytest.approx(exact, abs=0.02)
+
+
+def test_a_size_that_is_a_tensor():
+    def model():
+        with pyro.plate("data", torch.tensor(3)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    def guide():
+        with pyro.plate("data", torch.tensor(3)):
+            pyro.sample("z", dist.Normal(X / 2, 1.0))
+
+    assert ImportanceWeightedELBO(4).trace_particles(model, guide).log_w.shape == (4, 3)

@@ -103,3 +103,24 @@ def test_an_exact_conjugate_update_leaves_nothing_to_chance(K, rule, vectorize):
     data = from_pyro_svi(model, lambda: None, num_samples=50, chunk_size=25 if vectorize else 1)
     assert set(group(data, "observed_data")) == {"count"}
     assert group(data, "posterior")["p"].std() > 0
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_an_observed_site_under_do_keeps_its_likelihood(K):
+    """A counterfactual: condition, then intervene."""
+
+    def model():
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(u, 0.5))
+        pyro.sample("y", dist.Normal(w + u, 1.0), obs=torch.tensor(4.0))
+
+    conditioned = poutine.condition(model, data={"w": torch.tensor(2.0)})
+    twin = poutine.do(conditioned, data={"w": torch.tensor(3.0)})
+
+    def guide():
+        pyro.sample("u", dist.Delta(torch.tensor(0.7)))
+
+    u = torch.tensor(0.7)
+    expected = dist.Normal(0.0, 1.0).log_prob(u) + dist.Normal(u, 0.5).log_prob(torch.tensor(2.0))
+    expected = expected + dist.Normal(3.0 + u, 1.0).log_prob(torch.tensor(4.0))
+    assert ImportanceWeightedELBO(K).loss(twin, guide) == pytest.approx(-expected.item(), rel=1e-5)

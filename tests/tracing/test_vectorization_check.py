@@ -1,3 +1,4 @@
+import random
 from functools import partial
 
 import pyro
@@ -224,3 +225,50 @@ def test_a_messenger_guide_is_refused():
 
     with pytest.raises(NotImplementedError, match="GuideMessenger"):
         ImportanceWeightedELBO(3).check(model, autoguide.AutoNormalMessenger(model))
+
+
+def test_a_program_with_two_outcomes_is_random():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = z.exp() if random.random() < 0.5 else z
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.ones(()))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    for seed in range(100):
+        pyro.set_rng_seed(seed)
+        ImportanceWeightedELBO(3, max_plate_nesting=0).loss(model, guide)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [lambda z: z + z[-1], lambda z: z.flip(0).cumsum(0).flip(0), lambda z: z.cumsum(0)],
+    ids=["last particle", "reverse sum", "sum"],
+)
+def test_mixing_that_leaves_one_end_right(net):
+    with pytest.raises(ValueError, match="mixes particles"):
+        ImportanceWeightedELBO(4).loss(*programs_with(net))
+
+
+def test_mixing_in_scales():
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            with pyro.poutine.scale(scale=z.mean().sigmoid()):
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.zeros(3, 4))
+
+    with pytest.raises(ValueError, match="Site 'x' of the model"):
+        ImportanceWeightedELBO(4).loss(model, programs_with(nn.Identity())[1])
+
+
+def test_handlers_around_a_step():
+    def model():
+        z = pyro.sample("z", dist.Normal(pyro.param("q", torch.tensor(0.0)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(()))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pyro.poutine.substitute(data={"q": torch.tensor(3.0)}):
+        ImportanceWeightedELBO(3, max_plate_nesting=0).loss(model, guide)

@@ -99,7 +99,7 @@ class Annealer:
             raise ValueError(
                 f"{programs.owner}: all {evidence.num_samples} weights are "
                 f"zero{data_points(is_zero)}. The support of the guide misses the values that the "
-                "data allow. Use a wider guide."
+                "data allow. Use a guide that draws them, such as a wider one."
             )
         constant = 0.0 if names else programs.outer
         return AnnealedEvidence(

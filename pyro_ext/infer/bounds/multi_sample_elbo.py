@@ -107,14 +107,9 @@ class MultiSampleELBO(ELBO):
         particle_chunk_size: int | None = None,
         local_plate: str | None = None,
     ) -> None:
-        check_options(
-            type(self).__name__,
-            num_particles,
-            gradient,
-            max_plate_nesting,
-            particle_chunk_size,
-            local_plate,
-        )
+        name = type(self).__name__
+        plates = max_plate_nesting, local_plate
+        check_options(name, num_particles, gradient, *plates, particle_chunk_size)
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
@@ -208,8 +203,7 @@ class MultiSampleELBO(ELBO):
     def is_linear(self) -> bool:
         """Whether this bound and its guide bound are the mean of the log weights.
 
-        A linear bound accepts every plate, also a subsampled one with global latent sites. By
-        default, the bound counts as linear for K = 1 only.
+        A linear bound accepts every plate. By default, a bound is linear for K = 1 only.
         """
         return self.num_particles == 1
 
@@ -219,12 +213,9 @@ class MultiSampleELBO(ELBO):
         return self
 
     def model_weights(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
-        """Return the weight of each particle in the model's gradient; f_k, unless overridden.
+        """Return the weights of the model's gradient if :attr:`guide_bound` is another estimator.
 
-        It is used only if :attr:`guide_bound` is another estimator.
-
-        :param log_w: log weights of shape ``(K, ...)``.
-        :returns: a tensor of the same shape.
+        By default, they are :math:`f_k`.
         """
         return self.derivatives(log_w)[0]
 

@@ -10,8 +10,8 @@ def check_options(
     num_particles: Any,
     gradient: Any,
     max_plate_nesting: Any,
-    particle_chunk_size: Any,
     local_plate: Any,
+    particle_chunk_size: Any,
 ) -> None:
     """Raise an error unless the options of an estimator are valid.
 

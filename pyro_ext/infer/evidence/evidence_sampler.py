@@ -173,7 +173,7 @@ class EvidenceSampler:
             raise ValueError(
                 f"{self.stream.owner}: all {part.num_samples} weights are "
                 f"zero{data_points(is_zero, tuple(offset))}. The support of the guide misses the "
-                "values that the data allow. Use a wider guide, or more draws."
+                "values that the data allow. Use a guide that draws them, such as a wider one."
             )
         self.parts.append(part)
         self.position = state.position

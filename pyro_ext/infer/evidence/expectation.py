@@ -153,8 +153,8 @@ class SelfNormalizedMean(_Estimate):
         if bool((w == 0).any()):
             raise ValueError(
                 f"estimate_expectation: all {self.statistics.num_samples} weights are zero. The "
-                "support of the guide misses the values that the data allow. Use a wider guide, or "
-                "more draws."
+                "support of the guide misses the values that the data allow. Use a guide that "
+                "draws them, such as a wider one."
             )
         mean = wg / w
         variance = (wwgg - 2 * mean * wwg + mean.square() * ww) / w.square()

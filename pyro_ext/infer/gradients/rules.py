@@ -23,7 +23,8 @@ side of the identity.
 
 If the bound is linear, f_k is a constant, so f_k s and its derivatives have mean zero and are left
 out. The learning signal of a site in plates then is that of the log weights summed over all other
-plates: a term in another element of its plates does not depend on the site.
+plates: a term in another element of its plates does not depend on the site. This is not so if a
+guide site outside of a plate depends on draws inside of it. The signal is not split in this case.
 
 With a local plate, the draws outside of it are made once, and the objective is linear in their log
 ratio. For the bound inside the plate, these draws are parameters. The identity holds for any
@@ -112,11 +113,16 @@ class GradientRule(NamedTuple):
         """
         names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
         draws = particles.global_draws + particles.draws
+        if self.has_leaves and (rejected := {draw.name for draw in draws}.intersection(names)):
+            raise ValueError(
+                f"Guide site '{min(rejected)}' is drawn by rejection, so its noise depends on "
+                f"parameters. gradient={self.name!r} would be biased. Use gradient='pathwise'."
+            )
         if self.has_leaves and names and all(draw.is_point for draw in draws):
             raise ValueError(
                 f"gradient={self.name!r} needs a reparameterised site with parameters in the "
                 f"guide, but its sites {abbreviate(names)} are not reparameterised. Use "
-                "gradient='pathwise'."
+                "gradient='pathwise', which takes a score-function gradient for such sites."
             )
         return self.estimate(bound, particles)
 

@@ -81,7 +81,7 @@ class KLWeightedELBO(ELBO):
 
     def __init__(self, elbo: ELBO, schedule: KLSchedule, sites: Sites = "global") -> None:
         _check_linear(elbo)
-        check_type("KLWeightedELBO", "schedule", schedule, KLSchedule, "a KLSchedule")
+        check_type("KLWeightedELBO", "schedule", schedule, KLSchedule, "an instance of KLSchedule")
         if isinstance(sites, str) and sites not in ("global", "all"):
             raise ValueError(
                 "KLWeightedELBO: sites must be 'global', 'all', a collection of names or a "

@@ -340,8 +340,8 @@ class EagerSVI(SVI):
         if not has_any:
             raise ValueError(
                 f"{type(self).__name__}.run: data has {num_skipped} minibatches in epoch "
-                f"{len(self.history.epoch_ends) + 1}, but it must have at least {done + 1}. Pass "
-                "data that can be iterated again in each epoch, such as a list or a DataLoader."
+                f"{len(self.history.epoch_ends) + 1}, but it must have at least {done + 1}. A "
+                "generator can be used once only, so pass a list or a DataLoader that is not empty."
             )
 
     def _after_step(self, loss: float, length: int | None, bar: Any) -> None:

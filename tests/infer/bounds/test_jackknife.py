@@ -13,6 +13,8 @@ from pyro_ext.tracing import Programs
 from tests.infer.gradients.estimates import F64, gradient
 from tests.statistics import assert_mean
 
+APART = "importance-weighted", "nonnegative"  # the bound of the guide, the weights of the model
+
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("K", [4, 16])
@@ -26,7 +28,7 @@ def test_the_gradient_of_the_model_against_gamma_weights(K, order):
     pyro.set_rng_seed(0)
     log_w = dist.Gamma(a, 1.0).sample((K, 200_000)).log()
     error = log_w - torch.digamma(a + 1)
-    elbo = JackknifeELBO(K, order)
+    elbo = JackknifeELBO(K, order, *APART)
     published, _ = elbo.derivatives(log_w)
     assert_mean((log_w.softmax(0) * error).sum(0), -1 / (K * a))
     assert_mean((published * error).sum(0), 0.0)
@@ -40,7 +42,7 @@ def test_the_weights_of_the_model():
     pyro.set_rng_seed(0)
     log_w = 3 * torch.randn(6, 1000, **F64)
     for order in (1, 2, 3):
-        elbo = JackknifeELBO(6, order)
+        elbo = JackknifeELBO(6, order, *APART)
         first, _ = jackknife_derivatives(log_w, order)
         weights = elbo.model_weights(log_w)
         is_even = (first >= 0).all(0)
@@ -55,7 +57,7 @@ def test_the_weights_of_the_model():
         published = JackknifeELBO(6, order, weights="published")
         torch.testing.assert_close(published.model_weights(log_w), first)
     zero = torch.tensor([-math.inf, 0.0, 1.0, 2.0], **F64)
-    assert JackknifeELBO(4, 1).model_weights(zero)[0] == 0
+    assert JackknifeELBO(4, 1, *APART).model_weights(zero)[0] == 0
 
 
 def autoencoder(x):
@@ -107,7 +109,7 @@ def test_chunks_have_the_same_gradient(rule):
     found = []
     for size in (None, 4):
         elbo = JackknifeELBO(
-            12, 1, gradient=rule, particle_chunk_size=size, vectorize_particles=False
+            12, 1, *APART, gradient=rule, particle_chunk_size=size, vectorize_particles=False
         )
         pyro.set_rng_seed(0)
         for p in parameters:
@@ -120,7 +122,7 @@ def test_chunks_have_the_same_gradient(rule):
 
 
 def test_order_zero_is_the_importance_weighted_bound():
-    elbo = JackknifeELBO(4, 0)
+    elbo = JackknifeELBO(4, 0, *APART)
     assert elbo.guide_bound is elbo
     log_w = torch.randn(4, 5, **F64)
     torch.testing.assert_close(elbo.model_weights(log_w), log_w.softmax(0))

@@ -1,9 +1,12 @@
 """Linear bounds reward a non-reparameterised site without the other elements of its plates."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.testing.rejection_exponential import RejectionExponential
 from pyro.infer import Trace_ELBO
 
 from pyro_ext.infer import (
@@ -140,3 +143,75 @@ def test_a_linear_bound_takes_a_subsampled_plate_beside_a_global(make):
     make().loss_and_grads(model, guide)
     with pytest.raises(ValueError, match="'data' is subsampled"):
         CombinedELBO(0.9, 4).loss_and_grads(model, guide)
+
+
+def test_draws_that_leave_their_plate_are_rewarded_as_a_whole():
+    """The elements of the plate depend on each other through t, which Trace_ELBO ignores."""
+    logit = torch.tensor(1.0, requires_grad=True)
+
+    def model():
+        t = pyro.sample("t", dist.Bernoulli(0.5))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Bernoulli(logits=4 * t - 1))
+
+    def guide():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(logits=logit))
+        pyro.sample("t", dist.Bernoulli(logits=9 * z.mean(-1) - 7))
+
+    exact = 0.0
+    for bits in itertools.product([0.0, 1.0], repeat=4):
+        t, z = torch.tensor(bits[0]), torch.tensor(bits[1:])
+        log_q = dist.Bernoulli(logits=logit).log_prob(z).sum()
+        log_q = log_q + dist.Bernoulli(logits=9 * z.mean() - 7).log_prob(t)
+        log_p = dist.Bernoulli(0.5).log_prob(t) + dist.Bernoulli(logits=4 * t - 1).log_prob(z).sum()
+        exact = exact + log_q.exp() * (log_p - log_q)
+    (expected,) = torch.autograd.grad(-exact, [logit])
+
+    elbo = ImportanceWeightedELBO(1, max_plate_nesting=1)
+    draws = []
+    for seed in range(4000):
+        pyro.set_rng_seed(seed)
+        draws.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), [logit])[0])
+    assert_mean(torch.stack(draws), expected)
+
+
+def test_a_factor_that_stands_for_draws():
+    """pyro.factor(..., has_rsample=False) is the density of draws that the guide made by itself."""
+    logit = torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        q = dist.Bernoulli(logits=logit)
+        b = q.sample()
+        pyro.factor("q", q.log_prob(b), has_rsample=False)
+        pyro.sample("z", dist.Delta(b))
+
+    values = torch.tensor([0.0, 1.0])
+    log_q = dist.Bernoulli(logits=logit).log_prob(values)
+    log_p = torch.tensor(0.5).log() + dist.Normal(2 * values, 1.0).log_prob(torch.tensor(2.0))
+    (expected,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), [logit])
+    elbo = ImportanceWeightedELBO(1, max_plate_nesting=0)
+    draws = []
+    for seed in range(3000):
+        pyro.set_rng_seed(seed)
+        draws.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), [logit])[0])
+    assert_mean(torch.stack(draws), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary")
+@pytest.mark.parametrize("rule", ["stl", "dreg"])
+def test_sites_drawn_by_rejection_need_the_pathwise_rule(rule):
+    def model():
+        pyro.sample("z", dist.Exponential(1.0))
+
+    def guide():
+        rate = pyro.param("rate", torch.tensor(1.4))
+        pyro.sample("z", RejectionExponential(rate, torch.tensor(0.6)))
+
+    ImportanceWeightedELBO(3).loss_and_grads(model, guide)
+    with pytest.raises(ValueError, match=r"'z' is drawn by rejection.*gradient='pathwise'"):
+        ImportanceWeightedELBO(3, rule).loss_and_grads(model, guide)

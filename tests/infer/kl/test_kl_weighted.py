@@ -221,7 +221,9 @@ def test_errors():
         KLWeightedELBO(Trace_ELBO(), schedule)
     with pytest.raises(TypeError, match="elbo must be an ELBO, but it is 'Trace_ELBO'"):
         KLWeightedELBO("Trace_ELBO", UniformKL())
-    with pytest.raises(TypeError, match=r"schedule must be a KLSchedule, but it is 0\.5"):
+    with pytest.raises(
+        TypeError, match=r"schedule must be an instance of KLSchedule, but it is 0\.5"
+    ):
         KLWeightedELBO(Trace_ELBO(), 0.5)
     with pytest.raises(ValueError, match=r"'global', 'all', a collection .* but it is 'local'"):
         KLWeightedELBO(Trace_ELBO(), UniformKL(), sites="local")
