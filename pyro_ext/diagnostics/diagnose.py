@@ -146,8 +146,9 @@ def diagnose(
     :param statistics: the statistics of the predictive p-values: a dict from a name to a function.
         The function reduces the last dim of an array, which runs over the observations. The default
         is mean, standard deviation, smallest and largest value.
-    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
-        1 for programs that cannot take the extra dim of vectorised draws.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. If
+        the programs cannot take the extra dim of vectorised draws, the default is 1, with a
+        warning.
     :param kwargs: further keyword arguments of model and guide.
     :returns: a :class:`Diagnosis`.
     :raises TypeError: if an argument has the wrong type.

@@ -30,13 +30,13 @@ from pyro_ext.diagnostics.site_arrays import (
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.density_sites import density_sites
-from pyro_ext.tracing.failures import warn_of_points
+from pyro_ext.tracing.failures import warn_of_points, warn_of_single_draws
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
 from pyro_ext.tracing.plate_sizes import set_plate_sizes
 from pyro_ext.tracing.run import ParticleTraces
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedGlobals, SharedSubsamples
-from pyro_ext.tracing.sites import SiteError, is_delta, lies_in
+from pyro_ext.tracing.sites import ParticleDimError, SiteError, is_delta, lies_in
 from pyro_ext.tracing.user_scales import uniform_scale
 
 
@@ -312,6 +312,11 @@ def draw_source(
     check_integer(owner, "chunk_size", size, 1)
     try:
         return DrawSource(owner, programs, size)
+    except ParticleDimError as error:
+        if chunk_size is not None:
+            raise
+        warn_of_single_draws(owner, error)
+        return DrawSource(owner, programs, 1)
     except TypeError as error:
         raise ValueError(
             f"{owner}: the arguments do not fit the model and guide ({error}). You passed "

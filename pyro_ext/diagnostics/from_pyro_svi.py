@@ -89,8 +89,9 @@ def from_pyro_svi(
         dims only, or of all dims except chain and draw. In the second case they replace the names
         of the plates. By default, event dims are called ``<site>_dim_<i>``.
     :param resample: None, or ``"psis"`` to resample the draws.
-    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
-        1 for programs that cannot take the extra dim of vectorised draws.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. If
+        the programs cannot take the extra dim of vectorised draws, the default is 1, with a
+        warning.
     :param kwargs: further keyword arguments of model and guide.
     :returns: an :class:`arviz.InferenceData`, or a :class:`xarray.DataTree` with ArviZ 1.x.
     :raises TypeError: if an argument has the wrong type.

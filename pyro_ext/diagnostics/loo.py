@@ -68,8 +68,9 @@ def loo(
         >= 2.
     :param var_name: the name of the observed site. You can leave it out if there is only one. With
         local latent sites, all observed sites in their plate count as one.
-    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
-        1 for programs that cannot take the extra dim of vectorised draws.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. If
+        the programs cannot take the extra dim of vectorised draws, the default is 1, with a
+        warning.
     :param progress_bar: whether to show a progress bar. It appears only for models with local
         latent sites.
     :param kwargs: further keyword arguments of model and guide.

@@ -66,6 +66,20 @@ def raise_for_hidden_nan(owner: str, particles: Particles) -> None:
             )
 
 
+def warn_of_single_draws(owner: str, error: Exception) -> None:
+    """Warn that a function makes one draw at a time, because several at once have failed.
+
+    :param owner: the name of the function.
+    :param error: the error of several draws.
+    """
+    warnings.warn(
+        f"{owner}: the programs cannot take several draws at once, so they run for one draw at a "
+        f"time. Pass chunk_size=1 to choose this yourself. The first words of the error: "
+        f"{str(error).splitlines()[0].split('. ')[0]}.",
+        stacklevel=6,
+    )
+
+
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:
     # The guide runs first, so a bad value there is the cause of bad values in the model.
     programs = (("guide", particles.guide_traces), ("model", particles.model_traces))

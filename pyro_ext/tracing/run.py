@@ -24,7 +24,13 @@ from pyro_ext.tracing.matching import (
 from pyro_ext.tracing.particle_plate import ParticlePlate
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.shared_values import SharedGlobals, SharedSubsamples, with_one_minibatch
-from pyro_ext.tracing.sites import SiteError, global_site_error, has_dim, is_masked_out
+from pyro_ext.tracing.sites import (
+    ParticleDimError,
+    SiteError,
+    global_site_error,
+    has_dim,
+    is_masked_out,
+)
 
 SiteKey = tuple[str, str]
 
@@ -126,7 +132,7 @@ def run_at_once(
         except Exception as error:
             if _runs_alone(programs, subsamples):
                 where = f"num_particles={num_particles} vectorised in a plate at dim {particle_dim}"
-                raise SiteError(
+                raise ParticleDimError(
                     f"The {_last_place(in_model, in_guide)} with {where}, but it runs with one "
                     "particle. Every sample has an extra dim on the left. Count dims from the "
                     "right (x[..., 0] and .mT), wrap convolutions in pyro_ext.nn.LeadingDims, "
@@ -221,7 +227,7 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
         if particle_dim in stray:
             raise global_site_error(program, name)
         if stray:
-            raise SiteError(
+            raise ParticleDimError(
                 f"Site '{name}' of the {program} has a log-probability of shape {tuple(shape)}, "
                 f"with the particles at dim {particle_dim}. It must have size 1 at dim "
                 f"{stray[-1]}, where there is no plate. Keep the filler dims of samples (sum with "

@@ -14,6 +14,10 @@ class SiteError(ValueError):
     """An error about a site that does not match between model and guide, or is not supported."""
 
 
+class ParticleDimError(SiteError):
+    """An error about programs that run with one particle, but not with several at once."""
+
+
 def lies_in(site: Any, plate: str) -> bool:
     """Return whether a site or message is inside the plate with a given name."""
     return any(frame.name == plate for frame in site["cond_indep_stack"])

@@ -41,7 +41,7 @@ MISTAKES: dict[str, Mistake] = {
         "after its site 'a'.*pass vectorize_particles=False",
     ),
     "evidence with dims counted from the left": (
-        lambda: estimate_evidence(indexing_model, AutoNormal(indexing_model), X),
+        lambda: estimate_evidence(indexing_model, AutoNormal(indexing_model), X, chunk_size=9),
         ValueError,
         "after its site 'a'.*pass chunk_size=1",
     ),

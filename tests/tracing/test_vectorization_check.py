@@ -10,6 +10,7 @@ from pyro.infer import SVI, autoguide
 from torch import nn
 
 from pyro_ext.diagnostics import diagnose, from_pyro_svi
+from pyro_ext.diagnostics.arviz_adapter import group
 from pyro_ext.infer import (
     CompiledSVI,
     ImportanceWeightedELBO,
@@ -212,7 +213,7 @@ def test_a_site_that_lost_its_filler_dim_is_refused_by_name():
 
     elbo = ImportanceWeightedELBO(5)
     message = r"Site 'y' of the model has a log-probability of shape \(5, 5\)"
-    for call in (elbo.loss, elbo.check, partial(estimate_evidence, num_samples=5)):
+    for call in (elbo.loss, elbo.check, partial(estimate_evidence, num_samples=5, chunk_size=5)):
         with pytest.raises(ValueError, match=message):
             call(model, guide)
 
@@ -272,3 +273,39 @@ def test_handlers_around_a_step():
 
     with pyro.poutine.substitute(data={"q": torch.tensor(3.0)}):
         ImportanceWeightedELBO(3, max_plate_nesting=0).loss(model, guide)
+
+
+ITEMS = torch.arange(3).repeat(2)
+
+
+def indexed_model():
+    with pyro.plate("items", 3):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 6):
+        pyro.sample("x", dist.Normal(a[ITEMS], 1.0), obs=torch.zeros(6))
+
+
+def indexed_guide():
+    with pyro.plate("items", 3):
+        pyro.sample("a", dist.Normal(0.0, 0.6))
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
+@pytest.mark.parametrize(
+    ("function", "read"),
+    [
+        (estimate_evidence, lambda found: found.total),
+        (from_pyro_svi, lambda found: float(group(found, "sample_stats")["log_weight"].mean())),
+        (diagnose, lambda found: found.log_evidence),
+    ],
+)
+def test_programs_that_cannot_take_the_dim_run_for_one_draw_at_a_time(function, read):
+    with pytest.warns(
+        UserWarning, match="run for one draw at a time.*after its site 'a'"
+    ) as record:
+        found = read(function(indexed_model, indexed_guide, num_samples=400))
+    assert sum("one draw at a time" in str(w.message) for w in record) == 1
+    expected = read(function(indexed_model, indexed_guide, num_samples=400, chunk_size=1))
+    assert found == pytest.approx(expected, abs=0.2)
+    with pytest.raises(ValueError, match=r"after its site 'a'.*pass chunk_size=1"):
+        function(indexed_model, indexed_guide, num_samples=400, chunk_size=100)

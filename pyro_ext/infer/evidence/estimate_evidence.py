@@ -74,8 +74,9 @@ def estimate_evidence(
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
         this function.
     :param num_samples: the number of draws S >= 1.
-    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. Use
-        1 for programs that cannot take the extra dim of vectorised particles.
+    :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100. If
+        the programs cannot take the extra dim of vectorised draws, the default is 1, with a
+        warning.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < S``.
     :param target_std_error: the standard error >= 0, in nats, at which to stop. Sampling stops once
         every data point (of the current block) has a standard error of at most this value, but not

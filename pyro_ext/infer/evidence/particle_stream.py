@@ -10,7 +10,13 @@ from pyro_ext._arguments import check_integer
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.tracing import Particles, ParticleTracer
 from pyro_ext.tracing.advice import CHUNK_ADVICE
-from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_points
+from pyro_ext.tracing.failures import (
+    data_points,
+    raise_not_finite,
+    warn_of_points,
+    warn_of_single_draws,
+)
+from pyro_ext.tracing.sites import ParticleDimError
 
 
 class ParticleStream:
@@ -33,6 +39,7 @@ class ParticleStream:
         max_plate_nesting: float = math.inf,
     ) -> None:
         check_integer(owner, "num_samples", num_samples, 1)
+        self._chooses_size = chunk_size is None
         if chunk_size is None:
             chunk_size = min(num_samples, default_chunk_size)
         check_integer(owner, "chunk_size", chunk_size, 1)
@@ -53,9 +60,18 @@ class ParticleStream:
         :param start: the number of draws made already.
         :param bar: the progress bar that counts the draws; None without one.
         """
-        for first in range(start, self.num_samples, self.chunk_size):
+        first = start
+        while first < self.num_samples:
             num_particles = min(self.chunk_size, self.num_samples - first)
-            particles = self.run(block, num_particles)
+            try:
+                particles = self.run(block, num_particles)
+            except ParticleDimError as error:
+                if not self._chooses_size or self.chunk_size == 1:
+                    raise
+                warn_of_single_draws(self.owner, error)
+                self.chunk_size = 1
+                continue
+            first += num_particles
             self._check(particles, block)
             if not self._was_looked_at:
                 warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
