@@ -18,8 +18,8 @@ _SIZES = re.compile(
 _SUBSAMPLES = re.compile(r"subsample_size does not match len\(subsample\), (\d+) vs (\d+)")
 _ADVICE = (
     "If sizes do not match: an automatic guide has the plates and parameters of its first run. "
-    "Pass it data of the same size. For minibatches, pass it create_plates, a function that makes "
-    "the plates from the arguments."
+    "Pass the same rows, or fit a new guide. For minibatches, pass it create_plates, a function "
+    "that returns the model's plates with their full size and subsample."
 )
 
 
@@ -45,7 +45,7 @@ def explained(guide: Program) -> Iterator[None]:
             raise SiteError(
                 f"A plate has {found[1]} rows in the model, but {found[2]} in the guide. An "
                 "automatic guide has the plates of its first run, so pass it create_plates, a "
-                "function that makes the plates from the arguments."
+                "function that returns the model's plates with their full size and subsample."
             ) from error
         text, *_ = str(error).split("Trace Shapes")
         is_automatic = isinstance(poutine.unwrap(guide), AutoGuide)

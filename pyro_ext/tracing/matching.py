@@ -213,8 +213,8 @@ def _plate_advice(in_model: dict[str, Any], in_guide: dict[str, Any]) -> str:
     if in_model.keys() != in_guide.keys():
         return "Put it in the same plates in both."
     return (
-        "An automatic guide has the plates of its first run: pass it data of that size, or fit a "
-        "new guide."
+        "An automatic guide has the plates of its first run, and parameters for each of its rows. "
+        "Pass the same rows, or fit a new guide."
     )
 
 
