@@ -287,7 +287,7 @@ class DrawSource:
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors are equal, also in their NaN."""
-    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+    return x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True)
 
 
 def _is_own(node: Any, model: Any) -> bool:

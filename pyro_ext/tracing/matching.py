@@ -267,7 +267,7 @@ def _has_same_rows(rows: Any, others: Any) -> bool:
     if len(rows) != len(others):
         return False
     x, y = torch.as_tensor(rows), torch.as_tensor(others)
-    return bool(((x == y) | ((x != x) & (y != y))).all())  # rows of data may be NaN
+    return torch.allclose(x, y.to(x.dtype), 0, 0, equal_nan=True)  # rows of data may be NaN
 
 
 def _mask(record: SiteRecord) -> Any:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.tracing.density_sites import density_sites
-from pyro_ext.tracing.kept_buffers import kept_buffers
+from pyro_ext.tracing.module_calls import kept_buffers
 from pyro_ext.tracing.programs import Programs
+from pyro_ext.tracing.provenance import is_same_up_to_rounding
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.sites import SiteError, is_delta, is_untraced
@@ -157,9 +158,7 @@ class _OneParticle(Messenger):
 def _differs(found: Tensor, expected: Tensor) -> bool:
     if found.numel() != expected.numel():
         return True
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    same = found.reshape(expected.shape).isclose(expected, tolerance, tolerance, equal_nan=True)
-    return not bool(same.all())
+    return not is_same_up_to_rounding(found.reshape(expected.shape), expected)
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

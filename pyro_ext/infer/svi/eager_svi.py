@@ -17,7 +17,6 @@ from pyro_ext._files import StrPath, check_writable
 from pyro_ext._interruption import NestedInterrupt, postponed_interrupts
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
-from pyro_ext.infer.svi.capture.operation_log import called_modules
 from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.minibatches import (
@@ -31,6 +30,7 @@ from pyro_ext.infer.svi.optimizer_states import optimizer_states
 from pyro_ext.infer.svi.saved_run import check_state, load_run, save_run, schedule_of
 from pyro_ext.infer.svi.scheduler_steps import SchedulerSteps
 from pyro_ext.tracing import Program
+from pyro_ext.tracing.module_calls import called_modules
 
 Callback = Callable[[TrainingHistory], Any]
 

@@ -12,7 +12,6 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,6 +23,7 @@ from pyro_ext._private.of_torch import (
     storage_of,
 )
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.tracing.module_calls import called_modules
 
 _MAX_LENGTH = 100  # of an operation in a message
 
@@ -305,24 +305,6 @@ def _states_beside_torch() -> dict[str, Any]:
     numpy_state: Any = np.random.get_state()
     _, keys, *others = numpy_state
     return {"random": random.getstate(), "numpy.random": (keys.tolist(), others)}
-
-
-@contextmanager
-def called_modules() -> Iterator[list[nn.Module]]:
-    """Collect the modules that are called, in the order of their first calls."""
-    modules: list[nn.Module] = []
-    seen: set[int] = set()
-
-    def remember(module: nn.Module, inputs: Any) -> None:
-        if id(module) not in seen:
-            seen.add(id(module))
-            modules.append(module)
-
-    hook = register_module_forward_pre_hook(remember)
-    try:
-        yield modules
-    finally:
-        hook.remove()
 
 
 def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
