@@ -25,8 +25,9 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
     :param particles: the particles from which it was computed.
     :raises ValueError: always.
     """
-    raise_for_hidden_nan(what.split(":")[0], particles)
-    if site := _first_site(particles, torch.isnan):
+    if hidden := _hidden_nan(particles):
+        cause = hidden
+    elif site := _first_site(particles, torch.isnan):
         cause = (
             f"The log-probability of site {site} is NaN. Check the data, the parameters and the "
             "network outputs for NaN."
@@ -47,11 +48,15 @@ def raise_not_finite(what: str, value: float, particles: Particles) -> NoReturn:
 def raise_for_hidden_nan(owner: str, particles: Particles) -> None:
     """Raise a ValueError if an observed site has NaN under its mask, and a gradient.
 
-    The log-probability is zero there, but its gradient is NaN.
-
     :param owner: the name of the estimator, for the message.
     :param particles: the particles.
     """
+    if cause := _hidden_nan(particles):
+        raise ValueError(f"{owner}: the gradient is NaN. {cause}")
+
+
+def _hidden_nan(particles: Particles) -> str | None:
+    """Return a description of NaN under a mask, where the log-probability is zero."""
     for site in density_sites("model", particles.model_traces[0]):
         if not (site.is_observed and site.log_prob.requires_grad):
             continue
@@ -59,11 +64,12 @@ def raise_for_hidden_nan(owner: str, particles: Particles) -> None:
         for _ in range(site.node["fn"].event_dim):
             is_nan = is_nan.any(-1)
         if (is_nan & ~site.log_prob.isnan()).any():
-            raise ValueError(
-                f"{owner}: the gradient is NaN. Site '{site.name}' of the model observes NaN under "
-                "its mask, where its log-probability is masked out but not its gradient. Replace "
-                "NaN in the data by any number of the support."
+            return (
+                f"Site '{site.name}' of the model observes NaN under its mask, where its "
+                "log-probability is masked out but not its gradient. Replace NaN in the data by "
+                "any number of the support."
             )
+    return None
 
 
 def warn_of_single_draws(owner: str, error: Exception) -> None:
@@ -74,7 +80,7 @@ def warn_of_single_draws(owner: str, error: Exception) -> None:
     """
     warnings.warn(
         f"{owner}: the programs cannot take several draws at once, so they run for one draw at a "
-        f"time. Pass chunk_size=1 to choose this yourself. The first words of the error: "
+        "time, which takes longer. Pass chunk_size=1 if you mean this. With several draws: "
         f"{str(error).splitlines()[0].split('. ')[0]}.",
         stacklevel=6,
     )

@@ -13,6 +13,7 @@ from pyro_ext.diagnostics import diagnose, from_pyro_svi
 from pyro_ext.diagnostics.arviz_adapter import group
 from pyro_ext.infer import (
     CompiledSVI,
+    EvidenceState,
     ImportanceWeightedELBO,
     annealed_importance_sampling,
     estimate_evidence,
@@ -283,11 +284,17 @@ def indexed_model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 6):
         pyro.sample("x", dist.Normal(a[ITEMS], 1.0), obs=torch.zeros(6))
+    return a.sum(-1)
 
 
-def indexed_guide():
+def indexed_posterior():
     with pyro.plate("items", 3):
-        pyro.sample("a", dist.Normal(0.0, 0.6))
+        pyro.sample("a", dist.Normal(0.0, 3**-0.5))
+
+
+def exact_log_evidence():
+    covariance = torch.eye(6) + (ITEMS[:, None] == ITEMS)
+    return dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(torch.zeros(6)).item()
 
 
 @pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
@@ -300,12 +307,27 @@ def indexed_guide():
     ],
 )
 def test_programs_that_cannot_take_the_dim_run_for_one_draw_at_a_time(function, read):
-    with pytest.warns(
-        UserWarning, match="run for one draw at a time.*after its site 'a'"
-    ) as record:
-        found = read(function(indexed_model, indexed_guide, num_samples=400))
+    """The guide is the posterior, so every weight is the evidence."""
+    with pytest.warns(UserWarning, match="run for one draw at a time.*site 'a'") as record:
+        found = read(function(indexed_model, indexed_posterior, num_samples=30))
     assert sum("one draw at a time" in str(w.message) for w in record) == 1
-    expected = read(function(indexed_model, indexed_guide, num_samples=400, chunk_size=1))
-    assert found == pytest.approx(expected, abs=0.2)
+    assert found == pytest.approx(exact_log_evidence(), rel=1e-5)
     with pytest.raises(ValueError, match=r"after its site 'a'.*pass chunk_size=1"):
-        function(indexed_model, indexed_guide, num_samples=400, chunk_size=100)
+        function(indexed_model, indexed_posterior, num_samples=30, chunk_size=30)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
+def test_expectations_and_later_calls_run_for_one_draw_at_a_time_too():
+    with pytest.warns(UserWarning, match="estimate_expectation.*one draw at a time"):
+        found = estimate_expectation(indexed_model, indexed_posterior, num_samples=400)
+    assert found.value.abs() <= 4.5 * found.std_error
+    assert found.std_error == pytest.approx((1 / 400) ** 0.5, rel=0.2)  # the variance is 3 / 3
+
+    state = EvidenceState()
+    for num_samples in (4, 8):
+        with pytest.warns(UserWarning, match="estimate_evidence.*one draw at a time"):
+            evidence = estimate_evidence(
+                indexed_model, indexed_posterior, num_samples=num_samples, state=state
+            )
+        assert evidence.num_samples == num_samples
+        assert evidence.total == pytest.approx(exact_log_evidence(), rel=1e-5)

@@ -128,8 +128,12 @@ def estimate_expectation(
 
 def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
     """Raise a ValueError unless the first dim of the returned value is the particle dim."""
+    shapes = []
     with kept_random_states():
-        shapes = [_returned(stream.run(block, size))[0].shape for size in (2, 3)]
+        for size in (2, 3):
+            shapes.append(_returned(stream.run(block, size))[0].shape)
+            if stream.chunk_size == 1:
+                return  # the programs cannot take several particles at once
     if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
         raise ValueError(
             f"{NAME}: the first dim of the tensor that the model returns must be the dim of the "

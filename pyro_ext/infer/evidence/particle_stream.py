@@ -62,15 +62,8 @@ class ParticleStream:
         """
         first = start
         while first < self.num_samples:
-            num_particles = min(self.chunk_size, self.num_samples - first)
-            try:
-                particles = self.run(block, num_particles)
-            except ParticleDimError as error:
-                if not self._chooses_size or self.chunk_size == 1:
-                    raise
-                warn_of_single_draws(self.owner, error)
-                self.chunk_size = 1
-                continue
+            particles = self.run(block, min(self.chunk_size, self.num_samples - first))
+            num_particles = len(particles.log_w)
             first += num_particles
             self._check(particles, block)
             if not self._was_looked_at:
@@ -82,8 +75,19 @@ class ParticleStream:
                 bar.update(num_particles)
 
     def run(self, block: DataBlock, num_particles: int) -> Particles:
-        """Return a number of particles for a block of data."""
-        return self._tracer.trace(block.programs, num_particles, block.subsamples)
+        """Return a number of particles for a block of data.
+
+        If the programs cannot take several at once, and the user has not chosen a ``chunk_size``,
+        it becomes 1, with a warning. The result then has a single particle.
+        """
+        try:
+            return self._tracer.trace(block.programs, num_particles, block.subsamples)
+        except ParticleDimError as error:
+            if not self._chooses_size or self.chunk_size == 1:
+                raise
+            warn_of_single_draws(self.owner, error)
+            self.chunk_size = 1
+            return self.run(block, 1)
 
     def _check(self, particles: Particles, block: DataBlock) -> None:
         log_w = particles.log_w
