@@ -70,8 +70,7 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         lines = [f"Diagnosis({self.num_samples} draws)", f"  guide        {self._on_weights()}"]
-        is_judged = self.has_draws and not self.points and self.num_samples >= MIN_DRAWS
-        if self.pareto_k_local is not None and is_judged:
+        if self.pareto_k_local is not None and self._no_verdict is None:
             bad, n = int((self.pareto_k_local > 0.7).sum()), self.pareto_k_local.size
             lines.append(f"  data points  Pareto k is above 0.7 for {bad} of {n}")
         lines.append(
@@ -87,14 +86,21 @@ class Diagnosis:
             lines.append(f"  {site:12} the model {verdict} (p-values: {figures})")
         return "\n".join(lines)
 
-    def _on_weights(self) -> str:
-        figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
+    @property
+    def _no_verdict(self) -> str | None:
+        """The reason why the weights do not tell whether the guide fits; None if they do."""
         if not self.has_draws:
             return "draws nothing, because the model has no latent sites"
         if self.points:
             return f"puts {abbreviate(self.points)} at one point, so its weights tell nothing"
         if self.num_samples < MIN_DRAWS:
             return f"needs at least {MIN_DRAWS} draws to be judged (ess {self.ess:.0f})"
+        return None
+
+    def _on_weights(self) -> str:
+        figures = f"(joint Pareto k {self.pareto_k:.2f}, ess {self.ess:.0f})"
+        if self._no_verdict is not None:
+            return self._no_verdict
         if self.pareto_k_local is not None and (self.pareto_k_local <= 0.7).all():
             return f"fits the posterior of each data point where its draws are {figures}"
         if self.pareto_k <= 0.5:

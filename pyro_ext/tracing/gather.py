@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_ext.tracing.density_sites import DensitySite, Plate, plates_of
 from pyro_ext.tracing.layout import Layout, OuterTerm, at_least_single
-from pyro_ext.tracing.particles import Particles, Score
+from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.rewards import score_sites, score_terms, split_scores, without_score
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
 from pyro_ext.tracing.sites import has_particles
@@ -58,12 +58,9 @@ def gather_particles(
         return divided(total, scale)
 
     log_q = log_density("guide", outside)
-    log_p = log_density("model", outside)
     terms = score_terms(traces, local_plate)
-    score = layout.stack([t.value for t in row] for row in terms) if any(terms) else None
-    whole = () if score is None else (Score(score, log_p - log_q, scale),)
     return Particles(
-        log_p=log_p,
+        log_p=log_density("model", outside),
         log_q=log_q,
         log_q_rest=log_density("guide", outside | leaves) if leaves else log_q,
         scale=scale,
@@ -76,9 +73,8 @@ def gather_particles(
             for node, term in score_sites(traces.guide_traces[0])
             if not has_particles(node, local_plate)
         ),
-        score=score,
-        scores=split_scores(traces, terms, outside) if splits_rewards else whole,
-        has_split_rewards=splits_rewards,
+        score=layout.stack([t.value for t in row] for row in terms) if any(terms) else None,
+        split_scores=split_scores(traces, terms, outside) if splits_rewards else None,
         plates=tuple(common),
         draws=tuple(draw for draw in traces.draws if not draw.is_global),
         global_draws=tuple(draw for draw in traces.draws if draw.is_global),

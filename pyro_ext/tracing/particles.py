@@ -16,12 +16,10 @@ class Score(NamedTuple):
 
     :ivar log_q: log q of the sites, neither scaled nor masked, of shape ``(K, *plates)``.
     :ivar log_w: the log weights from which their learning signal is computed, of the same shape.
-    :ivar scale: the factor of the bound of ``log_w``.
     """
 
     log_q: Float[Tensor, "K *plates"]
     log_w: Float[Tensor, "K *plates"]
-    scale: Any
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,11 @@ class Particles:
         neither scaled nor masked.
     :ivar score: log q of the guide's non-reparameterised sites, neither scaled nor masked, of shape
         ``(K, *common)``; None if there are none.
-    :ivar scores: the same log q with the log weights that reward it. There is one entry, for the
-        common plates. With split rewards, there is one entry for each set of plates around the
-        sites.
-    :ivar has_split_rewards: whether the reward of a non-reparameterised site excludes the terms in
-        other elements of its plates, because the bound is linear. The density of such a site is
-        then detached in ``log_q``, because its gradient has mean zero.
+    :ivar split_scores: the same log q with the log weights that reward it, an entry for each set of
+        plates around the sites; None if the log weights of the common plates reward it. The reward
+        of a site excludes the terms in other elements of its plates. This is right if the bound is
+        linear. The density of such a site is then detached in ``log_q``, because its gradient has
+        mean zero.
     :ivar plates: the common plates, from left to right.
     :ivar draws: pairs of a reparameterised draw and the leaf that replaced it, in the order of
         sampling; empty if no leaves were requested.
@@ -94,8 +91,7 @@ class Particles:
     outer_terms: tuple[OuterTerm, ...]
     global_scores: tuple[OuterTerm, ...]
     score: Float[Tensor, "K *common"] | None
-    scores: tuple[Score, ...]
-    has_split_rewards: bool
+    split_scores: tuple[Score, ...] | None
     plates: tuple[Plate, ...]
     draws: tuple[Draw, ...]
     global_draws: tuple[Draw, ...]

@@ -86,5 +86,5 @@ def split_scores(
         )
         log_q = layout.stack([t.value for t in row if t.plates == plates] for row in terms)
         log_w = layout.stack([ratio.sum_to(plates) for ratio in row] for row in ratios)
-        found.append(Score(log_q, log_w.detach(), 1.0))
+        found.append(Score(log_q, log_w))
     return tuple(found)

@@ -40,7 +40,7 @@ class TracerMemory:
     plate_nesting: int | None = None
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
-    has_gradients: bool = False
+    is_checked_for_nan: bool = False
     leaves_plates: bool | None = None
     warned_plates: set[str] = field(default_factory=set)
 
@@ -189,7 +189,7 @@ class ParticleTracer:
                 check_vectorization(traces, counted, rows, remedy, is_strict=False)
             memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
-        if splits_rewards and any(True for _ in score_sites(traces.guide_traces[0])):
+        if splits_rewards and any(score_sites(traces.guide_traces[0])):
             if memory.leaves_plates is None:
                 memory.leaves_plates = draws_leave_plates(with_one_minibatch(programs, rows))
             splits_rewards = not memory.leaves_plates

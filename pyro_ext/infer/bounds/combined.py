@@ -42,6 +42,7 @@ class CombinedELBO(MultiSampleELBO):
 
     @property
     def is_linear(self) -> bool:
+        """Whether the bound is the mean of the log weights; see :class:`MultiSampleELBO`."""
         return super().is_linear or self.beta == 1
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:

@@ -42,9 +42,7 @@ class JackknifeELBO(MultiSampleELBO):
     .. math:: g_k = \frac{\max(f_k, 0)}{\sum_j \max(f_j, 0)}
 
     This is a weighted mean over particles. It equals :math:`f_k` where no :math:`f_j` is negative,
-    and its bias is larger elsewhere. The :math:`g_k` are constants in the gradient. Training with
-    both options is not yet better than training with doubly reparameterised gradients of the
-    importance-weighted bound.
+    and its bias is larger elsewhere. The :math:`g_k` are constants in the gradient.
 
     :param num_particles: the number of particles K >= 1.
     :param order: the order m, ``0 <= m < K``. Order 0 is the importance-weighted bound. One

@@ -1,6 +1,5 @@
 import math
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +18,6 @@ from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.arguments import check_program
 from pyro_ext.tracing.failures import raise_for_hidden_nan, raise_not_finite
 from pyro_ext.tracing.leaves import Leaves
-from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.tracer import TracerMemory
 
 _OLD_METHODS = {"first_and_second": "derivatives", "signal": "learning_signal"}
@@ -108,8 +106,9 @@ class MultiSampleELBO(ELBO):
         local_plate: str | None = None,
     ) -> None:
         name = type(self).__name__
-        plates = max_plate_nesting, local_plate
-        check_options(name, num_particles, gradient, *plates, particle_chunk_size)
+        check_options(
+            name, num_particles, gradient, max_plate_nesting, local_plate, particle_chunk_size
+        )
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
@@ -216,6 +215,9 @@ class MultiSampleELBO(ELBO):
         """Return the weights of the model's gradient if :attr:`guide_bound` is another estimator.
 
         By default, they are :math:`f_k`.
+
+        :param log_w: log weights of shape ``(K, ...)``.
+        :returns: a tensor of the same shape.
         """
         return self.derivatives(log_w)[0]
 
@@ -347,9 +349,9 @@ class MultiSampleELBO(ELBO):
         has_gradients = torch.is_grad_enabled()
         leaves = self._rule.leaves(self) if has_gradients else Leaves.NOWHERE
         particles = self.tracer.trace(programs, leaves=leaves)
-        if has_gradients and not self._memory.has_gradients and is_validation_enabled():
+        if has_gradients and not self._memory.is_checked_for_nan and is_validation_enabled():
             raise_for_hidden_nan(type(self).__name__, particles)
-            self._memory.has_gradients = True
+            self._memory.is_checked_for_nan = True
         return particles
 
     @property
@@ -358,14 +360,8 @@ class MultiSampleELBO(ELBO):
         return size is not None and size < self.num_particles
 
     def _two_pass(self, programs: Programs) -> TwoPass:
-        # The coefficients of the chunks are those of the common plates.
-        tracer = replace(self.tracer, splits_rewards=False)
-        tracer.run_first(programs)  # a first run may draw initial values: not in a pass
-
-        def trace(size: int, subsamples: SharedSubsamples, leaves: Leaves) -> Particles:
-            return tracer.trace(programs, size, subsamples, leaves)
-
-        return TwoPass(trace, self.num_particles, self.particle_chunk_size or self.num_particles)
+        chunk_size = self.particle_chunk_size or self.num_particles
+        return TwoPass(self.tracer, programs, chunk_size)
 
     def _loss_and_grads_in_chunks(self, programs: Programs) -> float:
         passes = self._two_pass(programs)

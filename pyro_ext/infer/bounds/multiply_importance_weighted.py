@@ -49,6 +49,7 @@ class MultiplyImportanceWeightedELBO(MultiSampleELBO):
 
     @property
     def is_linear(self) -> bool:
+        """Whether the bound is the mean of the log weights; see :class:`MultiSampleELBO`."""
         return super().is_linear or self.num_groups == self.num_particles
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:

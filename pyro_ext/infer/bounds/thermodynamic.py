@@ -68,6 +68,7 @@ class ThermodynamicELBO(MultiSampleELBO):
 
     @property
     def is_linear(self) -> bool:
+        """Whether the bound is the mean of the log weights; see :class:`MultiSampleELBO`."""
         return super().is_linear or len(self.betas) == 2
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:

@@ -221,7 +221,7 @@ def _finite(log_density: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common
 def _score_weighted(
     particles: Particles, weights: Float[Tensor, "K *common"]
 ) -> Float[Tensor, ""] | float:
-    if particles.score is None or particles.has_split_rewards:
+    if particles.score is None or particles.split_scores is not None:
         return 0.0
     return _total(particles, (weights * particles.score).sum(0))
 
@@ -233,9 +233,11 @@ def _reward(bound: Bound, particles: Particles) -> Float[Tensor, ""] | float:
     """
     bound = bound.guide_bound
     reward: Tensor | float = 0.0
-    for score in particles.scores:
-        signal = bound.learning_signal(score.log_w.detach())
-        reward = reward + (score.scale * (signal * score.log_q).sum(0)).sum()
+    if particles.split_scores is not None:
+        for score in particles.split_scores:
+            reward = reward + (bound.learning_signal(score.log_w.detach()) * score.log_q).sum()
+    elif particles.score is not None:
+        reward = _score_weighted(particles, bound.learning_signal(particles.log_w.detach()))
     if particles.global_scores:
         inside = particles.scale * bound.bound(particles.log_w.detach())
         for term in particles.global_scores:

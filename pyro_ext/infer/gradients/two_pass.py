@@ -6,7 +6,7 @@ is linear in the particles of the chunk.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,28 +21,34 @@ from pyro_ext._random_states import (
     set_random_states,
 )
 from pyro_ext.infer.gradients.rules import Bound, GradientRule
+from pyro_ext.tracing import ParticleTracer, Programs
 from pyro_ext.tracing.failures import raise_not_finite
 from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.shared_values import SharedSubsamples
 
-TraceChunk = Callable[[int, SharedSubsamples, Leaves], Particles]
-
 
 class TwoPass:
     """A loop over chunks of particles, which runs them twice.
 
-    :param trace: a function that traces a number of particles with given minibatch indices, with
-        leaves or without.
-    :param num_particles: the number of all particles K.
+    :param tracer: the tracer of the estimator.
+    :param programs: the model and guide.
     :param chunk_size: the number of particles at once. The last chunk may have fewer.
     """
 
-    def __init__(self, trace: TraceChunk, num_particles: int, chunk_size: int) -> None:
-        self.trace = trace
-        starts = range(0, num_particles, chunk_size)
-        self.chunks = [slice(start, min(start + chunk_size, num_particles)) for start in starts]
+    def __init__(self, tracer: ParticleTracer, programs: Programs, chunk_size: int) -> None:
+        # The coefficients of the chunks are those of the common plates.
+        self.tracer = replace(tracer, splits_rewards=False)
+        self.programs = programs
+        K = tracer.num_particles
+        self.chunks = [slice(i, min(i + chunk_size, K)) for i in range(0, K, chunk_size)]
         self.states: list[RandomStates] = []
+        tracer.run_first(programs)  # a first run may draw initial values: not in a pass
+
+    def _trace(
+        self, chunk: slice, subsamples: SharedSubsamples, leaves: Leaves = Leaves.NOWHERE
+    ) -> Particles:
+        return self.tracer.trace(self.programs, chunk.stop - chunk.start, subsamples, leaves)
 
     @torch.no_grad()
     def weigh(self) -> tuple[Float[Tensor, "K *common"], Particles]:
@@ -51,7 +57,7 @@ class TwoPass:
         log_w = []
         for chunk in self.chunks:
             self.states.append(random_states())
-            particles = self.trace(chunk.stop - chunk.start, subsamples, Leaves.NOWHERE)
+            particles = self._trace(chunk, subsamples)
             if particles.log_w.isnan().any():
                 raise_not_finite("A log weight", math.nan, particles)
             log_w.append(particles.log_w)
@@ -76,7 +82,7 @@ class TwoPass:
             for chunk, state in zip(self.chunks, self.states, strict=True):
                 set_random_states(state)
                 # Keep no reference to a chunk while the next one runs.
-                yield chunk, self.trace(chunk.stop - chunk.start, subsamples, leaves)
+                yield chunk, self._trace(chunk, subsamples, leaves)
 
 
 class LinearBound(NamedTuple):

@@ -15,7 +15,7 @@ from pyro_ext.infer import (
     MultiplyImportanceWeightedELBO,
     ThermodynamicELBO,
 )
-from tests.infer.gradients.estimates import stored_parameters
+from tests.infer.gradients.estimates import gradient, stored_parameters
 from tests.registry import ESTIMATORS
 from tests.statistics import assert_mean
 
@@ -82,7 +82,7 @@ def gradients(elbo, model, guide, num_seeds):
     draws = []
     for seed in range(num_seeds):
         pyro.set_rng_seed(seed)
-        elbo.loss_and_grads(model, guide)
+        elbo.loss_and_grads(model, guide)  # unlike a differentiable loss, it takes chunks
         draws.append(torch.cat([p.grad.flatten() for p in parameters]))
         for p in parameters:
             p.grad = None
@@ -117,8 +117,8 @@ def test_several_particles_of_a_linear_bound(make, options):
     one = gradients(ImportanceWeightedELBO(1, max_plate_nesting=1), model, guide, 800)
     # The same number of draws. Baselines from the other particles only lower the variance.
     assert (found.std(0) < 0.6 * one.std(0)).all()
-    error = one.std(0) / len(one) ** 0.5
-    assert_mean(found - one.mean(0), 0.0, 4.5 * (1 + (error * 200**0.5 / found.std(0)).max()))
+    error = (found.var(0) / len(found) + one.var(0) / len(one)).sqrt()
+    assert ((found.mean(0) - one.mean(0)).abs() <= 4.5 * error).all()
 
 
 def test_chunks_of_a_linear_bound_have_the_same_mean():
@@ -166,13 +166,10 @@ def test_draws_that_leave_their_plate_are_rewarded_as_a_whole():
         log_q = log_q + dist.Bernoulli(logits=9 * z.mean() - 7).log_prob(t)
         log_p = dist.Bernoulli(0.5).log_prob(t) + dist.Bernoulli(logits=4 * t - 1).log_prob(z).sum()
         exact = exact + log_q.exp() * (log_p - log_q)
-    (expected,) = torch.autograd.grad(-exact, [logit])
+    (expected,) = torch.autograd.grad(exact, [logit])
 
     elbo = ImportanceWeightedELBO(1, max_plate_nesting=1)
-    draws = []
-    for seed in range(4000):
-        pyro.set_rng_seed(seed)
-        draws.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), [logit])[0])
+    draws = [gradient(elbo, model, guide, [logit], seed) for seed in range(4000)]
     assert_mean(torch.stack(draws), expected)
 
 
@@ -193,12 +190,9 @@ def test_a_factor_that_stands_for_draws():
     values = torch.tensor([0.0, 1.0])
     log_q = dist.Bernoulli(logits=logit).log_prob(values)
     log_p = torch.tensor(0.5).log() + dist.Normal(2 * values, 1.0).log_prob(torch.tensor(2.0))
-    (expected,) = torch.autograd.grad(-(log_q.exp() * (log_p - log_q)).sum(), [logit])
+    (expected,) = torch.autograd.grad((log_q.exp() * (log_p - log_q)).sum(), [logit])
     elbo = ImportanceWeightedELBO(1, max_plate_nesting=0)
-    draws = []
-    for seed in range(3000):
-        pyro.set_rng_seed(seed)
-        draws.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), [logit])[0])
+    draws = [gradient(elbo, model, guide, [logit], seed) for seed in range(3000)]
     assert_mean(torch.stack(draws), expected)
 
 
