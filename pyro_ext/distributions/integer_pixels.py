@@ -114,9 +114,13 @@ class IntegerPixels(TorchDistribution):
             interval = constraints.integer_interval(self.low, self.high)
             if not isinstance(value, Tensor) or (valid := interval.check(value)).all():
                 raise
-            hint = ""
+            hint, width = "", self.high - self.low
             if value.min() >= 0 and value.max() <= 1:
-                hint = f" Values in [0, 1] are not rescaled. Map them to {self.low}..{self.high}."
+                to_pixels = f"{self.high} * x" if self.low == 0 else f"{self.low} + {width} * x"
+                hint = (
+                    f" Values in [0, 1] are not rescaled. Pass x as ({to_pixels}).round(), and "
+                    "give loc and scale in the same units."
+                )
             raise ValueError(
                 f"{type(self).__name__}: pixels must be integers in {self.low}..{self.high}, but "
                 f"one is {value[~valid][0].item()}.{hint}"

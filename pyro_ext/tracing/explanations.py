@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 
-from pyro_ext.tracing.programs import Program
+from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.sites import SiteError
 
 _SIZES = re.compile(
@@ -24,10 +25,10 @@ _ADVICE = (
 
 
 @contextmanager
-def explained(guide: Program) -> Iterator[None]:
-    """Explain errors of model and guide about sizes.
+def explained(programs: Programs) -> Iterator[None]:
+    """Explain errors of model and guide about sizes and NaN.
 
-    :param guide: the guide.
+    :param programs: the model and guide, with their arguments.
     :raises SiteError: if a plate has no elements, or subsamples of different sizes.
     """
     try:
@@ -48,7 +49,20 @@ def explained(guide: Program) -> Iterator[None]:
                 "function that returns the model's plates with their full size and subsample."
             ) from error
         text, *_ = str(error).split("Trace Shapes")
-        is_automatic = isinstance(poutine.unwrap(guide), AutoGuide)
-        if is_automatic and _SIZES.search(text) and _ADVICE not in getattr(error, "__notes__", ()):
-            error.add_note(_ADVICE)
+        is_automatic = isinstance(poutine.unwrap(programs.guide), AutoGuide)
+        if is_automatic and _SIZES.search(text):
+            _add_note(error, _ADVICE)
+        if "invalid values" in text and (names := _arguments_with_nan(programs)):
+            _add_note(error, f"The arguments {names} of model and guide hold NaN. Replace it.")
         raise
+
+
+def _add_note(error: Exception, note: str) -> None:
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _arguments_with_nan(programs: Programs) -> list[object]:
+    """Return the positions and names of the tensor arguments that hold NaN."""
+    arguments = [*enumerate(programs.args), *programs.kwargs.items()]
+    return [name for name, x in arguments if isinstance(x, Tensor) and bool(x.isnan().any())]

@@ -102,7 +102,7 @@ class ParticleTracer:
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
-        with explained(programs.guide):
+        with explained(programs):
             return self._run(programs, num_particles, subsamples, leaves)
 
     def _run(
@@ -213,7 +213,7 @@ class ParticleTracer:
             # A run is hidden from the handlers around it, so the handler goes inside.
             in_guide = SiteRecorder(None, self.advice)
             recorded = programs.each_under(SiteRecorder(None, self.advice, in_guide), in_guide)
-            with explained(programs.guide):
+            with explained(programs):
                 memory.plate_nesting = _guess_plate_nesting(
                     with_one_minibatch(recorded, subsamples)
                 )

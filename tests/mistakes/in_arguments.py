@@ -149,7 +149,7 @@ MISTAKES: dict[str, Mistake] = {
     "pixels between 0 and 1": (
         lambda: DiscretizedLogistic(torch.zeros(()), torch.ones(())).log_prob(torch.tensor(0.5)),
         ValueError,
-        "integers",
+        r"Pass x as \(255 \* x\).round\(\), and give loc and scale in the same units",
     ),
     "an infinite location": (
         lambda: DiscretizedLogistic(torch.tensor(torch.inf), torch.ones(())),

@@ -97,7 +97,7 @@ MISTAKES: dict[str, Mistake] = {
     "NaN in the data": (
         lambda: svi().step(with_nan(3)),
         ValueError,
-        "NaN|nan",
+        r"The arguments \[0\] of model and guide hold NaN",
     ),
     "NaN under a mask": (
         lambda: svi(model=masked_model, guide=masked_guide).step(with_nan(17)),
