@@ -6,6 +6,7 @@ from pyro_ext.infer.bounds.combined import CombinedELBO
 from pyro_ext.infer.bounds.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.bounds.jackknife import JackknifeELBO
 from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
+from pyro_ext.infer.bounds.multilevel import MultilevelELBO
 from pyro_ext.infer.bounds.multiply_importance_weighted import MultiplyImportanceWeightedELBO
 from pyro_ext.infer.bounds.partially_importance_weighted import PartiallyImportanceWeightedELBO
 from pyro_ext.infer.bounds.thermodynamic import ThermodynamicELBO
@@ -41,6 +42,7 @@ __all__ = [
     "KLWeightedELBO",
     "LinearKL",
     "MultiSampleELBO",
+    "MultilevelELBO",
     "MultiplyImportanceWeightedELBO",
     "PartiallyImportanceWeightedELBO",
     "Particles",

@@ -1,5 +1,6 @@
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,32 +24,34 @@ class JackknifeELBO(MultiSampleELBO):
     Here :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of K - j
     particles.
 
-    This estimate is not a bound: it may lie above the log evidence. Training can raise it by making
-    the estimate worse instead of improving the model. With few particles, training with the
-    jackknife diverges. With many particles, it is no better than training with the
-    importance-weighted bound. For evaluation, the jackknife is better than the importance-weighted
-    bound.
+    This estimate is not a bound: it may lie above the log evidence. A guide that is trained on it
+    raises it by spreading the weights, which makes the estimate worse. So by default, only the
+    model is trained on the jackknife, and the guide on the importance-weighted bound.
 
-    With ``guide="importance-weighted"``, only the model is trained on the jackknife, and the guide
-    on the importance-weighted bound. The gradient of the model is
-    :math:`\sum_k g_k \nabla \log p(x, z_k)`. With ``weights="published"``, :math:`g_k` is
+    The gradient of the model is :math:`\sum_k g_k \nabla \log p(x, z_k)`. With
+    ``weights="published"``, :math:`g_k` is :math:`f_k = \partial f / \partial \log w_k`. Because
+    :math:`\sum_k f_k = 1`, this is an estimate of :math:`\nabla \log p(x)` with bias
+    O(K^-(m+1)). Where the weights are uneven, some :math:`f_k` are negative, and training lowers
+    the density of these particles. For order 1 and :math:`v_k = w_k / \sum_j w_j`,
 
-    .. math:: f_k = \frac{\partial f}{\partial \log w_k}
+    .. math::
 
-    Because :math:`\sum_k f_k = 1`, this is an estimate of :math:`\nabla \log p(x)` with bias
-    O(K^-(m+1)). Where one weight dominates, :math:`f_k` is negative for other particles, and
-    training lowers their density. With ``weights="nonnegative"``,
+        f_k = v_k \left[\frac{1}{K} + \frac{K - 1}{K} \left(
+        \frac{1}{1 - v_k} - \sum_{j=1}^{K} \frac{v_j^2}{1 - v_j} \right)\right]
 
-    .. math:: g_k = \frac{\max(f_k, 0)}{\sum_j \max(f_j, 0)}
-
-    This is a weighted mean over particles. It equals :math:`f_k` where no :math:`f_j` is negative,
-    and its bias is larger elsewhere. The :math:`g_k` are constants in the gradient.
+    With ``weights="nonnegative"``, each element of the common plates uses :math:`f_k` of the
+    largest order up to m at which none is negative. Order 0, with :math:`f_k = v_k`, always
+    qualifies. This is a weighted mean over particles. It equals the published one where the
+    weights are even, and the importance-weighted one where a single weight dominates. If the
+    weights have moments of every order, the second case becomes rare faster than any power of K,
+    and the bias is O(K^-(m+1)) as well. The :math:`g_k` are constants in the gradient.
 
     :param num_particles: the number of particles K >= 1.
     :param order: the order m, ``0 <= m < K``. Order 0 is the importance-weighted bound. One
         evaluation costs O(K^m).
-    :param guide: the bound that trains the guide: ``"jackknife"`` or ``"importance-weighted"``.
-    :param weights: the weights of the model's gradient: ``"published"`` or ``"nonnegative"``.
+    :param guide: the bound that trains the guide: ``"importance-weighted"`` or ``"jackknife"``.
+    :param weights: the weights of the model's gradient: ``"nonnegative"`` or ``"published"``. With
+        ``guide="jackknife"`` and ``"published"``, training is that of the source.
     :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
         ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
         ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
@@ -62,21 +65,26 @@ class JackknifeELBO(MultiSampleELBO):
     and Jackknife Variational Inference.
 
     >>> import torch
-    >>> elbo = JackknifeELBO(num_particles=3, order=2, weights="nonnegative")
+    >>> elbo = JackknifeELBO(num_particles=3, order=2)
     >>> elbo.bound(torch.tensor([0.0, 1.0, 2.0]))
     tensor(1.4918)
-    >>> elbo.derivatives(torch.tensor([0.0, 1.0, 3.0]))[0]
-    tensor([-0.0661, -0.4531,  1.5192])
-    >>> elbo.model_weights(torch.tensor([0.0, 1.0, 3.0]))
-    tensor([0., 0., 1.])
+    >>> log_w = torch.tensor([[0.0, 0.0], [0.2, 1.0], [0.1, 3.0]])  # K = 3, two data points
+    >>> elbo.derivatives(log_w)[0]
+    tensor([[ 0.2858, -0.0661],
+            [ 0.3858, -0.4531],
+            [ 0.3283,  1.5192]])
+    >>> elbo.model_weights(log_w)
+    tensor([[0.2858, 0.0420],
+            [0.3858, 0.1142],
+            [0.3283, 0.8438]])
     """
 
     def __init__(
         self,
         num_particles: int = 2,
         order: int = 1,
-        guide: str = "jackknife",
-        weights: str = "published",
+        guide: str = "importance-weighted",
+        weights: str = "nonnegative",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_particles, **kwargs)
@@ -112,11 +120,13 @@ class JackknifeELBO(MultiSampleELBO):
 
     def model_weights(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
         """Return the weights of the model's gradient; see the description of the class."""
-        first, _ = self.derivatives(log_w)
         if self.weights == "published":
-            return first
-        first = first.relu()
-        return first / first.sum(0)
+            return self.derivatives(log_w)[0]
+        weights = log_w.softmax(0)
+        for order in range(1, self.order + 1):
+            first, _ = jackknife_derivatives(log_w, order)
+            weights = torch.where((first >= 0).all(0), first, weights)
+        return weights
 
     @property
     def guide_bound(self) -> MultiSampleELBO:

@@ -1,6 +1,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -143,6 +144,10 @@ class CompiledSVI(EagerSVI):
         options = self.backend, self.max_graphs, self.audit_every
         return Graphs(*options, self._do_without, self._announce)
 
+    def _held_level(self) -> AbstractContextManager[None]:
+        """Keep the random number of particles of a multilevel estimate for one step."""
+        return getattr(self.objective, "held_level", nullcontext)()
+
     def _announce(self, is_capturing: bool) -> None:
         """Show in the progress bar whether a step is being captured and compiled."""
         if self._bar is not None:
@@ -160,25 +165,26 @@ class CompiledSVI(EagerSVI):
         :raises ValueError: if the loss is not finite.
         :raises RuntimeError: as for the class.
         """
-        if self._called is None:
-            loss = super().step(*args, **kwargs)
+        with self._held_level():
+            if self._called is None:
+                loss = super().step(*args, **kwargs)
+                self._num_steps += 1
+                self._ready(True, args, kwargs)
+                return loss
+            ready = self._ready(True, args, kwargs)
+            if ready is not None and any(has_gradient_hooks(ready.params[n]) for n in ready.names):
+                self._do_without(
+                    "a graph does not run the hook on the gradient of a parameter. Remove the hook"
+                )
+                ready = None
+            if ready is None:
+                loss = self._eager_step(*args, **kwargs)
+            elif ready.graph.audit_times.is_due():
+                loss = self._audited_step(ready, args, kwargs)
+            else:
+                loss = self._graph_step(ready, args, kwargs)
             self._num_steps += 1
-            self._ready(True, args, kwargs)
             return loss
-        ready = self._ready(True, args, kwargs)
-        if ready is not None and any(has_gradient_hooks(ready.params[n]) for n in ready.names):
-            self._do_without(
-                "a graph does not run the hook on the gradient of a parameter. Remove the hook"
-            )
-            ready = None
-        if ready is None:
-            loss = self._eager_step(*args, **kwargs)
-        elif ready.graph.audit_times.is_due():
-            loss = self._audited_step(ready, args, kwargs)
-        else:
-            loss = self._graph_step(ready, args, kwargs)
-        self._num_steps += 1
-        return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss without taking a step, like ``SVI.evaluate_loss``.
@@ -190,7 +196,7 @@ class CompiledSVI(EagerSVI):
         :raises RuntimeError: as for the class.
         """
         # Parameters that are created in inference mode could never be trained.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._held_level(), torch.inference_mode(False), torch.no_grad():
             ready = None if self._called is None else self._ready(False, args, kwargs)
             is_audited = ready is not None and ready.graph.audit_times.is_due()
             outputs = None
