@@ -8,6 +8,7 @@ ORDER = (
     "quickstart",
     "importance_weighted_autoencoders",
     "jackknife_bias",
+    "jackknife_training",
     "signal_to_noise",
     "discrete_latents",
     "bayes_by_backprop",

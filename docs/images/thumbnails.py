@@ -19,6 +19,7 @@ PANELS = {
     "importance_sampling": (0.0, 0.0, 0.356, 1.0),
     "importance_weighted_autoencoders": (0.0, 0.0, 0.464, 0.487),
     "jackknife_bias": (0.336, 0.0, 0.68, 1.0),
+    "jackknife_training": (0.0, 0.0, 0.345, 1.0),
     "marginal_likelihood": (0.0, 0.0, 0.337, 1.0),
     "quickstart": (0.0, 0.0, 0.442, 1.0),
     "several_processes": (0.0, 0.0, 0.495, 1.0),
