@@ -13,7 +13,7 @@ from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
-from pyro_ext.infer.svi.capture.graph import LOCK, capture
+from pyro_ext.infer.svi.capture.graph import LOCK
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     current_params,
@@ -21,14 +21,10 @@ from pyro_ext.infer.svi.capture.graph_inputs import (
     no_new_params,
 )
 from pyro_ext.infer.svi.capture.lifted_floats import FLOATS, LiftedFloats
-from pyro_ext.infer.svi.capture.operation_log import (
-    CaptureError,
-    OperationLog,
-    Outcome,
-    log_operations,
-)
+from pyro_ext.infer.svi.capture.operation_log import OperationLog, Outcome, log_operations
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
+from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder
 from pyro_ext.infer.svi.capture.step import Outputs, Step
 
 _SEED = 20_090_911
@@ -83,10 +79,11 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
     try:
         with lifted.in_place():
             found = _log_twice(step, arguments, aliases, lifted, ignored)
-            log, roots, reachable, externals, outcome = found
+            log, roots, reachable, externals, outcome, recorder = found
             inputs = [*aliases.tensors, *externals]
-            with kept_random_states(_SEED + 2), log.undone():
-                graph = capture(partial(step.compute, aliases), inputs)
+            graph, data = recorder.finish(outcome.tensors, inputs)
+            if data is not None:
+                inputs += data.start(inputs)
         names = list(outcome.gradients)
         written = _written(log, inputs)
         eps = coarsest(log.dtypes)
@@ -104,6 +101,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
     return CompiledStep(
         step=step,
         graph=graph,
+        data=data,
         run=compiled,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,
@@ -135,49 +133,51 @@ def _log_twice(
     aliases: Arguments,
     lifted: LiftedFloats,
     ignored: list[Place],
-) -> tuple[OperationLog, list[tuple[str, Any]], ReachableState, list[Tensor], Outcome]:
+) -> tuple[
+    OperationLog, list[tuple[str, Any]], ReachableState, list[Tensor], Outcome, GraphRecorder
+]:
     """Log two runs with different random numbers, and check that their operations are the same.
 
     :returns: the log of the second run, the objects from which other values are reachable, these
-        values, the external tensors, and the outcome of the second run.
+        values, the external tensors, and the outcome and the recorder of the second run.
     :raises CaptureError: if the runs differ, or if the programs change values that they reach.
     :raises NeedsEagerStepError: if the programs create parameters.
     """
-    run = partial(step.compute, aliases)
+    run, given = partial(step.compute, aliases), aliases.tensors
     known = set(current_params())
     with kept_random_states(_SEED):
-        # Programs may initialise themselves in a first run, for example by counting plates.
-        warm_up, _ = log_operations(run)
+        first, *_ = log_operations(run, given)
     if current_params().keys() - known:
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
-    modules = [(type(module).__name__, module) for module in warm_up.modules]
+    modules = [(type(module).__name__, module) for module in first.modules]
     roots = [*step.roots, *opaque, *modules]
     reachable = find_reachable(roots, ignored, keeps_large=True)
-    with kept_random_states(_SEED):
-        first, _ = log_operations(run)
     floats = [
         alias
         for alias, leaf in zip(aliases.leaves, arguments.leaves, strict=True)
         if isinstance(alias, Tensor) and type(leaf) in FLOATS
     ]
     with kept_random_states(_SEED + 1), lifted.nudged(floats):
-        second, outcome = log_operations(run)
+        second, outcome, recorder = log_operations(run, given)
     changed = reachable.changed_by_programs()
     reachable.large.clear()
-    reason = (
-        f"the model or guide changes '{changed}' when it runs. Change it outside of them"
-        if changed is not None
-        else first.difference(second) or first.difference_of_externals(second)
-    )
+    if changed is not None:
+        raise CaptureError(
+            f"the model or guide changes '{changed}' when it runs. Change it outside of them"
+        )
+    if first.difference(second) is not None:
+        # Programs may initialise themselves in a first run, for example by counting plates.
+        with kept_random_states(_SEED):
+            first, *_ = log_operations(run, given)
+    reason = first.difference(second) or first.difference_of_externals(second)
     if reason is not None:
         raise CaptureError(reason)
     _check_gradients(step, second, outcome)
-    given = set(aliases.tensors)
     externals = zip(first.externals, second.externals, strict=True)
     # Tensors that differ between the runs, though with equal values, are constants of the graph.
-    lasting = [x for other, x in externals if x is other and x not in given]
-    return second, roots, reachable, lasting, outcome
+    lasting = [x for other, x in externals if x is other and x not in set(given)]
+    return second, roots, reachable, lasting, outcome, recorder
 
 
 def _check_gradients(step: Step, log: OperationLog, outcome: Outcome) -> None:

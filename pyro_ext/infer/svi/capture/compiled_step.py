@@ -13,6 +13,7 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import CompileError
 from pyro_ext.infer.svi.capture.comparison import Results, difference, rehearse
+from pyro_ext.infer.svi.capture.data_program import DataProgram
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     TensorSource,
@@ -20,9 +21,10 @@ from pyro_ext.infer.svi.capture.graph_inputs import (
     no_new_params,
 )
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
-from pyro_ext.infer.svi.capture.operation_log import CaptureError, OperationLog, log_operations
+from pyro_ext.infer.svi.capture.operation_log import OperationLog, log_operations
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
+from pyro_ext.infer.svi.capture.recorder import CaptureError
 from pyro_ext.infer.svi.capture.step import Context, Outputs, Step, current_context
 
 _SEED = 20_090_911
@@ -37,6 +39,7 @@ class CompiledStep:
     """A captured step, and the conditions under which it is valid.
 
     :ivar graph: the graph as it was captured.
+    :ivar data: the program that computes what the graph needs from data alone, or None.
     :ivar run: the compiled graph.
     :ivar sources: the places of the tensors that the graph reads, other than its arguments.
     :ivar written: the positions of the inputs that the graph changes in place.
@@ -55,6 +58,7 @@ class CompiledStep:
 
     step: Step
     graph: GraphModule
+    data: DataProgram | None
     run: Callable[..., Outputs]
     sources: list[TensorSource]
     written: list[int]
@@ -78,9 +82,11 @@ class CompiledStep:
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
 
-    def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
+    def inputs(self, params: dict[str, Tensor], arguments: Arguments) -> list[Tensor] | None:
         """Return the current tensors that the graph reads, other than its arguments.
 
+        :param params: the parameters by name.
+        :param arguments: the arguments of the step.
         :returns: the tensors; None if they no longer fit the graph.
         """
         is_tied = all(params.get(name) is params.get(other) for name, other in self.tied)
@@ -92,7 +98,10 @@ class CompiledStep:
             if tensor is None:
                 return None
             found.append(tensor)
-        return found
+        if self.data is None:
+            return found
+        moved = self.data([*self.lifted.lift(arguments).tensors, *found])
+        return None if moved is None else found + moved
 
     def tensors_written(self, arguments: Arguments, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return those arguments and inputs that the graph changes in place."""
@@ -137,7 +146,8 @@ class CompiledStep:
         written = [tensors[index] for index in self.written]
         try:
             with no_new_params(), self.lifted.in_place(), kept_random_states(_SEED):
-                now, outcome = log_operations(partial(self.step.compute, aliases))
+                run = partial(self.step.compute, aliases)
+                now, outcome, _ = log_operations(run, aliases.tensors)
                 state = torch.get_rng_state()
         except CaptureError as error:
             return str(error)
@@ -192,7 +202,7 @@ class CompiledStep:
                 present.restore()
 
     def _verify_with(self, arguments: Arguments) -> str | None:
-        inputs = self.inputs(current_params())
+        inputs = self.inputs(current_params(), arguments)
         if inputs is None:
             raise UnverifiableError
         return self.verify(arguments, inputs)

@@ -1,7 +1,7 @@
 """Logs one run of a step: its operations, and the tensors that it reads from outside."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,10 @@ from pyro_ext._private.of_torch import (
     storage_of,
 )
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder, Origin
 from pyro_ext.tracing.module_calls import called_modules
 
 _MAX_LENGTH = 100  # of an operation in a message
-
-
-class CaptureError(Exception):
-    """An error for a step that cannot be captured. The message is the reason and the place."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,6 @@ def _reason_of(error: Exception) -> str:
     """Return the reason why a step cannot be captured, in one line."""
     if isinstance(error, CaptureError):
         return str(error)
-    if "get value out of a tracing tensor" in str(error):
-        return (
-            "the model or guide uses the value of a tensor in Python code (for a branch, use "
-            "torch.where)"
-        )
     line = str(error).partition("\n")[0].rstrip(".")
     return f"the step raises {type(error).__name__} ({line})"
 
@@ -84,31 +76,43 @@ def _reason_of(error: Exception) -> str:
 class TensorsForNumbers(TorchFunctionMode):
     """A mode in which the values of tensors do not become Python numbers.
 
-    ``item()`` returns a detached tensor. Arithmetic with it works. A branch on it, or a conversion
-    to a NumPy array, raises an error in a capture.
+    ``item()`` returns a detached tensor, so that arithmetic with it works. If the tensor is a
+    constant, or an integer that depends on data only, ``item()`` returns the number.
 
-    :param touch: a function that is called with each tensor whose values or shape are used.
+    :param logger: the log of the run. It notes each tensor whose values or shape are used.
+    :param recorder: the recorder of the graph.
     """
 
-    def __init__(self, touch: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, logger: "_Logger", recorder: GraphRecorder) -> None:
         super().__init__()
-        self.touch = touch
+        self.logger = logger
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.touch is not None and args and isinstance(args[0], Tensor):
-            self.touch(args[0])
+        if args and isinstance(args[0], Tensor):
+            self.logger.touch(args[0])  # perhaps for its shape, without any operation
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError(
                 "the model or guide sets the data of a tensor. Change the tensor in place, for "
                 "example with copy_"
             )
-        if func is Tensor.item:
+        if func is Tensor.item and self._stays_tensor(args[0]):
             return args[0].detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
-            raise CaptureError(
-                f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
-            )
+            with DisableTorchFunction():
+                is_allowed = self.recorder.read_all(args[0])
+            if not is_allowed:
+                raise CaptureError(
+                    f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
+                )
         return func(*args, **(kwargs or {}))
+
+    def _stays_tensor(self, x: Tensor) -> bool:
+        """Return whether ``item()`` of a tensor returns a tensor."""
+        with DisableTorchFunction():
+            origin = self.recorder.origin_of(x)
+            is_integer = not (x.is_floating_point() or x.is_complex())
+            return origin != Origin.CONSTANT and not (origin == Origin.DATA and is_integer)
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,13 @@ class OperationLog:
 class _Logger(TorchDispatchMode):
     """A mode that writes all operations to a log."""
 
-    def __init__(self, log: OperationLog, site: CurrentSite) -> None:
+    def __init__(
+        self, log: OperationLog, site: CurrentSite, recorder: GraphRecorder | None = None
+    ) -> None:
         super().__init__()
         self.log = log
         self.site = site
+        self.recorder = recorder
         self.known = WeakTensorKeyDictionary()
         self.touched = WeakTensorKeyDictionary()
         self.owner_of_storage: dict[int, Tensor] = {}
@@ -223,18 +230,29 @@ class _Logger(TorchDispatchMode):
                     if self.touched.pop(x, False) or x not in self.known:
                         self.log.used.append(x)
                     self.add_external(x)
-            if schema_of(func).is_mutable or "batch_norm" in name:
-                self._keep_originals(func, args, kwargs)
+        with DisableTorchFunction():
+            written = self._written(func, args, kwargs)
+            self._keep_originals(written)
         for x in flat:
             if isinstance(x, torch.Generator):
                 self.log.generators.setdefault(x, x.get_state())
         self.log.operations.append(Operation(self.site.place, name, numbers, digest))
         out = func(*args, **kwargs)
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.known[x] = True
-                self.log.dtypes.add(x.dtype)
+        with DisableTorchFunction():
+            for x in pytree.tree_leaves(out):
+                if isinstance(x, Tensor):
+                    self.known[x] = True
+                    self.log.dtypes.add(x.dtype)
+            if self.recorder is not None:
+                self.recorder.record(func, args, kwargs, out, written)
         return out
+
+    def touch(self, x: Tensor) -> None:
+        """Note that the run uses the values or the shape of a tensor, perhaps in no operation."""
+        with DisableTorchFunction():
+            if x not in self.known:
+                self.touched[x] = True
+                self.add_external(x)
 
     def add_external(self, x: Tensor) -> None:
         """Note that the run uses a tensor, if it has not made it."""
@@ -242,39 +260,57 @@ class _Logger(TorchDispatchMode):
             self.known[x] = True
             self.owner_of_storage.setdefault(storage_of(x), x)
             self.log.externals.append(x)
+            if self.recorder is not None:
+                self.recorder.add_input(x)
 
-    def _keep_originals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @staticmethod
+    def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the arguments that an operation changes in place."""
+        if not schema_of(func).is_mutable and "batch_norm" not in str(func):
+            return []
+        found = []
         for index, argument in enumerate(schema_of(func).arguments):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
-            if schema_of(func).is_mutable and not is_written:
-                continue  # the schema of batch_norm does not mark its running statistics as written
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for x in pytree.tree_leaves(value):
-                owner = self.owner_of_storage.get(storage_of(x)) if isinstance(x, Tensor) else None
-                if owner is not None and owner not in self.log.originals:
-                    self.log.originals[owner] = owner.detach().clone()
+            # The schema of batch_norm does not mark its running statistics as written.
+            if is_written or argument.name in ("running_mean", "running_var"):
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                found += [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+        return found
+
+    def _keep_originals(self, written: Iterable[Tensor]) -> None:
+        for x in written:
+            owner = self.owner_of_storage.get(storage_of(x))
+            if owner is not None and owner not in self.log.originals:
+                self.log.originals[owner] = owner.detach().clone()
 
 
 @contextmanager
-def _logged(site: CurrentSite) -> Iterator[_Logger]:
+def _logged(site: CurrentSite, recorder: GraphRecorder | None = None) -> Iterator[_Logger]:
     """Log all operations, and undo changes in place at the end."""
     log = OperationLog()
-    with log.undone(), called_modules() as log.modules, _Logger(log, site) as logger:
+    with log.undone(), called_modules() as log.modules, _Logger(log, site, recorder) as logger:
         yield logger
 
 
-def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
+def log_operations(
+    run: Callable[[], Outcome], given: Sequence[Tensor]
+) -> tuple[OperationLog, Outcome, GraphRecorder]:
     """Run a step once, log its operations, and undo its changes in place.
 
     :param run: the step.
-    :returns: the log and the results of the step.
+    :param given: the tensors among its arguments.
+    :returns: the log and the results of the step, and the recorder of its graph.
     :raises CaptureError: if the step draws random numbers of Python or NumPy, or uses the values of
         tensors outside of torch.
     """
-    site = CurrentSite()
+    site, recorder = CurrentSite(), GraphRecorder(given)
     before = _states_beside_torch()
-    # The shape of a tensor may be used without any operation on it.
-    with site.named_in_errors(), site, _logged(site) as logger, TensorsForNumbers(_touch(logger)):
+    with (
+        site.named_in_errors(),
+        site,
+        _logged(site, recorder) as logger,
+        TensorsForNumbers(logger, recorder),
+    ):
         outcome = run()
     log = logger.log
     for module, state in _states_beside_torch().items():
@@ -288,17 +324,7 @@ def log_operations(run: Callable[[], Outcome]) -> tuple[OperationLog, Outcome]:
             "the model or guide draws from a torch.Generator. Use torch's default generator"
         )
     log.param_names = tuple(outcome.params)
-    return log, outcome
-
-
-def _touch(logger: _Logger) -> Callable[[Tensor], None]:
-    def touch(x: Tensor) -> None:
-        with DisableTorchFunction():
-            if x not in logger.known:
-                logger.touched[x] = True
-                logger.add_external(x)
-
-    return touch
+    return log, outcome, recorder
 
 
 def _states_beside_torch() -> dict[str, Any]:
