@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "PACK_SEQUENCE",
     "DisableTorchFunction",
     "Inductor",
     "InverseTransform",
@@ -32,6 +33,9 @@ __all__ = [
     "schema_of",
     "storage_of",
 ]
+
+#: The operator of ``pack_padded_sequence``.
+PACK_SEQUENCE = torch.ops.aten._pack_padded_sequence.default
 
 
 def is_in_transform(x: Tensor) -> bool:

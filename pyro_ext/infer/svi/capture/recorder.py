@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_ext._private.of_torch import pytree, storage_of
+from pyro_ext._private.of_torch import PACK_SEQUENCE, pytree, storage_of
 from pyro_ext.infer.svi.capture.data_program import DataProgram
 
 _MAX_READ = 10_000  # entries of a tensor that a program reads at once
@@ -124,7 +124,7 @@ class GraphRecorder:
         new_args, new_kwargs = pytree.tree_map(self._argument, (args, kwargs))
         deciding = [x for x in _deciding(func, args, tensors) if self._decides(func, x)]
         if deciding and origin & ~Origin.DATA:
-            if func is torch.ops.aten._pack_padded_sequence.default:
+            if func is PACK_SEQUENCE:
                 self._read(self.node_of(args[1]))
             elif func in (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default):
                 func, new_args = torch.ops.aten.index.Tensor, self._with_indices(func, *args)
@@ -296,7 +296,7 @@ def _deciding(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> list[T
         return [mask for mask in args[1] if mask is not None and _is_mask(mask)]
     if func in (
         torch.ops.aten.masked_select.default,
-        torch.ops.aten._pack_padded_sequence.default,
+        PACK_SEQUENCE,
     ):
         return [args[1]]
     return tensors if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) else []
