@@ -46,12 +46,13 @@ class CompiledSVI(EagerSVI):
     ``audit_every`` steps of a graph. If they differ beyond rounding, the steps after the audit are
     eager, and a warning names the steps whose results are suspect.
 
-    A capture runs model and guide five times, with separate random numbers. Side effects other
+    A capture runs model and guide three times, with separate random numbers. Side effects other
     than those on tensors, such as printing and counting, happen only in captures and audits.
 
-    Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
-    or NumPy, results whose shape depends on values, gradients of tensors outside of the param
-    store, or hooks on gradients. ``CompiledSVI`` then takes eager steps, and one warning gives the
+    Numbers and shapes that the programs compute from data are compared at each step, too. Some
+    steps cannot be captured: those with a branch or a shape that depends on a draw or a parameter,
+    random numbers of Python or NumPy, gradients of tensors outside of the param store, or hooks on
+    gradients. ``CompiledSVI`` then takes eager steps, and one warning gives the
     reason. The same holds for any error in a capture, in the compiler or in a graph. Distributions
     do not validate their arguments in a compiled step. After it, the ``.grad`` of parameters is
     None.
