@@ -36,6 +36,16 @@ class Arguments(NamedTuple):
         return args, kwargs
 
     @property
+    def names(self) -> list[str]:
+        """The names of the leaves, such as ``args[0]`` and ``kwargs['mask']``."""
+        args, kwargs = self.unflatten()
+        return [
+            name + pytree.keystr(path)
+            for name, tree in (("args", args), ("kwargs", kwargs))
+            for path, _ in pytree.tree_flatten_with_path(tree)[0]
+        ]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The leaves that are tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]

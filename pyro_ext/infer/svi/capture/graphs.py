@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pyro
 from torch import Tensor
 
-from pyro_ext._arguments import describe
 from pyro_ext._private.of_torch import global_hooks
 from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_handler, describe_leaf
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
@@ -116,7 +115,7 @@ class Graphs:
         if self.count >= self.max_graphs:
             self.report(
                 f"there are max_graphs={self.max_graphs} graphs, and now "
-                f"{reason or self._reason(arguments)}. Set max_graphs higher, or change fewer "
+                f"{reason or self._reason(key, arguments)}. Set max_graphs higher, or change fewer "
                 "values between steps"
             )
             return None
@@ -144,13 +143,13 @@ class Graphs:
             current_context(),
         )
 
-    def _reason(self, arguments: Arguments) -> str:
+    def _reason(self, key: tuple[Any, ...], arguments: Arguments) -> str:
         """Return why a step needs a graph of its own, if all graphs are for other arguments."""
-        for leaf in arguments.leaves:
-            if not isinstance(leaf, Tensor) and self.count:
-                key = describe_leaf(leaf, self._lifts)
-                if all(key not in known for known in self._by_key):
-                    return f"an argument is {describe(leaf)}, which no earlier step had"
+        named = dict(enumerate(zip(arguments.names, arguments.leaves, strict=True), start=2))
+        for index, (name, leaf) in named.items():
+            if all(key[index : index + 1] != known[index : index + 1] for known in self._by_key):
+                kind = "shape, dtype or device" if isinstance(leaf, Tensor) else "value"
+                return f"{name} has another {kind} than in earlier steps"
         return "the arguments differ in shape, dtype or value"
 
     def _build(self, step: Step, arguments: Arguments) -> CompiledStep | None:

@@ -231,3 +231,27 @@ def test_too_many_numbers_mean_eager_steps_with_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert losses == pytest.approx(losses_of(loop_over_a_list, EagerSVI)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([(X[0], n) for n in range(4)], r"args\[1\] has another value"),
+        ([(X[0][:n], [n, "a"]) for n in (1, 2, 3)], r"args\[0\] has another shape"),
+        ([(X[0], [0, {"n": n}]) for n in range(4)], r"args\[1\]\[1\]\['n'\] has another value"),
+    ],
+)
+def test_the_warning_names_the_argument(arguments, message):
+    def model(x, lengths):
+        z = draw()
+        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(2), obs=x)
+
+    pyro.clear_param_store()
+    optim = pyro.optim.Adam({"lr": 0.03})
+    svi = CompiledSVI(model, guide, optim, pyro.infer.Trace_ELBO(), backend="eager", max_graphs=2)
+    for pair in arguments[:2]:
+        svi.step(*pair)
+    with pytest.warns(UserWarning, match=f"there are max_graphs=2 graphs, and now {message}"):
+        svi.step(*arguments[2])
+    for pair in arguments[3:]:
+        svi.step(*pair)  # without another warning
