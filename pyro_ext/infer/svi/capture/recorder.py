@@ -70,15 +70,11 @@ class GraphRecorder:
 
     def _placeholder(self, name: str) -> Node:
         """Add a placeholder after the others, before all operations."""
-        first = self._first_operation
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
         if first is None:
             return self.graph.placeholder(name)
         with self.graph.inserting_before(first):
             return self.graph.placeholder(name)
-
-    @property
-    def _first_operation(self) -> Node | None:
-        return next((node for node in self.graph.nodes if node.op != "placeholder"), None)
 
     def _set(self, x: Tensor, node: Node, origin: Origin) -> None:
         self.nodes[x] = node
@@ -125,7 +121,7 @@ class GraphRecorder:
         deciding = [x for x in _deciding(func, args, tensors) if self._decides(func, x)]
         if deciding and origin & ~Origin.DATA:
             if func is PACK_SEQUENCE:
-                self._read(self.node_of(args[1]))
+                self._read_copy(args[1])
             elif func in (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default):
                 func, new_args = torch.ops.aten.index.Tensor, self._with_indices(func, *args)
         node = self.graph.call_function(func, new_args, new_kwargs)
@@ -227,8 +223,12 @@ class GraphRecorder:
         """Note that the programs copy a tensor to Python, and return whether they may."""
         if self.origin_of(x) & ~Origin.DATA or x.numel() > _MAX_READ:
             return False
-        self._read(self.node_of(x))
+        self._read_copy(x)
         return True
+
+    def _read_copy(self, x: Tensor) -> None:
+        # A copy, because later operations may change the tensor.
+        self._read(self._call(torch.ops.aten.clone.default, (self.node_of(x),), x))
 
     def finish(
         self, outputs: Sequence[Tensor | None], lasting: Iterable[Tensor]
@@ -294,10 +294,7 @@ def _deciding(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> list[T
     """Return the arguments whose values decide about the shape of the result."""
     if func is torch.ops.aten.index.Tensor:
         return [mask for mask in args[1] if mask is not None and _is_mask(mask)]
-    if func in (
-        torch.ops.aten.masked_select.default,
-        PACK_SEQUENCE,
-    ):
+    if func in (torch.ops.aten.masked_select.default, PACK_SEQUENCE):
         return [args[1]]
     return tensors if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) else []
 

@@ -84,6 +84,15 @@ def mask_filled_in_place(x, lengths):
     pyro.sample("x", dist.Normal(weights, 1.0).to_event(1), obs=x[mask])
 
 
+def list_before_a_change(x, lengths):
+    z = draw()
+    flags = torch.zeros(3, dtype=torch.long)
+    flags[1:] = lengths[1:]
+    scale = 1.0 + sum(flags.tolist())
+    flags.zero_()
+    pyro.sample("x", dist.Normal(z + flags.sum(), scale).expand([3, 4]).to_event(2), obs=x)
+
+
 def indices(x, lengths):
     z = draw()
     rows = (lengths > 1).nonzero().squeeze(-1)
@@ -131,6 +140,7 @@ READ = {
     "equality": (equality, 2),
     "mask of an argument": (mask_of_an_argument, 4),
     "mask, in place": (mask_filled_in_place, 2),
+    "list before a change": (list_before_a_change, 4),
     "indices": (indices, 2),
     "unique": (unique, 2),
     "repeated": (repeated, 4),
