@@ -26,8 +26,12 @@ def tables(options: Options) -> Iterator[Table]:
                 "RenyiELBO": RenyiELBO(**renyi),
                 "RenyiELBO again": RenyiELBO(**renyi),
                 "ImportanceWeightedELBO": ImportanceWeightedELBO(K, max_plate_nesting=1),
-                "JackknifeELBO, order 1": JackknifeELBO(K, 1, max_plate_nesting=1),
-                "JackknifeELBO, order 2": JackknifeELBO(K, 2, max_plate_nesting=1),
+                "JackknifeELBO, order 1": JackknifeELBO(
+                    K, 1, "jackknife", "published", max_plate_nesting=1
+                ),
+                "JackknifeELBO, order 2": JackknifeELBO(
+                    K, 2, "jackknife", "published", max_plate_nesting=1
+                ),
             }
             pyro.clear_param_store()
             images = random_images(batch_size, options.device)

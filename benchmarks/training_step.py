@@ -129,7 +129,7 @@ def other_objectives(
     """Compiled steps of the jackknife and of the doubly reparameterised gradient."""
     objectives = {
         "importance-weighted": ImportanceWeightedELBO(K, max_plate_nesting=1),
-        "jackknife, order 1": JackknifeELBO(K, 1, max_plate_nesting=1),
+        "jackknife, order 1": JackknifeELBO(K, 1, "jackknife", "published", max_plate_nesting=1),
         'importance-weighted, "dreg"': ImportanceWeightedELBO(
             K, gradient="dreg", max_plate_nesting=1
         ),

@@ -54,6 +54,10 @@ ESTIMATORS = {
     "jackknife-0": (partial(JackknifeELBO, order=0), 1),
     "jackknife-1": (partial(JackknifeELBO, order=1), 2),
     "jackknife-2": (partial(JackknifeELBO, order=2), 3),
+    "jackknife-2, nonnegative": (
+        partial(JackknifeELBO, order=2, weights="nonnegative"),
+        3,
+    ),
     "jackknife-1, published": (partial(PublishedJackknife, order=1), 2),
     "jackknife-2, published": (partial(PublishedJackknife, order=2), 3),
     "multilevel": (TopLevelELBO, 1),

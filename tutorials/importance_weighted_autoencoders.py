@@ -164,7 +164,9 @@ OBJECTIVES: dict[str, ELBO] = {
     "IWAE-DReG, k = 50": ImportanceWeightedELBO(
         NUM_PARTICLES, gradient="dreg", max_plate_nesting=1
     ),
-    "JVI-1, k = 50": JackknifeELBO(NUM_PARTICLES, order=1, max_plate_nesting=1),
+    "JVI-1, k = 50": JackknifeELBO(
+        NUM_PARTICLES, order=1, guide="jackknife", weights="published", max_plate_nesting=1
+    ),
 }
 LATENT_UNITS = {1: (50,), 2: (100, 50)}
 LAYERS = {1: "One stochastic layer", 2: "Two stochastic layers"}

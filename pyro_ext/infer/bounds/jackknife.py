@@ -10,7 +10,7 @@ from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.ops import jackknife, jackknife_derivatives
 
 _GUIDES = "importance-weighted", "jackknife"
-_WEIGHTS = "nonnegative", "published"
+_WEIGHTS = "importance-weighted", "nonnegative", "published"
 
 
 class JackknifeELBO(MultiSampleELBO):
@@ -24,34 +24,37 @@ class JackknifeELBO(MultiSampleELBO):
     Here :math:`\bar L_{K-j}` is the mean of the importance-weighted bound over all subsets of K - j
     particles.
 
-    This estimate is not a bound: it may lie above the log evidence. A guide that is trained on it
-    raises it by spreading the weights, which makes the estimate worse. So by default, only the
-    model is trained on the jackknife, and the guide on the importance-weighted bound.
+    This estimate is not a bound: it may lie above the log evidence. For evaluation, it is better
+    than the importance-weighted bound. For training, it is not. So the loss is the jackknife, but
+    by default the gradients are those of the importance-weighted bound.
 
-    The gradient of the model is :math:`\sum_k g_k \nabla \log p(x, z_k)`. With
-    ``weights="published"``, :math:`g_k` is :math:`f_k = \partial f / \partial \log w_k`. Because
-    :math:`\sum_k f_k = 1`, this is an estimate of :math:`\nabla \log p(x)` with bias
-    O(K^-(m+1)). Where the weights are uneven, some :math:`f_k` are negative, and training lowers
-    the density of these particles. For order 1 and :math:`v_k = w_k / \sum_j w_j`,
+    ``guide="jackknife"`` trains the guide on the jackknife. Such a guide raises the estimate by
+    spreading the weights, which makes it worse.
+
+    ``weights`` selects the weights :math:`g_k` of the model's gradient
+    :math:`\sum_k g_k \nabla \log p(x, z_k)`. With ``"importance-weighted"``, :math:`g_k` is
+    :math:`v_k = w_k / \sum_j w_j`. With ``"published"``, it is
+    :math:`f_k = \partial f / \partial \log w_k`. Because :math:`\sum_k f_k = 1`, this is an
+    estimate of :math:`\nabla \log p(x)` with bias O(K^-(m+1)). Where the weights are uneven, some
+    :math:`f_k` are negative, and training lowers the density of these particles. For order 1,
 
     .. math::
 
         f_k = v_k \left[\frac{1}{K} + \frac{K - 1}{K} \left(
         \frac{1}{1 - v_k} - \sum_{j=1}^{K} \frac{v_j^2}{1 - v_j} \right)\right]
 
-    With ``weights="nonnegative"``, each element of the common plates uses :math:`f_k` of the
-    largest order up to m at which none is negative. Order 0, with :math:`f_k = v_k`, always
-    qualifies. This is a weighted mean over particles. It equals the published one where the
-    weights are even, and the importance-weighted one where a single weight dominates. If the
-    weights have moments of every order, the second case becomes rare faster than any power of K,
-    and the bias is O(K^-(m+1)) as well. The :math:`g_k` are constants in the gradient.
+    With ``"nonnegative"``, each element of the common plates uses :math:`f_k` of the largest order
+    up to m at which none is negative. Order 0, with :math:`f_k = v_k`, always qualifies. If the
+    weights have moments of every order, the bias is O(K^-(m+1)) as well. The :math:`g_k` are
+    constants in the gradient.
 
     :param num_particles: the number of particles K >= 1.
     :param order: the order m, ``0 <= m < K``. Order 0 is the importance-weighted bound. One
         evaluation costs O(K^m).
     :param guide: the bound that trains the guide: ``"importance-weighted"`` or ``"jackknife"``.
-    :param weights: the weights of the model's gradient: ``"nonnegative"`` or ``"published"``. With
-        ``guide="jackknife"`` and ``"published"``, training is that of the source.
+    :param weights: the weights of the model's gradient: ``"importance-weighted"``,
+        ``"nonnegative"`` or ``"published"``. With ``guide="jackknife"`` and
+        ``weights="published"``, training is that of the source.
     :param kwargs: further arguments of :class:`MultiSampleELBO`: ``gradient``,
         ``vectorize_particles``, ``max_plate_nesting``, ``strict_enumeration_warning``,
         ``retain_graph``, ``particle_chunk_size`` and ``local_plate``.
@@ -65,7 +68,7 @@ class JackknifeELBO(MultiSampleELBO):
     and Jackknife Variational Inference.
 
     >>> import torch
-    >>> elbo = JackknifeELBO(num_particles=3, order=2)
+    >>> elbo = JackknifeELBO(num_particles=3, order=2, weights="nonnegative")
     >>> elbo.bound(torch.tensor([0.0, 1.0, 2.0]))
     tensor(1.4918)
     >>> log_w = torch.tensor([[0.0, 0.0], [0.2, 1.0], [0.1, 3.0]])  # K = 3, two data points
@@ -84,7 +87,7 @@ class JackknifeELBO(MultiSampleELBO):
         num_particles: int = 2,
         order: int = 1,
         guide: str = "importance-weighted",
-        weights: str = "nonnegative",
+        weights: str = "importance-weighted",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_particles, **kwargs)
@@ -106,7 +109,7 @@ class JackknifeELBO(MultiSampleELBO):
         self._guide_bound: MultiSampleELBO | None = None
         if order and guide == "importance-weighted":
             self._guide_bound = ImportanceWeightedELBO(num_particles)
-        elif order and weights == "nonnegative":
+        elif order and weights != "published":
             self._guide_bound = JackknifeELBO(num_particles, order, "jackknife", "published")
 
     def bound(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "*common"]:
@@ -123,7 +126,8 @@ class JackknifeELBO(MultiSampleELBO):
         if self.weights == "published":
             return self.derivatives(log_w)[0]
         weights = log_w.softmax(0)
-        for order in range(1, self.order + 1):
+        highest = self.order if self.weights == "nonnegative" else 0
+        for order in range(1, highest + 1):
             first, _ = jackknife_derivatives(log_w, order)
             weights = torch.where((first >= 0).all(0), first, weights)
         return weights

@@ -26,7 +26,7 @@ def test_the_gradient_of_the_model_against_gamma_weights(K, order):
     pyro.set_rng_seed(0)
     log_w = dist.Gamma(a, 1.0).sample((K, 200_000)).log()
     error = log_w - torch.digamma(a + 1)
-    elbo = JackknifeELBO(K, order)
+    elbo = JackknifeELBO(K, order, weights="nonnegative")
     published, _ = elbo.derivatives(log_w)
     assert_mean((log_w.softmax(0) * error).sum(0), -1 / (K * a))
     assert_mean((published * error).sum(0), 0.0)
@@ -44,20 +44,21 @@ def test_the_weights_of_the_model():
     factor = 1 / K + (1 - 1 / K) * (inverse - (softmax**2 * inverse).sum(0))
     torch.testing.assert_close(firsts[1], softmax * factor)  # as the docstring says
     for order in (1, 2, 3):
-        weights = JackknifeELBO(K, order).model_weights(log_w)
+        weights = JackknifeELBO(K, order, weights="nonnegative").model_weights(log_w)
         orders = []
         for column in range(1000):
             even = [m for m in range(order + 1) if (firsts[m][:, column] >= 0).all()]
             orders.append(even[-1])
             torch.testing.assert_close(weights[:, column], firsts[even[-1]][:, column])
         assert {0, order} <= set(orders)
+        torch.testing.assert_close(JackknifeELBO(K, order).model_weights(log_w), softmax)
         published = JackknifeELBO(K, order, weights="published").model_weights(log_w)
         torch.testing.assert_close(published, firsts[order])
 
 
 def test_weights_of_zero_get_a_lower_order():
     log_w = torch.tensor([-math.inf, -math.inf, 0.0, 1.0], **F64)
-    weights = JackknifeELBO(4, 2).model_weights(log_w)
+    weights = JackknifeELBO(4, 2, weights="nonnegative").model_weights(log_w)
     torch.testing.assert_close(weights, log_w.softmax(0))
     assert JackknifeELBO(4, 2, weights="published").model_weights(log_w).isnan().any()
 
@@ -82,7 +83,7 @@ def autoencoder(x):
 )
 @pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
 @pytest.mark.parametrize("guide_bound", ["importance-weighted", "jackknife"])
-@pytest.mark.parametrize("weights", ["nonnegative", "published"])
+@pytest.mark.parametrize("weights", ["importance-weighted", "nonnegative", "published"])
 def test_every_rule_trains_model_and_guide_apart(weights, guide_bound, rule, options):
     model, guide, parameters = autoencoder(torch.tensor([0.5, -1.0, 3.0], **F64))
     options = {"gradient": rule, "max_plate_nesting": 1, **options}
@@ -121,6 +122,17 @@ def test_chunks_have_the_same_gradient(rule):
         elbo.loss_and_grads(model, guide)
         found.append(torch.stack([p.grad for p in parameters]))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
+def test_by_default_training_is_that_of_the_importance_weighted_bound(rule):
+    model, guide, parameters = autoencoder(torch.tensor([0.5, -1.0, 3.0], **F64))
+    options = {"gradient": rule, "max_plate_nesting": 1}
+    found, expected = (
+        gradient(elbo, model, guide, parameters, seed=0)
+        for elbo in (JackknifeELBO(6, 2, **options), ImportanceWeightedELBO(6, **options))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_order_zero_is_the_importance_weighted_bound():

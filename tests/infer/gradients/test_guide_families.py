@@ -124,7 +124,7 @@ def test_a_guide_with_a_bound_of_its_own_has_the_gradient_of_this_bound(model, m
     try:
         guide = make_guide(model)
         options = {"gradient": rule, "max_plate_nesting": 1}
-        own = JackknifeELBO(4, 1, **options)
+        own = JackknifeELBO(4, 1, weights="nonnegative", **options)
         plain = ImportanceWeightedELBO(4, **options)
         stored_parameters(plain, model, guide)
         parameters = list(guide.parameters())
