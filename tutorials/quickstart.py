@@ -105,7 +105,9 @@ OBJECTIVES = {
     "ELBO, K = 50": Trace_ELBO(50, vectorize_particles=True, max_plate_nesting=1),
     "importance-weighted, K = 5": ImportanceWeightedELBO(5, max_plate_nesting=1),
     "importance-weighted, K = 50": ImportanceWeightedELBO(50, max_plate_nesting=1),
-    "jackknife, K = 50": JackknifeELBO(50, order=1, max_plate_nesting=1),
+    "jackknife, K = 50": JackknifeELBO(
+        50, order=1, guide="jackknife", weights="published", max_plate_nesting=1
+    ),
 }
 BASELINE = "ELBO, K = 1"
 TIGHTEST = "importance-weighted, K = 50"
