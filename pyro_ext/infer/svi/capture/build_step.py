@@ -16,7 +16,6 @@ from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph import LOCK, capture
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
-    current_params,
     find_source,
     no_new_params,
 )
@@ -29,7 +28,9 @@ from pyro_ext.infer.svi.capture.operation_log import (
 )
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
-from pyro_ext.infer.svi.capture.step import Outputs, Step
+from pyro_ext.infer.svi.capture.step import Outputs, Step, autocast_devices, without_autocast
+
+Run = Callable[..., Outputs]
 
 _SEED = 20_090_911
 #: The factor of a KL schedule is an input of the graph, and its objective counts losses.
@@ -90,20 +91,20 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         names = list(outcome.gradients)
         written = _written(log, inputs)
         eps = coarsest(log.dtypes)
-        as_svi = partial(step.run_as_svi, arguments, names)
+        as_svi = partial(step.run_eagerly, arguments, names)
         expected = rehearse(as_svi, len(names), log.originals, _SEED + 3)
 
-        def difference_of(run: Callable[..., Outputs]) -> str | None:
+        def difference_of(run: Run) -> str | None:
             found = rehearse(partial(run, *inputs), len(names), log.originals, _SEED + 3)
             return difference(expected, found, names, eps)
 
-        compiled = _compile(graph, inputs, backend, difference_of)
+        plain, compiled = _compile(graph, inputs, backend, difference_of)
     finally:
         before.restore()
-    params = current_params()
+    params = step.params()
     return CompiledStep(
         step=step,
-        graph=graph,
+        graph=plain,
         run=compiled,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,
@@ -144,11 +145,11 @@ def _log_twice(
     :raises NeedsEagerStepError: if the programs create parameters.
     """
     run = partial(step.compute, aliases)
-    known = set(current_params())
+    known = set(step.params())
     with kept_random_states(_SEED):
         # Programs may initialise themselves in a first run, for example by counting plates.
         warm_up, _ = log_operations(run)
-    if current_params().keys() - known:
+    if step.params().keys() - known:
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in warm_up.modules]
@@ -172,7 +173,7 @@ def _log_twice(
     )
     if reason is not None:
         raise CaptureError(reason)
-    _check_gradients(step, second, outcome)
+    _check_gradients(step, second)
     given = set(aliases.tensors)
     externals = zip(first.externals, second.externals, strict=True)
     # Tensors that differ between the runs, though with equal values, are constants of the graph.
@@ -180,9 +181,9 @@ def _log_twice(
     return second, roots, reachable, lasting, outcome
 
 
-def _check_gradients(step: Step, log: OperationLog, outcome: Outcome) -> None:
+def _check_gradients(step: Step, log: OperationLog) -> None:
     """Raise an error if a tensor needs a gradient that the graph would not return."""
-    params = {*current_params().values(), *outcome.params.values()}
+    params = set(step.params().values())
     for tensor in log.used if step.has_gradients else ():
         if tensor.requires_grad and tensor not in params:
             raise CaptureError(
@@ -195,15 +196,16 @@ def _compile(
     graph: GraphModule,
     inputs: Sequence[Tensor],
     backend: Backend,
-    difference_of: Callable[[Callable[..., Outputs]], str | None],
-) -> Callable[..., Outputs]:
+    difference_of: Callable[[Run], str | None],
+) -> tuple[Run, Run]:
     """Compile a graph, and compare its outputs with those of the programs before and after.
 
     :param difference_of: a function that returns the first difference between the outputs of a
         graph and those of the programs, or None.
-    :returns: the compiled graph.
+    :returns: the graph as it was captured, and the compiled graph.
     """
-    reason = difference_of(graph)
+    plain = _outside_of_autocast(graph)
+    reason = difference_of(plain)
     if reason is not None:
         advice = (
             "Draw them outside of blocks that set the seed or run again"
@@ -212,8 +214,10 @@ def _compile(
         )
         raise CaptureError(f"the graph gives other results than the eager step: {reason}. {advice}")
     if backend.name == "eager":
-        return graph
-    compiled = compile_graph(graph, inputs, backend)
+        return plain, plain
+    with without_autocast():
+        compiled = compile_graph(graph, inputs, backend)
+    compiled = _outside_of_autocast(compiled)
     try:
         reason = difference_of(compiled)
     except Exception as error:
@@ -224,4 +228,16 @@ def _compile(
             f"the graph compiled by {backend.name} gives other results than the eager step: "
             f"{reason}"
         )
-    return compiled
+    return plain, compiled
+
+
+def _outside_of_autocast(run: Run) -> Run:
+    """Return a graph that runs without autocast, because it holds all casts already."""
+    if not autocast_devices():
+        return run
+
+    def call(*tensors: Tensor) -> Outputs:
+        with without_autocast():
+            return run(*tensors)
+
+    return call

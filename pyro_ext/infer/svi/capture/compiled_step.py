@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
@@ -16,7 +15,6 @@ from pyro_ext.infer.svi.capture.comparison import Results, difference, rehearse
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     TensorSource,
-    current_params,
     no_new_params,
 )
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
@@ -45,7 +43,7 @@ class CompiledStep:
     :ivar roots: the objects from which ``reachable`` was found, with their names.
     :ivar ignored: the places of values that are inputs of the graph.
     :ivar eps: the coarsest rounding error of its operations.
-    :ivar checked_at: the number of steps of the SVI when the graph was last compared with the
+    :ivar checked_at: the number of steps of the loop when the graph was last compared with the
         programs.
     :ivar last_used_at: the number of the last step that it took.
     :ivar last_arguments: the arguments of that step.
@@ -54,7 +52,7 @@ class CompiledStep:
     """
 
     step: Step
-    graph: GraphModule
+    graph: Callable[..., Outputs]
     run: Callable[..., Outputs]
     sources: list[TensorSource]
     written: list[int]
@@ -153,7 +151,7 @@ class CompiledStep:
         reason = difference(direct, plain, self.names, self.eps, is_strict=True)
         if reason is not None:
             return f"{reason}, because a tensor that no name leads to has changed"
-        expected = of(self.step.run_as_svi, arguments, self.names)
+        expected = of(self.step.run_eagerly, arguments, self.names)
         reason = difference(expected, plain, self.names, self.eps)
         if reason is None and self.run is not self.graph:
             of_compiler = difference(expected, of(self.run, *tensors), self.names, self.eps)
@@ -192,7 +190,7 @@ class CompiledStep:
                 present.restore()
 
     def _verify_with(self, arguments: Arguments) -> str | None:
-        inputs = self.inputs(current_params())
+        inputs = self.inputs(self.step.params())
         if inputs is None:
             raise UnverifiableError
         return self.verify(arguments, inputs)

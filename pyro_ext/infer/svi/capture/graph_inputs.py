@@ -111,4 +111,6 @@ def no_new_params() -> Iterator[None]:
 
 def params_of(trace: Any) -> dict[str, Tensor]:
     """Return the unconstrained parameters in a trace of parameters only, by name."""
-    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
+    values = {name: site["value"] for name, site in trace.nodes.items()}
+    # A parameter outside of the param store is a plain tensor.
+    return {name: getattr(x, "unconstrained", lambda x=x: x)() for name, x in values.items()}

@@ -15,7 +15,7 @@ from pyro_ext.infer.svi.capture.backends import Backend, CompileError
 from pyro_ext.infer.svi.capture.build_step import NeedsEagerStepError, build_step
 from pyro_ext.infer.svi.capture.comparison import Results
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep, UnverifiableError
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.step import Step, current_context
 
@@ -37,7 +37,7 @@ class ReadyGraph(NamedTuple):
 
 
 class Graphs:
-    """The graphs of an SVI.
+    """The graphs of a training loop.
 
     :param backend: the settings for compiling.
     :param max_graphs: the largest number of graphs.
@@ -82,19 +82,19 @@ class Graphs:
         :param step: the step.
         :param args: positional arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
-        :param num_steps: the number of steps of the SVI so far.
+        :param num_steps: the number of steps of the loop so far.
         """
         if step.has_gradients in self._given_up:
             self.report(self._given_up[step.has_gradients])
             return None
-        if pyro.settings.get("module_local_params"):
+        if not step.takes_local_params and pyro.settings.get("module_local_params"):
             self.report(
                 "with the setting module_local_params, parameters are not in the param store, from "
                 "which a graph reads them"
             )
             return None
         arguments = Arguments.of(args, kwargs)
-        params = current_params()
+        params = step.params()
         key = self._key(step, arguments)
         known = self._by_key.get(key, [])
         reason = ""
@@ -128,7 +128,7 @@ class Graphs:
         built.last_arguments = arguments
         # The key is another one if floats are no inputs any more.
         self._by_key.setdefault(self._key(step, arguments), []).append(built)
-        params = current_params()
+        params = step.params()
         inputs = built.inputs(params)
         return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
 
