@@ -11,7 +11,7 @@ from pyro_ext._private.of_torch import storage_of
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
-from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
+from pyro_ext.infer.svi.capture.comparison import aliases_of, coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph import LOCK, capture
 from pyro_ext.infer.svi.capture.graph_inputs import (
@@ -95,7 +95,9 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         expected = rehearse(as_svi, len(names), log.originals, _SEED + 3)
 
         def difference_of(run: Run) -> str | None:
-            found = rehearse(partial(run, *inputs), len(names), log.originals, _SEED + 3)
+            found = rehearse(
+                partial(run, *aliases_of(inputs)), len(names), log.originals, _SEED + 3
+            )
             return difference(expected, found, names, eps)
 
         plain, compiled = _compile(graph, inputs, backend, difference_of)
@@ -115,6 +117,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
             for other in names
             if name != other and param is outcome.params[other]
         ],
+        own=step.own_params(),
         reachable=reachable,
         lifted=lifted,
         log=log.without_tensors(),

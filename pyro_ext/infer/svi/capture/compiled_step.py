@@ -11,10 +11,12 @@ from torch import Tensor
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import CompileError
-from pyro_ext.infer.svi.capture.comparison import Results, difference, rehearse
+from pyro_ext.infer.svi.capture.comparison import Results, aliases_of, difference, rehearse
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
+    OwnParams,
     TensorSource,
+    current_params,
     no_new_params,
 )
 from pyro_ext.infer.svi.capture.lifted_floats import LiftedFloats
@@ -40,6 +42,7 @@ class CompiledStep:
     :ivar written: the positions of the inputs that the graph changes in place.
     :ivar names: the parameters whose gradients the graph returns.
     :ivar tied: pairs of names of the same parameter.
+    :ivar own: the places of the parameters that may be outside of the param store.
     :ivar roots: the objects from which ``reachable`` was found, with their names.
     :ivar ignored: the places of values that are inputs of the graph.
     :ivar eps: the coarsest rounding error of its operations.
@@ -58,6 +61,7 @@ class CompiledStep:
     written: list[int]
     names: list[str]
     tied: list[tuple[str, str]]
+    own: OwnParams
     reachable: ReachableState
     lifted: LiftedFloats
     log: OperationLog
@@ -75,6 +79,10 @@ class CompiledStep:
         self.lifted.update()
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
+
+    def params(self) -> dict[str, Tensor]:
+        """Return the parameters that may get gradients now, by name."""
+        return current_params(self.own)
 
     def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
         """Return the current tensors that the graph reads, other than its arguments.
@@ -100,7 +108,7 @@ class CompiledStep:
     def rehearse(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Results:
         """Return the results of a run of the graph on the next noise, and undo its effects."""
         written = self.tensors_written(arguments, inputs)
-        return rehearse(partial(self, arguments, inputs), len(self.names), written)
+        return rehearse(partial(self, arguments, aliases_of(inputs)), len(self.names), written)
 
     def compare(
         self, arguments: Arguments, inputs: Sequence[Tensor], expected: Results, found: Results
@@ -146,6 +154,7 @@ class CompiledStep:
         def of(run: Callable[..., Outputs], *args: Any) -> Results:
             return rehearse(partial(run, *args), len(self.names), written, _SEED)
 
+        tensors = aliases_of(tensors)
         plain = of(self.graph, *tensors)
         direct = Results(outcome.tensors, plain.written, state)
         reason = difference(direct, plain, self.names, self.eps, is_strict=True)
@@ -190,7 +199,7 @@ class CompiledStep:
                 present.restore()
 
     def _verify_with(self, arguments: Arguments) -> str | None:
-        inputs = self.inputs(self.step.params())
+        inputs = self.inputs(self.params())
         if inputs is None:
             raise UnverifiableError
         return self.verify(arguments, inputs)

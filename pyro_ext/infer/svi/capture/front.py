@@ -127,9 +127,8 @@ class Front:
         if not self._graphs.passes_audit(ready, expected, found, used, self._num_steps + 1):
             return False
         # The results do not depend on the time of an audit, not even by rounding.
-        with torch.no_grad():
-            for tensor, value in zip(written, found.written, strict=True):
-                tensor.copy_(value)
+        for tensor, value in zip(written, found.written, strict=True):
+            tensor.data.copy_(value)
         return True
 
     def _do_without(

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import pyro
 from torch import Tensor
 
 from pyro_ext._arguments import describe
@@ -87,19 +86,17 @@ class Graphs:
         if step.has_gradients in self._given_up:
             self.report(self._given_up[step.has_gradients])
             return None
-        if not step.takes_local_params and pyro.settings.get("module_local_params"):
-            self.report(
-                "with the setting module_local_params, parameters are not in the param store, from "
-                "which a graph reads them"
-            )
+        refusal = step.refusal()
+        if refusal is not None:
+            self.report(refusal)
             return None
         arguments = Arguments.of(args, kwargs)
-        params = step.params()
         key = self._key(step, arguments)
         known = self._by_key.get(key, [])
         reason = ""
         for graph in known:
             changed = graph.reachable.changed()
+            params = graph.params()
             inputs = graph.inputs(params) if changed is None else None
             if inputs is not None:
                 graph.last_used_at, graph.last_arguments = num_steps + 1, arguments
@@ -128,7 +125,7 @@ class Graphs:
         built.last_arguments = arguments
         # The key is another one if floats are no inputs any more.
         self._by_key.setdefault(self._key(step, arguments), []).append(built)
-        params = step.params()
+        params = built.params()
         inputs = built.inputs(params)
         return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
 

@@ -3,14 +3,20 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_ext._private.of_torch import without_gradient_hooks
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, params_of
-from pyro_ext.infer.svi.capture.step import Outputs, Step, as_tensor, without_autocast
+from pyro_ext._private.of_torch import parameters_of, without_gradient_hooks
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, OwnParams, params_of, read_params
+from pyro_ext.infer.svi.capture.step import (
+    Outputs,
+    Step,
+    as_tensor,
+    autocast_devices,
+    without_autocast,
+)
 
 
 @dataclass(eq=False)
@@ -22,20 +28,30 @@ class ModuleStep(Step):
 
     module: nn.Module
 
-    takes_local_params: ClassVar[bool] = True
+    def refusal(self) -> str | None:
+        """Return why no graph can take this step, or None."""
+        halves = (torch.get_autocast_dtype(x) is torch.float16 for x in autocast_devices())
+        if not (self.has_gradients and any(halves)):
+            return None
+        return (
+            "under autocast to float16, the loss must be scaled before its gradients are computed, "
+            "and a graph computes them first. Use bfloat16"
+        )
 
-    def params(self) -> dict[str, Tensor]:
-        """Return the parameters in the param store and in the module, by name."""
-        return {**self._of_module(), **current_params()}
+    def own_params(self) -> OwnParams:
+        """Return the places of the parameters of the module, by name."""
+        return {
+            f"module.{name}.{key}": (parameters_of(part), key)
+            for name, part in self.module.named_modules()
+            for key, param in parameters_of(part).items()
+            if param is not None
+        }
 
     def used_params(self, trace: Any) -> dict[str, Tensor]:
-        """Return the parameters in a trace, and then those of the module."""
+        """Return the parameters in a trace, and those of the module."""
         known = self.params()
-        used = {**self._of_module(), **params_of(trace)}
+        used = {**read_params(self.own_params()), **params_of(trace)}
         return {name: used[name] for name in used if known.get(name) is used[name]}
-
-    def _of_module(self) -> dict[str, Tensor]:
-        return {f"module.{name}": param for name, param in self.module.named_parameters()}
 
     def differentiate(
         self, loss: Tensor, params: Sequence[Tensor], retain_graph: bool = False

@@ -5,8 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext.infer.svi.capture.graph import without_looking_at_values
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, params_of
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, OwnParams, current_params, params_of
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
 from pyro_ext.tracing import Program
 
@@ -53,16 +54,21 @@ class Step(ABC):
     has_gradients: bool
     handlers: tuple[Any, ...]
 
-    #: Whether parameters may be in modules instead of the param store.
-    takes_local_params: ClassVar[bool] = False
+    @abstractmethod
+    def refusal(self) -> str | None:
+        """Return why no graph can take this step, or None."""
 
     @abstractmethod
     def run_eagerly(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
         """Return the loss and the gradients of the named parameters, without a graph."""
 
+    def own_params(self) -> OwnParams:
+        """Return the places of the parameters that may be outside of the param store, by name."""
+        return {}
+
     def params(self) -> dict[str, Tensor]:
         """Return the parameters that may get gradients now, by name."""
-        return current_params()
+        return current_params(self.own_params())
 
     def used_params(self, trace: Any) -> dict[str, Tensor]:
         """Return the parameters that a run may have used, from a trace of its parameters."""
@@ -156,6 +162,15 @@ class SVIStep(Step):
     """
 
     svi_loss: Callable[..., Any]
+
+    def refusal(self) -> str | None:
+        """Return why no graph can take this step, or None."""
+        if not pyro.settings.get("module_local_params"):
+            return None
+        return (
+            "with the setting module_local_params, parameters are not in the param store, from "
+            "which a graph reads them"
+        )
 
     def run_eagerly(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
         """Compute the loss and the gradients of the named parameters, as ``SVI`` does."""
