@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "pytree",
     "schema_of",
     "storage_of",
+    "without_gradient_hooks",
 ]
 
 #: The operator of ``pack_padded_sequence``.
@@ -82,6 +84,19 @@ def global_hooks() -> tuple[Any, ...]:
 def has_gradient_hooks(x: Tensor) -> bool:
     """Return whether a hook runs when a tensor receives its gradient."""
     return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
+
+
+@contextmanager
+def without_gradient_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Turn off the hooks that run before a tensor receives its gradient, in a block."""
+    hooks = [(x, x._backward_hooks) for x in tensors if x._backward_hooks]
+    try:
+        for x, _ in hooks:
+            x._backward_hooks = None
+        yield
+    finally:
+        for x, of_x in hooks:
+            x._backward_hooks = of_x
 
 
 def storage_of(x: Tensor) -> int:

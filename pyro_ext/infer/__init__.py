@@ -20,7 +20,7 @@ from pyro_ext.infer.gradients.gradient_diagnostics import GradientDiagnostics
 from pyro_ext.infer.gradients.signal_to_noise import gradient_diagnostics
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.kl.schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
-from pyro_ext.infer.svi import CompiledSVI, EagerSVI, EarlyStopping, TrainingHistory
+from pyro_ext.infer.svi import CompiledSVI, EagerSVI, EarlyStopping, TrainingHistory, compile_elbo
 from pyro_ext.tracing.particles import Particles
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "UniformKL",
     "VariationalRenyiELBO",
     "annealed_importance_sampling",
+    "compile_elbo",
     "estimate_evidence",
     "estimate_expectation",
     "gradient_diagnostics",

@@ -1,7 +1,8 @@
 """SVI with steps that run as compiled graphs, and a training loop."""
 
+from pyro_ext.infer.svi.compile_elbo import compile_elbo
 from pyro_ext.infer.svi.compiled_svi import CompiledSVI
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.history import EarlyStopping, TrainingHistory
 
-__all__ = ["CompiledSVI", "EagerSVI", "EarlyStopping", "TrainingHistory"]
+__all__ = ["CompiledSVI", "EagerSVI", "EarlyStopping", "TrainingHistory", "compile_elbo"]

@@ -1,7 +1,5 @@
 import math
-import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -11,21 +9,19 @@ from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_ext._arguments import check_integer, describe
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import has_gradient_hooks
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
-from pyro_ext.infer.svi.capture.backends import MODES, Backend
-from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, params_of
-from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
-from pyro_ext.infer.svi.capture.step import Step, as_tensor
+from pyro_ext.infer.svi.capture.front import Front, Settings, held_level
+from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.capture.graphs import ReadyGraph
+from pyro_ext.infer.svi.capture.step import SVIStep, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
 from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
 from pyro_ext.tracing import Program
 
 
-class CompiledSVI(EagerSVI):
+class CompiledSVI(Front, EagerSVI):
     r"""Pyro's ``SVI`` with steps that run as one compiled graph.
 
     The first step is Pyro's own. At its end, the loss and its gradients are captured as a graph.
@@ -96,6 +92,8 @@ class CompiledSVI(EagerSVI):
     True
     """
 
+    _front = "CompiledSVI"
+
     def __init__(
         self,
         model: Program,
@@ -108,46 +106,20 @@ class CompiledSVI(EagerSVI):
         max_graphs: int = 8,
         audit_every: int = 5000,
     ) -> None:
-        if backend not in ("inductor", "eager"):
-            raise ValueError(
-                "CompiledSVI: backend must be 'inductor' or 'eager', but it is "
-                f"{describe(backend)}."
-            )
-        if mode not in MODES:
-            raise ValueError(
-                f"CompiledSVI: mode must be one of {', '.join(map(repr, MODES))}, but it is "
-                f"{describe(mode)}."
-            )
-        check_integer("CompiledSVI", "max_graphs", max_graphs, 1)
-        check_integer("CompiledSVI", "audit_every", audit_every, 1)
+        settings = Settings.checked(self._front, backend, mode, fallback, max_graphs, audit_every)
         super().__init__(model, guide, optim, loss)
-        self.backend = Backend(backend, mode)
-        self.fallback = fallback
-        self.max_graphs = max_graphs
-        self.audit_every = audit_every
-        self._num_steps = 0
-        self._warned: set[str] = set()
         self._with_gradients: set[str] = set()
         self._optimizer = JointOptimizer(optim)
-        self._graphs = self._no_graphs()
+        self._set_up(settings)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_optimizer"], state["_graphs"]
+        del state["_optimizer"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._optimizer = JointOptimizer(self.optim)
-        self._graphs = self._no_graphs()
-
-    def _no_graphs(self) -> Graphs:
-        options = self.backend, self.max_graphs, self.audit_every
-        return Graphs(*options, self._do_without, self._announce)
-
-    def _held_level(self) -> AbstractContextManager[None]:
-        """Keep the random number of particles of a multilevel estimate for one step."""
-        return getattr(self.objective, "held_level", nullcontext)()
 
     def _announce(self, is_capturing: bool) -> None:
         """Show in the progress bar whether a step is being captured and compiled."""
@@ -166,7 +138,7 @@ class CompiledSVI(EagerSVI):
         :raises ValueError: if the loss is not finite.
         :raises RuntimeError: as for the class.
         """
-        with self._held_level():
+        with held_level(self.objective):
             if self._called is None:
                 loss = super().step(*args, **kwargs)
                 self._num_steps += 1
@@ -197,7 +169,7 @@ class CompiledSVI(EagerSVI):
         :raises RuntimeError: as for the class.
         """
         # Parameters that are created in inference mode could never be trained.
-        with self._held_level(), torch.inference_mode(False), torch.no_grad():
+        with held_level(self.objective), torch.inference_mode(False), torch.no_grad():
             ready = None if self._called is None else self._ready(False, args, kwargs)
             is_audited = ready is not None and ready.graph.audit_times.is_due()
             outputs = None
@@ -214,34 +186,6 @@ class CompiledSVI(EagerSVI):
             if math.isnan(loss):
                 self._raise_for(loss, args, kwargs)
             return loss
-
-    def _try(self, run: Callable[[Arguments, list[Tensor]], Any], ready: ReadyGraph) -> Any:
-        """Return the outputs of a graph, or None if it raises an error.
-
-        The programs may handle the error, so the step is then taken by Pyro.
-        """
-        state = torch.get_rng_state()
-        try:
-            return run(ready.arguments, ready.inputs)
-        except Exception as error:
-            torch.set_rng_state(state)
-            line = str(error).partition("\n")[0].rstrip(".")
-            self._do_without(
-                f"the graph raises {type(error).__name__} ({line}), which the programs may handle",
-                error,
-                "takes an eager step",
-            )
-            return None
-
-    def audit(self) -> None:
-        """Compare the graphs that have taken steps since their last audits with the programs.
-
-        Call it after the last step of a loop of your own. ``run`` calls it at its end. It
-        warns of steps whose results are suspect.
-
-        :raises RuntimeError: if an audit fails and ``fallback`` is False.
-        """
-        self._graphs.audit(None, self._num_steps)
 
     def _finish(
         self, params: list[Tensor], names: Iterable[str], gradients: Iterable[Tensor | None]
@@ -295,37 +239,12 @@ class CompiledSVI(EagerSVI):
             self._raise_for(loss, args, kwargs)
         of_names = [gradients.get(ready.params[name]) for name in ready.graph.names]
         if self._passes(ready, [as_tensor(loss), *of_names], found, used):
-            # The results do not depend on the time of an audit, not even by rounding.
-            with torch.no_grad():
-                written = ready.graph.tensors_written(ready.arguments, ready.inputs)
-                for tensor, value in zip(written, found.written, strict=True):
-                    tensor.copy_(value)
             params = [ready.params[name] for name in ready.names]
             self._finish(params, ready.names, found.tensors[1:])
             return as_tensor(found.tensors[0]).item()
         first_names = {param: name for name, param in reversed(used.items())}
         self._finish(list(first_names), first_names.values(), map(gradients.get, first_names))
         return loss
-
-    def _passes(
-        self,
-        ready: ReadyGraph,
-        tensors: list[Tensor | None],
-        found: Results,
-        used: Iterable[str] | None = None,
-    ) -> bool:
-        """Compare the results of the programs with those of the graph, and give up if they differ.
-
-        :param ready: the graph, with its inputs.
-        :param tensors: the loss and the gradients of the programs, after their step.
-        :param found: the results of the graph before it.
-        :param used: the names of the parameters that the programs use; None if it is not known.
-        :returns: whether they are equal up to rounding.
-        """
-        written = ready.graph.tensors_written(ready.arguments, ready.inputs)
-        after = [x.detach().clone() for x in written]
-        expected = Results(tensors, after, torch.get_rng_state())
-        return self._graphs.passes_audit(ready, expected, found, used, self._num_steps + 1)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take Pyro's step, with the optimiser that compiled steps use."""
@@ -355,20 +274,8 @@ class CompiledSVI(EagerSVI):
             return None
         svi_loss = self.loss_and_grads if has_gradients else self.loss
         handlers = tuple(HANDLER_STACK)
-        step = Step(self.objective, self.model, self.guide, svi_loss, has_gradients, handlers)
-        return self._graphs.find(step, args, kwargs, self._num_steps)
-
-    def _do_without(
-        self, reason: str, cause: Exception | None = None, instead: str = "takes eager steps"
-    ) -> None:
-        if not self.fallback:
-            raise RuntimeError(
-                f"CompiledSVI cannot compile this step: {reason}. With fallback=True, it warns "
-                "instead and goes on without a compiled graph."
-            ) from cause
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"CompiledSVI {instead}: {reason}.", stacklevel=4)
+        step = SVIStep(self.objective, self.model, self.guide, has_gradients, handlers, svi_loss)
+        return self._find(step, args, kwargs)
 
     def _raise_for(self, loss: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with pyro.validation_enabled(False):

@@ -6,7 +6,7 @@ from pyro.nn import PyroModule
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
+from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO, compile_elbo
 
 NUM_DATA, BATCH_SIZE, NUM_PARTICLES, NUM_STEPS = 40, 8, 5, 20
 OPTIONS = {"max_plate_nesting": 1}
@@ -62,9 +62,11 @@ class Guide(PyroModule):
             pyro.sample("z", NormalOf(loc, log_scale.exp(), noise).to_event(1))
 
 
-def train(name, rank=0, size=1):
+def train(name, rank=0, size=1, compiles=False):
     """The parameters after some steps on a share of each minibatch."""
     elbo, has_global = OBJECTIVES[name]
+    if compiles:
+        elbo = compile_elbo(elbo, backend="eager", fallback=False, audit_every=3)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     module = elbo(Model(has_global), Guide(has_global))
@@ -86,7 +88,11 @@ def train_all(rank, size, folder):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size
     )
-    found = {name: train(name, rank, size) for name in OBJECTIVES}
+    found = {
+        (name, compiles): train(name, rank, size, compiles)
+        for name in OBJECTIVES
+        for compiles in (False, True)
+    }
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     distributed.destroy_process_group()
@@ -97,5 +103,5 @@ def train_all(rank, size, folder):
 def test_two_processes_take_the_steps_of_one(tmp_path):
     multiprocessing.spawn(train_all, (2, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "found.pt")
-    for name in OBJECTIVES:
-        torch.testing.assert_close(found[name], train(name), rtol=0, atol=1e-5)
+    for name, compiles in found:
+        torch.testing.assert_close(found[name, compiles], train(name), rtol=0, atol=1e-5)

@@ -24,6 +24,11 @@ class Backend(NamedTuple):
     name: str
     mode: str
 
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether a run on a GPU overwrites the outputs of the run before."""
+        return self.name == "inductor" and self.mode in ("reduce-overhead", "max-autotune")
+
 
 class CompileError(Exception):
     """An error in compiling a graph. The message is the reason, as part of a sentence."""

@@ -11,12 +11,11 @@ from pyro_ext._private.of_torch import storage_of
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
-from pyro_ext.infer.svi.capture.comparison import coarsest, difference, rehearse
+from pyro_ext.infer.svi.capture.comparison import aliases_of, coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
 from pyro_ext.infer.svi.capture.graph import LOCK
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
-    current_params,
     find_source,
     no_new_params,
 )
@@ -25,7 +24,9 @@ from pyro_ext.infer.svi.capture.operation_log import OperationLog, Outcome, log_
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder
-from pyro_ext.infer.svi.capture.step import Outputs, Step
+from pyro_ext.infer.svi.capture.step import Outputs, Step, autocast_devices, without_autocast
+
+Run = Callable[..., Outputs]
 
 _SEED = 20_090_911
 #: The factor of a KL schedule is an input of the graph, and its objective counts losses.
@@ -78,40 +79,39 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         )
     try:
         with lifted.in_place():
-            found = _log_twice(step, arguments, aliases, lifted, ignored)
-            log, roots, reachable, externals, outcome, recorder = found
+            log, roots, reachable, externals, outcome, recorder = _log_twice(
+                step, arguments, aliases, lifted, ignored
+            )
             inputs = [*aliases.tensors, *externals]
             graph, data = recorder.finish(outcome.tensors, inputs)
             if data is not None:
+                data.graph = _outside_of_autocast(data.graph)
                 inputs += data.start(inputs)
         names = list(outcome.gradients)
         written = _written(log, inputs)
         eps = coarsest(log.dtypes)
-        as_svi = partial(step.run_as_svi, arguments, names)
+        as_svi = partial(step.run_eagerly, arguments, names)
         expected = rehearse(as_svi, len(names), log.originals, _SEED + 3)
 
-        def difference_of(run: Callable[..., Outputs]) -> str | None:
-            found = rehearse(partial(run, *inputs), len(names), log.originals, _SEED + 3)
-            return difference(expected, found, names, eps)
+        def difference_of(run: Run) -> str | None:
+            of_run = partial(run, *aliases_of(inputs))
+            results = rehearse(of_run, len(names), log.originals, _SEED + 3)
+            return difference(expected, results, names, eps)
 
-        compiled = _compile(graph, inputs, backend, difference_of)
+        plain, compiled = _compile(graph, inputs, backend, difference_of)
     finally:
         before.restore()
-    params = current_params()
+    params = step.params()
     return CompiledStep(
         step=step,
-        graph=graph,
+        graph=plain,
         data=data,
         run=compiled,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,
         names=names,
-        tied=[
-            (name, other)
-            for name, param in outcome.params.items()
-            for other in names
-            if name != other and param is outcome.params[other]
-        ],
+        tied=_tied(outcome.params, names),
+        own=step.own_params(),
         reachable=reachable,
         lifted=lifted,
         log=log.without_tensors(),
@@ -119,6 +119,16 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         ignored=ignored,
         eps=eps,
     )
+
+
+def _tied(params: dict[str, Tensor], names: list[str]) -> list[tuple[str, str]]:
+    """Return pairs of names of the same parameter."""
+    return [
+        (name, other)
+        for name, param in params.items()
+        for other in names
+        if name != other and param is params[other]
+    ]
 
 
 def _written(log: OperationLog, inputs: Sequence[Tensor]) -> list[int]:
@@ -144,10 +154,10 @@ def _log_twice(
     :raises NeedsEagerStepError: if the programs create parameters.
     """
     run, given = partial(step.compute, aliases), aliases.tensors
-    known = set(current_params())
+    known = set(step.params())
     with kept_random_states(_SEED):
         first, *_ = log_operations(run, given)
-    if current_params().keys() - known:
+    if step.params().keys() - known:
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
     modules = [(type(module).__name__, module) for module in first.modules]
@@ -173,16 +183,16 @@ def _log_twice(
     reason = first.difference(second) or first.difference_of_externals(second)
     if reason is not None:
         raise CaptureError(reason)
-    _check_gradients(step, second, outcome)
+    _check_gradients(step, second)
     externals = zip(first.externals, second.externals, strict=True)
     # Tensors that differ between the runs, though with equal values, are constants of the graph.
     lasting = [x for other, x in externals if x is other and x not in set(given)]
     return second, roots, reachable, lasting, outcome, recorder
 
 
-def _check_gradients(step: Step, log: OperationLog, outcome: Outcome) -> None:
+def _check_gradients(step: Step, log: OperationLog) -> None:
     """Raise an error if a tensor needs a gradient that the graph would not return."""
-    params = {*current_params().values(), *outcome.params.values()}
+    params = set(step.params().values())
     for tensor in log.used if step.has_gradients else ():
         if tensor.requires_grad and tensor not in params:
             raise CaptureError(
@@ -195,15 +205,16 @@ def _compile(
     graph: GraphModule,
     inputs: Sequence[Tensor],
     backend: Backend,
-    difference_of: Callable[[Callable[..., Outputs]], str | None],
-) -> Callable[..., Outputs]:
+    difference_of: Callable[[Run], str | None],
+) -> tuple[Run, Run]:
     """Compile a graph, and compare its outputs with those of the programs before and after.
 
     :param difference_of: a function that returns the first difference between the outputs of a
         graph and those of the programs, or None.
-    :returns: the compiled graph.
+    :returns: the graph as it was captured, and the compiled graph.
     """
-    reason = difference_of(graph)
+    plain = _outside_of_autocast(graph)
+    reason = difference_of(plain)
     if reason is not None:
         advice = (
             "Draw them outside of blocks that set the seed or run again"
@@ -212,8 +223,10 @@ def _compile(
         )
         raise CaptureError(f"the graph gives other results than the eager step: {reason}. {advice}")
     if backend.name == "eager":
-        return graph
-    compiled = compile_graph(graph, inputs, backend)
+        return plain, plain
+    with without_autocast():
+        compiled = compile_graph(graph, inputs, backend)
+    compiled = _outside_of_autocast(compiled)
     try:
         reason = difference_of(compiled)
     except Exception as error:
@@ -224,4 +237,16 @@ def _compile(
             f"the graph compiled by {backend.name} gives other results than the eager step: "
             f"{reason}"
         )
-    return compiled
+    return plain, compiled
+
+
+def _outside_of_autocast(run: Run) -> Run:
+    """Return a graph that runs without autocast, because it holds all casts already."""
+    if not autocast_devices():
+        return run
+
+    def call(*tensors: Tensor) -> Outputs:
+        with without_autocast():
+            return run(*tensors)
+
+    return call

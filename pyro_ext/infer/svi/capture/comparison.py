@@ -47,7 +47,12 @@ def rehearse(
             return Results(tensors, after, torch.get_rng_state())
         finally:
             for x, value in zip(written, before, strict=True):
-                x.copy_(value)
+                x.data.copy_(value)  # .data: a loss without its backward may hold x
+
+
+def aliases_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with the same memory. Autograd does not notice changes through them."""
+    return [x.data for x in tensors]
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> float:

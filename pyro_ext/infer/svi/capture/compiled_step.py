@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import CompileError
-from pyro_ext.infer.svi.capture.comparison import Results, difference, rehearse
+from pyro_ext.infer.svi.capture.comparison import Results, aliases_of, difference, rehearse
 from pyro_ext.infer.svi.capture.data_program import DataProgram
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
+    OwnParams,
     TensorSource,
     current_params,
     no_new_params,
@@ -45,10 +45,11 @@ class CompiledStep:
     :ivar written: the positions of the inputs that the graph changes in place.
     :ivar names: the parameters whose gradients the graph returns.
     :ivar tied: pairs of names of the same parameter.
+    :ivar own: the places of the parameters that may be outside of the param store.
     :ivar roots: the objects from which ``reachable`` was found, with their names.
     :ivar ignored: the places of values that are inputs of the graph.
     :ivar eps: the coarsest rounding error of its operations.
-    :ivar checked_at: the number of steps of the SVI when the graph was last compared with the
+    :ivar checked_at: the number of steps of the loop when the graph was last compared with the
         programs.
     :ivar last_used_at: the number of the last step that it took.
     :ivar last_arguments: the arguments of that step.
@@ -57,13 +58,14 @@ class CompiledStep:
     """
 
     step: Step
-    graph: GraphModule
+    graph: Callable[..., Outputs]
     data: DataProgram | None
     run: Callable[..., Outputs]
     sources: list[TensorSource]
     written: list[int]
     names: list[str]
     tied: list[tuple[str, str]]
+    own: OwnParams
     reachable: ReachableState
     lifted: LiftedFloats
     log: OperationLog
@@ -81,6 +83,10 @@ class CompiledStep:
         self.lifted.update()
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
+
+    def params(self) -> dict[str, Tensor]:
+        """Return the parameters that may get gradients now, by name."""
+        return current_params(self.own)
 
     def inputs(self, params: dict[str, Tensor], arguments: Arguments) -> list[Tensor] | None:
         """Return the current tensors that the graph reads, other than its arguments.
@@ -111,7 +117,7 @@ class CompiledStep:
     def rehearse(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Results:
         """Return the results of a run of the graph on the next noise, and undo its effects."""
         written = self.tensors_written(arguments, inputs)
-        return rehearse(partial(self, arguments, inputs), len(self.names), written)
+        return rehearse(partial(self, arguments, aliases_of(inputs)), len(self.names), written)
 
     def compare(
         self, arguments: Arguments, inputs: Sequence[Tensor], expected: Results, found: Results
@@ -158,12 +164,13 @@ class CompiledStep:
         def of(run: Callable[..., Outputs], *args: Any) -> Results:
             return rehearse(partial(run, *args), len(self.names), written, _SEED)
 
+        tensors = aliases_of(tensors)
         plain = of(self.graph, *tensors)
         direct = Results(outcome.tensors, plain.written, state)
         reason = difference(direct, plain, self.names, self.eps, is_strict=True)
         if reason is not None:
             return f"{reason}, because a tensor that no name leads to has changed"
-        expected = of(self.step.run_as_svi, arguments, self.names)
+        expected = of(self.step.run_eagerly, arguments, self.names)
         reason = difference(expected, plain, self.names, self.eps)
         if reason is None and self.run is not self.graph:
             of_compiler = difference(expected, of(self.run, *tensors), self.names, self.eps)
@@ -202,7 +209,7 @@ class CompiledStep:
                 present.restore()
 
     def _verify_with(self, arguments: Arguments) -> str | None:
-        inputs = self.inputs(current_params(), arguments)
+        inputs = self.inputs(self.params(), arguments)
         if inputs is None:
             raise UnverifiableError
         return self.verify(arguments, inputs)

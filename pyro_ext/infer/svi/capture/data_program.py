@@ -1,9 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from pyro_ext.infer.svi.capture.graph_inputs import layout
 
@@ -19,7 +18,7 @@ class DataProgram:
     :param num_moved: the number of the last kind.
     """
 
-    def __init__(self, graph: GraphModule, num_reads: int, num_moved: int) -> None:
+    def __init__(self, graph: Callable[..., Any], num_reads: int, num_moved: int) -> None:
         self.graph = graph
         self.num_reads = num_reads
         self.num_moved = num_moved

@@ -1,67 +1,16 @@
-"""Computes the loss and gradients of a step without a look at values."""
+"""Turns off the checks that read the values of tensors."""
 
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
-
-from pyro_ext._private.of_torch import storage_of
-from pyro_ext.infer.svi.capture.graph_inputs import params_of
-from pyro_ext.infer.svi.capture.operation_log import Outcome
-from pyro_ext.infer.svi.capture.recorder import CaptureError
-
-
-def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
-    """Compute the loss of a step and its gradients, without reading the value of any tensor.
-
-    :param objective: a function that returns the differentiable loss.
-    :param has_gradients: whether to compute gradients.
-    :returns: the loss, the gradients and the parameters.
-    :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
-    """
-    torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
-    with without_looking_at_values(), torch.enable_grad():
-        with poutine.trace(param_only=True) as trace:
-            loss = objective()
-        if not isinstance(loss, Tensor):
-            raise CaptureError(f"the loss must be a tensor, but its type is {type(loss).__name__}")
-        params = params_of(trace.trace)
-        first_names = {param: name for name, param in reversed(params.items())}
-        gradients: dict[str, Tensor | None] = dict.fromkeys(reversed(first_names.values()))
-        wanted = {name: params[name] for name in gradients if params[name].requires_grad}
-        if has_gradients and loss.requires_grad and wanted:
-            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-            gradients |= _own_gradients(wanted, found)
-        return Outcome(loss.detach(), gradients, params)
-
-
-def _own_gradients(
-    params: dict[str, Tensor], gradients: Sequence[Tensor | None]
-) -> dict[str, Tensor | None]:
-    """Return gradients that have the strides of their parameters and share no memory."""
-    own: dict[str, Tensor | None] = {}
-    storages = {storage_of(param) for param in params.values()}
-    for (name, param), gradient in zip(params.items(), gradients, strict=True):
-        if gradient is not None:
-            if gradient.layout != torch.strided:
-                raise CaptureError(f"the gradient of '{name}' is sparse (use sparse=False)")
-            storage = storage_of(gradient)
-            # Fused optimisers assume that a gradient has the strides of its parameter.
-            if gradient.stride() != param.stride() or storage in storages:
-                gradient = torch.empty_like(param).copy_(gradient)
-            storages.add(storage)
-        own[name] = gradient
-    return own
-
 
 #: One capture at a time, because a capture replaces functions of torch and Pyro for its thread.
 LOCK = threading.RLock()

@@ -103,9 +103,19 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def current_params() -> dict[str, Tensor]:
-    """Return the unconstrained parameters in the param store, by name."""
-    return dict(pyro.get_param_store().named_parameters())
+#: Parameters of modules: the dict of a module and a key in it, by name.
+OwnParams = dict[str, tuple[dict[str, Any], str]]
+
+
+def current_params(own: OwnParams | None = None) -> dict[str, Tensor]:
+    """Return the unconstrained parameters in the param store and in given places, by name."""
+    params = dict(pyro.get_param_store().named_parameters())
+    return {**read_params(own), **params} if own else params
+
+
+def read_params(own: OwnParams) -> dict[str, Any]:
+    """Return the parameters that are in the places of some parameters now, by name."""
+    return {name: holder.get(key) for name, (holder, key) in own.items()}
 
 
 @contextmanager
@@ -121,4 +131,6 @@ def no_new_params() -> Iterator[None]:
 
 def params_of(trace: Any) -> dict[str, Tensor]:
     """Return the unconstrained parameters in a trace of parameters only, by name."""
-    return {name: site["value"].unconstrained() for name, site in trace.nodes.items()}
+    values = {name: site["value"] for name, site in trace.nodes.items()}
+    # A parameter outside of the param store is a plain tensor.
+    return {name: getattr(x, "unconstrained", lambda x=x: x)() for name, x in values.items()}

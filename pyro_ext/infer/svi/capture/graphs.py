@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import pyro
 from torch import Tensor
 
 from pyro_ext._private.of_torch import global_hooks
@@ -14,7 +13,7 @@ from pyro_ext.infer.svi.capture.backends import Backend, CompileError
 from pyro_ext.infer.svi.capture.build_step import NeedsEagerStepError, build_step
 from pyro_ext.infer.svi.capture.comparison import Results
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep, UnverifiableError
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
 from pyro_ext.infer.svi.capture.step import Step, current_context
 
@@ -36,7 +35,7 @@ class ReadyGraph(NamedTuple):
 
 
 class Graphs:
-    """The graphs of an SVI.
+    """The graphs of a training loop.
 
     :param backend: the settings for compiling.
     :param max_graphs: the largest number of graphs.
@@ -81,24 +80,22 @@ class Graphs:
         :param step: the step.
         :param args: positional arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
-        :param num_steps: the number of steps of the SVI so far.
+        :param num_steps: the number of steps of the loop so far.
         """
         if step.has_gradients in self._given_up:
             self.report(self._given_up[step.has_gradients])
             return None
-        if pyro.settings.get("module_local_params"):
-            self.report(
-                "with the setting module_local_params, parameters are not in the param store, from "
-                "which a graph reads them"
-            )
+        refusal = step.refusal()
+        if refusal is not None:
+            self.report(refusal)
             return None
         arguments = Arguments.of(args, kwargs)
-        params = current_params()
         key = self._key(step, arguments)
         known = self._by_key.get(key, [])
         reason = ""
         for graph in known:
             changed = graph.reachable.changed()
+            params = graph.params()
             inputs = graph.inputs(params, arguments) if changed is None else None
             if inputs is not None:
                 graph.last_used_at, graph.last_arguments = num_steps + 1, arguments
@@ -128,7 +125,7 @@ class Graphs:
         built.last_arguments = arguments
         # The key is another one if floats are no inputs any more.
         self._by_key.setdefault(self._key(step, arguments), []).append(built)
-        params = current_params()
+        params = built.params()
         inputs = built.inputs(params, arguments)
         return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
 

@@ -160,9 +160,8 @@ class OperationLog:
         finally:
             for generator, state in self.generators.items():
                 generator.set_state(state)
-            with torch.no_grad():
-                for external, original in self.originals.items():
-                    external.copy_(original)
+            for external, original in self.originals.items():
+                external.data.copy_(original)  # .data: a loss without its backward may hold it
 
     def without_tensors(self) -> "OperationLog":
         """Return the operations and names alone, which :meth:`difference` compares."""

@@ -1,19 +1,25 @@
-"""Runs a step of ``SVI``, as it is and in a way that can be captured."""
+"""Runs a step, as it is and in a way that can be captured."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
-from pyro_ext.infer.svi.capture.graph import compute
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext._private.of_torch import storage_of
+from pyro_ext.infer.svi.capture.graph import without_looking_at_values
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, OwnParams, current_params, params_of
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
 from pyro_ext.tracing import Program
+
+_DEVICES = "cpu", "cuda"
 
 Outputs = Sequence[Tensor | None]
 #: The default dtype, and the autocast mode of each kind of device.
@@ -22,21 +28,22 @@ Context = tuple[torch.dtype, tuple[tuple[str, bool, torch.dtype], ...]]
 
 def current_context() -> Context:
     """Return the global modes of torch that change the operations of a step."""
-    return torch.get_default_dtype(), tuple(map(_autocast, ("cpu", "cuda")))
+    return torch.get_default_dtype(), tuple(map(_autocast, _DEVICES))
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-class Step(NamedTuple):
-    """A step of Pyro's ``SVI``.
+@dataclass(eq=False)
+class Step(ABC):
+    """A step of a training loop: the loss of a model and guide, and its gradients.
+
+    A subclass says which parameters get gradients, and how the loop gets them without a graph.
 
     :param objective: the ELBO, or a function that returns a differentiable loss.
     :param model: the model.
     :param guide: the guide.
-    :param svi_loss: the function with which ``SVI`` evaluates the loss. With ``has_gradients``, it
-        adds the gradients to ``.grad``.
     :param has_gradients: whether the step computes gradients.
     :param handlers: the effect handlers around the step.
     """
@@ -44,9 +51,45 @@ class Step(NamedTuple):
     objective: Any
     model: Program
     guide: Program
-    svi_loss: Callable[..., Any]
     has_gradients: bool
-    handlers: tuple[Any, ...] = ()
+    handlers: tuple[Any, ...]
+
+    @abstractmethod
+    def refusal(self) -> str | None:
+        """Return why no graph can take this step, or None."""
+
+    @abstractmethod
+    def run_eagerly(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
+        """Return the loss and the gradients of the named parameters, without a graph."""
+
+    def own_params(self) -> OwnParams:
+        """Return the places of the parameters that may be outside of the param store, by name."""
+        return {}
+
+    def params(self) -> dict[str, Tensor]:
+        """Return the parameters that may get gradients now, by name."""
+        return current_params(self.own_params())
+
+    def used_params(self, trace: Any) -> dict[str, Tensor]:
+        """Return the parameters that a run may have used, from a trace of its parameters."""
+        return params_of(trace)
+
+    def differentiate(
+        self, loss: Tensor, params: Sequence[Tensor], retain_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of a loss in parameters that require gradients."""
+        return torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+
+    def gradients(
+        self, loss: Tensor, params: dict[str, Tensor], retain_graph: bool = False
+    ) -> dict[str, Tensor | None]:
+        """Return the gradient of a loss in each parameter, or None where there is none."""
+        found: dict[str, Tensor | None] = dict.fromkeys(params)
+        wanted = {name: param for name, param in params.items() if param.requires_grad}
+        if self.has_gradients and loss.requires_grad and wanted:
+            gradients = self.differentiate(loss, list(wanted.values()), retain_graph)
+            found |= zip(wanted, gradients, strict=True)
+        return found
 
     @contextmanager
     def in_context(self, context: Context) -> Iterator[None]:
@@ -67,31 +110,32 @@ class Step(NamedTuple):
             HANDLER_STACK[:] = handlers
 
     def compute(self, arguments: Arguments) -> Outcome:
-        """Compute the loss and gradients in a way that can be captured."""
-        objective = self.objective
-        loss = getattr(objective, "differentiable_loss", objective)
-        if loss is objective and hasattr(objective, "loss_and_grads"):
+        """Compute the loss and gradients without reading the value of any tensor.
+
+        :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
+        """
+        loss_of = getattr(self.objective, "differentiable_loss", self.objective)
+        if loss_of is self.objective and hasattr(self.objective, "loss_and_grads"):
             raise CaptureError(
-                f"{type(objective).__name__} has no differentiable_loss, which compiled steps need"
+                f"{type(self.objective).__name__} has no differentiable_loss, which compiled steps "
+                "need"
             )
-        return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
+        torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
+        with without_looking_at_values(), torch.enable_grad():
+            with poutine.trace(param_only=True) as trace:
+                loss = self.evaluate(loss_of, arguments)
+            if not isinstance(loss, Tensor):
+                raise CaptureError(
+                    f"the loss must be a tensor, but its type is {type(loss).__name__}"
+                )
+            params = self.used_params(trace.trace)
+            first_names = {param: name for name, param in reversed(params.items())}
+            first = {name: params[name] for name in reversed(first_names.values())}
+            gradients = _own_gradients(first, self.gradients(loss, first))
+            return Outcome(loss.detach(), gradients, params)
 
-    def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
-        """Compute the loss and the gradients of the named parameters, as ``SVI`` does."""
-        params = current_params()
-        before = {param: param.grad for param in params.values()}
-        for param in before:
-            param.grad = None
-        try:
-            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                loss = self._evaluate(self.svi_loss, arguments)
-            return [as_tensor(loss), *(params[name].grad for name in names)]
-        finally:
-            for param, gradient in before.items():
-                param.grad = gradient
-
-    def _evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
+    def evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
+        """Return the value of a loss function for the programs and arguments."""
         args, kwargs = arguments.unflatten()
         return loss(self.model, self.guide, *args, **kwargs)
 
@@ -107,6 +151,79 @@ class Step(NamedTuple):
         """The objects that determine the operations of a step, with their names."""
         handlers = [(type(handler).__name__, handler) for handler in self.handlers]
         return [("model", self.model), ("guide", self.guide), *self.objectives, *handlers]
+
+
+@dataclass(eq=False)
+class SVIStep(Step):
+    """A step of Pyro's ``SVI``.
+
+    :param svi_loss: the function with which ``SVI`` evaluates the loss. With ``has_gradients``, it
+        adds the gradients to ``.grad``.
+    """
+
+    svi_loss: Callable[..., Any]
+
+    def refusal(self) -> str | None:
+        """Return why no graph can take this step, or None."""
+        if not pyro.settings.get("module_local_params"):
+            return None
+        return (
+            "with the setting module_local_params, parameters are not in the param store, from "
+            "which a graph reads them"
+        )
+
+    def run_eagerly(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
+        """Compute the loss and the gradients of the named parameters, as ``SVI`` does."""
+        params = current_params()
+        before = {param: param.grad for param in params.values()}
+        for param in before:
+            param.grad = None
+        try:
+            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = self.evaluate(self.svi_loss, arguments)
+            return [as_tensor(loss), *(params[name].grad for name in names)]
+        finally:
+            for param, gradient in before.items():
+                param.grad = gradient
+
+
+def _own_gradients(
+    params: dict[str, Tensor], gradients: dict[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return gradients that have the strides of their parameters and share no memory."""
+    own: dict[str, Tensor | None] = {}
+    storages = {storage_of(param) for param in params.values()}
+    for name, param in params.items():
+        gradient = gradients[name]
+        if gradient is not None:
+            if gradient.layout != torch.strided:
+                raise CaptureError(f"the gradient of '{name}' is sparse (use sparse=False)")
+            storage = storage_of(gradient)
+            # Fused optimisers assume that a gradient has the strides of its parameter.
+            if gradient.stride() != param.stride() or storage in storages:
+                gradient = torch.empty_like(param).copy_(gradient)
+            storages.add(storage)
+        own[name] = gradient
+    return own
+
+
+def autocast_devices() -> list[str]:
+    """Return the kinds of devices for which autocast is on."""
+    return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn off autocast for all devices in a block."""
+    devices = autocast_devices()
+    try:
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+        yield
+    finally:
+        for device in devices:
+            torch.set_autocast_enabled(device, True)
 
 
 def as_tensor(loss: Any) -> Tensor:
