@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
     "DisableTorchFunction",
@@ -31,6 +32,7 @@ __all__ = [
     "pytree",
     "schema_of",
     "storage_of",
+    "without_modes",
 ]
 
 

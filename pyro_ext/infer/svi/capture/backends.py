@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_ext._private.of_torch import inductor
-from pyro_ext.infer.svi.capture.graph import is_random
+from pyro_ext.infer.svi.capture.value_reads import is_random
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -85,8 +85,10 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
             found = _log_twice(step, arguments, aliases, lifted, ignored)
             log, roots, reachable, externals, outcome = found
             inputs = [*aliases.tensors, *externals]
+            params = set(current_params().values())
+            changing = [index for index, tensor in enumerate(inputs) if tensor in params]
             with kept_random_states(_SEED + 2), log.undone():
-                graph = capture(partial(step.compute, aliases), inputs)
+                graph, guard = capture(partial(step.compute, aliases), inputs, changing)
         names = list(outcome.gradients)
         written = _written(log, inputs)
         eps = coarsest(log.dtypes)
@@ -104,6 +106,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
     return CompiledStep(
         step=step,
         graph=graph,
+        guard=guard,
         run=compiled,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,

@@ -24,6 +24,7 @@ from pyro_ext.infer.svi.capture.operation_log import CaptureError, OperationLog,
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.step import Context, Outputs, Step, current_context
+from pyro_ext.infer.svi.capture.value_reads import ValueGuard
 
 _SEED = 20_090_911
 
@@ -37,6 +38,7 @@ class CompiledStep:
     """A captured step, and the conditions under which it is valid.
 
     :ivar graph: the graph as it was captured.
+    :ivar guard: the values of inputs on which the graph depends.
     :ivar run: the compiled graph.
     :ivar sources: the places of the tensors that the graph reads, other than its arguments.
     :ivar written: the positions of the inputs that the graph changes in place.
@@ -55,6 +57,7 @@ class CompiledStep:
 
     step: Step
     graph: GraphModule
+    guard: ValueGuard
     run: Callable[..., Outputs]
     sources: list[TensorSource]
     written: list[int]
@@ -78,10 +81,12 @@ class CompiledStep:
         with torch.no_grad():
             return self.run(*self.lifted.lift(arguments).tensors, *inputs)
 
-    def inputs(self, params: dict[str, Tensor]) -> list[Tensor] | None:
+    def inputs(self, arguments: Arguments, params: dict[str, Tensor]) -> list[Tensor] | None:
         """Return the current tensors that the graph reads, other than its arguments.
 
-        :returns: the tensors; None if they no longer fit the graph.
+        :param arguments: the arguments of the step.
+        :param params: the current parameters, by name.
+        :returns: the tensors; None if they or the arguments no longer fit the graph.
         """
         is_tied = all(params.get(name) is params.get(other) for name, other in self.tied)
         if not (is_tied and self.lifted.matches):
@@ -92,7 +97,9 @@ class CompiledStep:
             if tensor is None:
                 return None
             found.append(tensor)
-        return found
+        self.lifted.update()
+        is_right = self.guard.holds([*self.lifted.lift(arguments).tensors, *found])
+        return found if is_right else None
 
     def tensors_written(self, arguments: Arguments, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return those arguments and inputs that the graph changes in place."""
@@ -192,7 +199,7 @@ class CompiledStep:
                 present.restore()
 
     def _verify_with(self, arguments: Arguments) -> str | None:
-        inputs = self.inputs(current_params())
+        inputs = self.inputs(arguments, current_params())
         if inputs is None:
             raise UnverifiableError
         return self.verify(arguments, inputs)

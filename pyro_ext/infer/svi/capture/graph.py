@@ -3,7 +3,7 @@
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ext._private.of_torch import storage_of
@@ -23,6 +23,12 @@ from pyro_ext.infer.svi.capture.operation_log import (
     CurrentSite,
     Outcome,
     TensorsForNumbers,
+)
+from pyro_ext.infer.svi.capture.value_reads import (
+    ValueGuard,
+    ValueReads,
+    is_random,
+    split_off_guard,
 )
 
 
@@ -123,52 +129,32 @@ def _unless_in(
     return call
 
 
-def capture(run: Callable[[], Outcome], inputs: Sequence[Tensor]) -> GraphModule:
+def capture(
+    run: Callable[[], Outcome], inputs: Sequence[Tensor], changing: Collection[int]
+) -> tuple[GraphModule, ValueGuard]:
     """Capture the graph of a run that reads the inputs.
 
     :param run: the run. It may reach the inputs in any way.
     :param inputs: the tensors that become inputs of the graph.
-    :returns: the graph.
-    :raises CaptureError: if the run reads values of tensors, or if the shape of a result depends
-        on values.
+    :param changing: the positions of the inputs that change in each step: the parameters.
+    :returns: the graph, and a guard of the values of inputs on which it depends.
+    :raises CaptureError: if Python code or the shape of a result depends on values of parameters
+        or on random numbers.
     """
     site = CurrentSite()
+    reads = ValueReads(site)
 
     def traced(*inputs: Tensor) -> list[Tensor | None]:
-        with site, TensorsForNumbers():
-            return run().tensors
+        with site, reads, TensorsForNumbers(read=reads.read):
+            return [*run().tensors, *reads.tensors]
 
     with site.named_in_errors():
         graph = make_fx(traced)(*inputs)
-    for node in _variable_nodes(graph):
-        if _has_shape_of_values(node):
-            raise CaptureError(
-                f"the shape of the result of {node.target} depends on values. Use operations with "
-                "fixed shapes, such as torch.where"
-            )
+    guard = split_off_guard(graph, reads, changing)
     _keep_random_numbers(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
-
-
-def _variable_nodes(graph: GraphModule) -> Iterator[Node]:
-    """Yield the nodes that depend on inputs or random numbers. All others are constants."""
-    variable: set[Node] = set()
-    for node in graph.graph.nodes:
-        is_source = node.op == "placeholder" or is_random(node.target)
-        if is_source or not variable.isdisjoint(node.all_input_nodes):
-            variable.add(node)
-            yield node
-
-
-def _has_shape_of_values(node: Node) -> bool:
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    if node.target is not torch.ops.aten.index.Tensor:
-        return True
-    masks = [index for index in node.args[1] if isinstance(index, Node)]  # type: ignore[union-attr]
-    return any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in masks)
+    return graph, guard
 
 
 def _keep_random_numbers(graph: GraphModule) -> None:
@@ -176,8 +162,3 @@ def _keep_random_numbers(graph: GraphModule) -> None:
     (output,) = graph.graph.find_nodes(op="output")
     unused = [node for node in graph.graph.nodes if is_random(node.target) and not node.users]
     output.args = ([*output.args[0], *unused],)
-
-
-def is_random(operator: Any) -> bool:
-    """Return whether an operator draws from a random generator of torch."""
-    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())

@@ -100,12 +100,12 @@ class Graphs:
         reason = ""
         for graph in known:
             changed = graph.reachable.changed()
-            inputs = graph.inputs(params) if changed is None else None
+            inputs = graph.inputs(arguments, params) if changed is None else None
             if inputs is not None:
                 graph.last_used_at, graph.last_arguments = num_steps + 1, arguments
                 return ReadyGraph(graph, params, arguments, inputs)
             reason = (
-                "a tensor has another shape, dtype or device"
+                "a tensor has another shape, dtype or device, or another value in Python code"
                 if changed is None
                 else f"'{changed}' has another value"
             )
@@ -129,7 +129,7 @@ class Graphs:
         # The key is another one if floats are no inputs any more.
         self._by_key.setdefault(self._key(step, arguments), []).append(built)
         params = current_params()
-        inputs = built.inputs(params)
+        inputs = built.inputs(arguments, params)
         return None if inputs is None else ReadyGraph(built, params, arguments, inputs)
 
     def _key(self, step: Step, arguments: Arguments) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.module_calls import called_modules
 
 _MAX_LENGTH = 100  # of an operation in a message
+#: The reason why a step cannot be captured that turns a random tensor into a Python number.
+IN_PYTHON = (
+    "the model or guide uses the value of a tensor in Python code (for a branch, use torch.where)"
+)
 
 
 class CaptureError(Exception):
@@ -72,31 +77,31 @@ def _reason_of(error: Exception) -> str:
     """Return the reason why a step cannot be captured, in one line."""
     if isinstance(error, CaptureError):
         return str(error)
-    if "get value out of a tracing tensor" in str(error):
-        return (
-            "the model or guide uses the value of a tensor in Python code (for a branch, use "
-            "torch.where)"
-        )
     line = str(error).partition("\n")[0].rstrip(".")
     return f"the step raises {type(error).__name__} ({line})"
 
 
 class TensorsForNumbers(TorchFunctionMode):
-    """A mode in which the values of tensors do not become Python numbers.
+    """A mode in which the values of tensors become Python numbers only if there is no other way.
 
-    ``item()`` returns a detached tensor. Arithmetic with it works. A branch on it, or a conversion
-    to a NumPy array, raises an error in a capture.
+    ``item()`` returns a detached tensor, with which arithmetic works.
 
     :param touch: a function that is called with each tensor whose values or shape are used.
+    :param read: a function that returns a tensor with the values of a tensor.
     """
 
-    def __init__(self, touch: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(
+        self,
+        touch: Callable[[Tensor], None] = lambda x: None,
+        read: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         super().__init__()
         self.touch = touch
+        self.read = read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.touch is not None and args and isinstance(args[0], Tensor):
-            self.touch(args[0])
+        if args and isinstance(args[0], Tensor):
+            self.touch(detach_provenance(args[0]))
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError(
                 "the model or guide sets the data of a tensor. Change the tensor in place, for "
@@ -104,11 +109,23 @@ class TensorsForNumbers(TorchFunctionMode):
             )
         if func is Tensor.item:
             return args[0].detach().reshape(())
-        if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
+        if func is Tensor.tolist:
+            return self.read(detach_provenance(args[0])).tolist()
+        if func in (Tensor.numpy, Tensor.__array__):
             raise CaptureError(
                 f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
             )
+        if func is nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """Return what ``one_hot`` of torch returns, without a look at the values."""
+    if num_classes < 0:
+        num_classes = int(tensor.max()) + 1
+    zeros = tensor.new_zeros(*tensor.shape, num_classes)
+    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
 
 
 @dataclass(frozen=True)
