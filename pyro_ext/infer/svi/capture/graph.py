@@ -11,10 +11,12 @@ from unittest.mock import patch
 
 import torch
 from pyro import poutine
+from pyro.infer.util import Dice
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
@@ -35,17 +37,19 @@ from pyro_ext.infer.svi.capture.value_reads import (
 def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
     """Compute the loss of a step and its gradients, without reading the value of any tensor.
 
-    :param objective: a function that returns the differentiable loss.
+    :param objective: a function that returns the loss. The gradients are those of all tensors
+        whose ``backward`` it calls, or else those of the loss.
     :param has_gradients: whether to compute gradients.
     :returns: the loss, the gradients and the parameters.
     :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
     """
     torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
     with without_looking_at_values(), torch.enable_grad():
-        with poutine.trace(param_only=True) as trace:
-            loss = objective()
-        if not isinstance(loss, Tensor):
-            raise CaptureError(f"the loss must be a tensor, but its type is {type(loss).__name__}")
+        with poutine.trace(param_only=True) as trace, _LateBackward() as late:
+            value = objective()
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"the loss must be a tensor, but its type is {type(value).__name__}")
+        loss = sum(late.tensors) if late.tensors else value
         params = params_of(trace.trace)
         first_names = {param: name for name, param in reversed(params.items())}
         gradients: dict[str, Tensor | None] = dict.fromkeys(reversed(first_names.values()))
@@ -53,7 +57,36 @@ def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
         if has_gradients and loss.requires_grad and wanted:
             found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
             gradients |= _own_gradients(wanted, found)
-        return Outcome(loss.detach(), gradients, params)
+        return Outcome(value.detach(), gradients, params)
+
+
+class _LateBackward(TorchFunctionMode):
+    """A mode that collects the tensors whose ``backward`` is called, and does not call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            self.tensors.append(args[0])
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+class _WithoutBranches(TorchFunctionMode):
+    """A mode in which Pyro's expectation over enumerated sites has fixed shapes.
+
+    Pyro selects the terms with positive probability. Here, the others become zero.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all:
+            return False
+        if func is Tensor.masked_select:
+            x, mask = args
+            return torch.where(mask, x, 0.0)
+        return func(*args, **(kwargs or {}))
 
 
 def _own_gradients(
@@ -81,9 +114,9 @@ LOCK = threading.RLock()
 
 @contextmanager
 def without_looking_at_values() -> Iterator[None]:
-    """Turn off all checks that read values: validation, and Pyro's warnings of NaN.
+    """Turn off all code of Pyro that reads values: validation, warnings of NaN, and branches.
 
-    They stay on in other threads.
+    It stays as it is in other threads.
     """
     thread = threading.get_ident()
     initialize, validate = Distribution.__init__, Distribution._validate_sample
@@ -98,9 +131,17 @@ def without_looking_at_values() -> Iterator[None]:
         if threading.get_ident() != thread:
             validate(self, value)
 
+    expectation = Dice.compute_expectation
+
+    def expectation_without_branches(self: Dice, costs: Any) -> Any:
+        with _WithoutBranches():
+            return expectation(self, costs)
+
     with LOCK, ExitStack() as stack:
         stack.enter_context(patch.object(Distribution, "__init__", initialize_unchecked))
         stack.enter_context(patch.object(Distribution, "_validate_sample", accept))
+        replaced = _unless_in(thread, expectation, expectation_without_branches)
+        stack.enter_context(patch.object(Dice, "compute_expectation", replaced))
         for module, (name, otherwise) in itertools.product(list(sys.modules.values()), _CHECKS):
             original = vars(module).get(name) if isinstance(module, ModuleType) else None
             if callable(original) and original.__module__.startswith("pyro."):

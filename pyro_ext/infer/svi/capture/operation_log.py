@@ -24,6 +24,7 @@ from pyro_ext._private.of_torch import (
     storage_of,
 )
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.infer.svi.capture.replacements import REPLACEMENTS
 from pyro_ext.tracing.module_calls import called_modules
 
 _MAX_LENGTH = 100  # of an operation in a message
@@ -115,17 +116,7 @@ class TensorsForNumbers(TorchFunctionMode):
             raise CaptureError(
                 f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
             )
-        if func is nn.functional.one_hot:
-            return _one_hot(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """Return what ``one_hot`` of torch returns, without a look at the values."""
-    if num_classes < 0:
-        num_classes = int(tensor.max()) + 1
-    zeros = tensor.new_zeros(*tensor.shape, num_classes)
-    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.infer.svi.capture.graph import compute
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
-from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
+from pyro_ext.infer.svi.capture.operation_log import Outcome
 from pyro_ext.tracing import Program
 
 Outputs = Sequence[Tensor | None]
@@ -68,12 +68,8 @@ class Step(NamedTuple):
 
     def compute(self, arguments: Arguments) -> Outcome:
         """Compute the loss and gradients in a way that can be captured."""
-        objective = self.objective
-        loss = getattr(objective, "differentiable_loss", objective)
-        if loss is objective and hasattr(objective, "loss_and_grads"):
-            raise CaptureError(
-                f"{type(objective).__name__} has no differentiable_loss, which compiled steps need"
-            )
+        losses = [getattr(x, "differentiable_loss", None) for _, x in self.objectives]
+        loss = losses[0] if all(losses) else self.svi_loss
         return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
 
     def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
