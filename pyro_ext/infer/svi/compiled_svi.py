@@ -17,7 +17,7 @@ from pyro_ext._private.of_torch import has_gradient_hooks
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import MODES, Backend
 from pyro_ext.infer.svi.capture.comparison import Results
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, params_of
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, params_kept_in_place, params_of
 from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
 from pyro_ext.infer.svi.capture.step import Step, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
@@ -283,7 +283,7 @@ class CompiledSVI(EagerSVI):
         gradients: dict[Tensor, Tensor | None] = {}
         used: dict[str, Tensor] = {}
         try:
-            with poutine.trace(param_only=True) as trace:
+            with params_kept_in_place(), poutine.trace(param_only=True) as trace:
                 loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
             used = params_of(trace.trace)
             gradients = {param: param.grad for param in used.values()}

@@ -85,8 +85,8 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
             found = _log_twice(step, arguments, aliases, lifted, ignored)
             log, roots, reachable, externals, outcome = found
             inputs = [*aliases.tensors, *externals]
-            params = set(current_params().values())
-            changing = [index for index, tensor in enumerate(inputs) if tensor in params]
+            trained = set(current_params().values())
+            changing = [index for index, tensor in enumerate(inputs) if tensor in trained]
             with kept_random_states(_SEED + 2), log.undone():
                 graph, guard = capture(partial(step.compute, aliases), inputs, changing)
         names = list(outcome.gradients)

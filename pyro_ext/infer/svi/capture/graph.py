@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_ext._private.of_torch import storage_of
-from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.capture.graph_inputs import params_kept_in_place, params_of
 from pyro_ext.infer.svi.capture.operation_log import (
     CaptureError,
     CurrentSite,
@@ -44,7 +44,7 @@ def compute(objective: Callable[[], Any], has_gradients: bool) -> Outcome:
     :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
     """
     torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
-    with without_looking_at_values(), torch.enable_grad():
+    with without_looking_at_values(), params_kept_in_place(), torch.enable_grad():
         with poutine.trace(param_only=True) as trace, _LateBackward() as late:
             value = objective()
         if not isinstance(value, Tensor):

@@ -109,7 +109,7 @@ class TensorsForNumbers(TorchFunctionMode):
                 "example with copy_"
             )
         if func is Tensor.item:
-            return args[0].detach().reshape(())
+            return detach_provenance(args[0]).detach().reshape(())
         if func is Tensor.tolist:
             return self.read(detach_provenance(args[0])).tolist()
         if func in (Tensor.numpy, Tensor.__array__):

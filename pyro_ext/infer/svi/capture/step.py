@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.infer.svi.capture.graph import compute
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params
+from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, params_kept_in_place
 from pyro_ext.infer.svi.capture.operation_log import Outcome
 from pyro_ext.tracing import Program
 
@@ -68,8 +68,8 @@ class Step(NamedTuple):
 
     def compute(self, arguments: Arguments) -> Outcome:
         """Compute the loss and gradients in a way that can be captured."""
-        losses = [getattr(x, "differentiable_loss", None) for _, x in self.objectives]
-        loss = losses[0] if all(losses) else self.svi_loss
+        has_loss = all(hasattr(x, "differentiable_loss") for _, x in self.objectives)
+        loss = self.objective.differentiable_loss if has_loss else self.svi_loss
         return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
 
     def run_as_svi(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
@@ -79,7 +79,8 @@ class Step(NamedTuple):
         for param in before:
             param.grad = None
         try:
-            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
+            grad_mode = torch.set_grad_enabled(self.has_gradients)
+            with grad_mode, params_kept_in_place(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = self._evaluate(self.svi_loss, arguments)
             return [as_tensor(loss), *(params[name].grad for name in names)]
