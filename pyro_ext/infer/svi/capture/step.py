@@ -7,17 +7,34 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
+    TraceTailAdaptive_ELBO,
+)
 from torch import Tensor
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext.infer.svi.capture.graph import compute
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, current_params, params_kept_in_place
-from pyro_ext.infer.svi.capture.operation_log import Outcome
+from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
 from pyro_ext.tracing import Program
 
 Outputs = Sequence[Tensor | None]
 #: The default dtype, and the autocast mode of each kind of device.
 Context = tuple[torch.dtype, tuple[tuple[str, bool, torch.dtype], ...]]
+
+#: Objectives of Pyro that cannot be captured, with reasons.
+_WITHOUT_GRAPHS: dict[tuple[type, ...], str] = {
+    (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO): (
+        "is compiled by torch.jit. Use the class without Jit in its name"
+    ),
+    (ReweightedWakeSleep,): "has two losses, but a graph returns one",
+    (TraceTailAdaptive_ELBO,): "has gradients, but no loss",
+}
 
 
 def current_context() -> Context:
@@ -68,6 +85,9 @@ class Step(NamedTuple):
 
     def compute(self, arguments: Arguments) -> Outcome:
         """Compute the loss and gradients in a way that can be captured."""
+        for classes, reason in _WITHOUT_GRAPHS.items():
+            if any(isinstance(x, classes) for _, x in self.objectives):
+                raise CaptureError(f"{type(self.objective).__name__} {reason}")
         has_loss = all(hasattr(x, "differentiable_loss") for _, x in self.objectives)
         loss = self.objective.differentiable_loss if has_loss else self.svi_loss
         return compute(partial(self._evaluate, loss, arguments), self.has_gradients)
