@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyro_ext._private.of_pyro import COMMON_SCALE
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext.infer.svi.capture.graph_inputs import params_kept_in_place, params_of
 from pyro_ext.infer.svi.capture.operation_log import (
@@ -150,11 +151,20 @@ def without_looking_at_values() -> Iterator[None]:
         yield
 
 
+def _common_scale(scales: Sequence[Any]) -> Any:
+    """Return the scale of all enumerated sites. Only the result of the comparison is read."""
+    first = scales[0]
+    if any(bool(scale != first) for scale in scales if scale is not first):
+        raise ValueError("enumerated sites have different scales")
+    return first
+
+
 #: Functions of Pyro that read values, or decide whether to read them, with replacements.
 _CHECKS: list[tuple[str, Callable[..., Any]]] = [
     ("is_validation_enabled", lambda: False),
     ("warn_if_nan", lambda value, *args, **kwargs: value),
     ("warn_if_inf", lambda value, *args, **kwargs: value),
+    (COMMON_SCALE, _common_scale),
 ]
 
 

@@ -33,6 +33,11 @@ def get_item(x: Tensor, index: Any) -> Tensor:
     return x
 
 
+def to_integer(x: Tensor) -> int:
+    """Return what ``int(x)`` returns. Only the integer part of the value is read."""
+    return x.long().__index__()
+
+
 def _is_scalar(entry: Any) -> bool:
     return isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype in _INTEGERS
 
@@ -44,7 +49,8 @@ def _is_simple(entry: Any) -> bool:
 
 
 #: function of torch -> a function that gives the same results
-REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     nn.functional.one_hot: one_hot,
     Tensor.__getitem__: get_item,
+    Tensor.__int__: to_integer,
 }
