@@ -49,20 +49,19 @@ class CompiledSVI(EagerSVI):
     A capture runs model and guide five times, with separate random numbers. Side effects other
     than those on tensors, such as printing and counting, happen only in captures and audits.
 
-    Some steps cannot be captured: those with a branch on a sampled value, random numbers of Python
-    or NumPy, results whose shape depends on values, gradients of tensors outside of the param
-    store, or hooks on gradients. ``CompiledSVI`` then takes eager steps, and one warning gives the
-    reason. The same holds for any error in a capture, in the compiler or in a graph. Distributions
-    do not validate their arguments in a compiled step. After it, the ``.grad`` of parameters is
-    None.
+    Some steps cannot be captured: those with a branch on a sampled value or a parameter, random
+    numbers of Python or NumPy, results whose shape depends on such values, gradients of tensors
+    outside of the param store, or hooks on gradients. ``CompiledSVI`` then takes eager steps, and
+    one warning gives the reason. The same holds for any error in a capture, in the compiler or in a
+    graph. Distributions do not validate their arguments in a compiled step. After it, the ``.grad``
+    of parameters is None.
 
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.
     :param optim: the optimiser. If its torch optimiser has a fused or foreach implementation, that
         implementation steps all parameters at once.
-    :param loss: an ELBO with a ``differentiable_loss``, or a function that returns a differentiable
-        loss. All ELBOs of this package have one, and so have Pyro's ``Trace_ELBO`` and
-        ``TraceMeanField_ELBO``.
+    :param loss: an ELBO of this package or of Pyro, or a function that returns a differentiable
+        loss. The guide lists the few ELBOs of Pyro that use eager steps.
     :param backend: ``"inductor"`` compiles the graph. That takes seconds, and needs a C++ compiler
         on a CPU. ``"eager"`` runs the graph without compiling it.
     :param mode: a mode of ``torch.compile`` for Inductor: ``"default"``, ``"reduce-overhead"``,
