@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _load_state_dict as load_optimizer_state
@@ -9,6 +10,7 @@ from pyro.poutine.runtime import _PYRO_STACK as HANDLER_STACK
 from torch import Tensor
 
 __all__ = [
+    "COMMON_SCALE",
     "HANDLER_STACK",
     "load_optimizer_state",
     "make_grad_clip",
@@ -19,6 +21,9 @@ __all__ = [
     "set_waiting_states",
     "waiting_states",
 ]
+
+#: The function of Pyro that returns the scale of all enumerated sites, and checks it.
+COMMON_SCALE = _get_common_scale.__name__
 
 
 def mask_of(fn: Any) -> Any:

@@ -13,7 +13,7 @@ from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import has_gradient_hooks
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.front import Front, Settings, held_level
-from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.capture.graph_inputs import params_kept_in_place, params_of
 from pyro_ext.infer.svi.capture.graphs import ReadyGraph
 from pyro_ext.infer.svi.capture.step import SVIStep, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
@@ -57,9 +57,8 @@ class CompiledSVI(Front, EagerSVI):
     :param guide: the guide, a callable with Pyro primitives.
     :param optim: the optimiser. If its torch optimiser has a fused or foreach implementation, that
         implementation steps all parameters at once.
-    :param loss: an ELBO with a ``differentiable_loss``, or a function that returns a differentiable
-        loss. All ELBOs of this package have one, and so have Pyro's ``Trace_ELBO`` and
-        ``TraceMeanField_ELBO``.
+    :param loss: an ELBO of this package or of Pyro, or a function that returns a differentiable
+        loss.
     :param backend: ``"inductor"`` compiles the graph. That takes seconds, and needs a C++ compiler
         on a CPU. ``"eager"`` runs the graph without compiling it.
     :param mode: a mode of ``torch.compile`` for Inductor: ``"default"``, ``"reduce-overhead"``,
@@ -228,7 +227,7 @@ class CompiledSVI(Front, EagerSVI):
         gradients: dict[Tensor, Tensor | None] = {}
         used: dict[str, Tensor] = {}
         try:
-            with poutine.trace(param_only=True) as trace:
+            with params_kept_in_place(), poutine.trace(param_only=True) as trace:
                 loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
             used = params_of(trace.trace)
             gradients = {param: param.grad for param in used.values()}

@@ -174,6 +174,7 @@ PROBLEMS = {
     "two stochastic layers": two_layers,
     "dropout": lambda: vae(nn.Dropout(0.3)),
     "BatchNorm": lambda: vae(nn.BatchNorm1d(8)),
+    "spectral norm": lambda: vae(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))),
     "subsampled plate, globals": lambda: regression_with(AutoNormal, Trace_ELBO(), subsampled),
     "subsampled plate, locals": lambda: Problem(
         subsampled_locals,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
+import torch
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance
 from torch import Tensor
 
 from pyro_ext._private.of_torch import pytree
@@ -109,7 +111,7 @@ OwnParams = dict[str, tuple[dict[str, Any], str]]
 
 def current_params(own: OwnParams | None = None) -> dict[str, Tensor]:
     """Return the unconstrained parameters in the param store and in given places, by name."""
-    params = dict(pyro.get_param_store().named_parameters())
+    params = {name: _plain(x) for name, x in pyro.get_param_store().named_parameters()}
     return {**read_params(own), **params} if own else params
 
 
@@ -129,8 +131,34 @@ def no_new_params() -> Iterator[None]:
             del pyro.get_param_store()[name]
 
 
+@contextmanager
+def params_kept_in_place() -> Iterator[None]:
+    """Copy the parameters that a block replaces in the param store into the earlier tensors.
+
+    The averages of Pyro's decaying baselines are such parameters.
+    """
+    before = current_params()
+    replaced: dict[str, Tensor] = {}
+    try:
+        yield
+        for name, param in current_params().items():
+            if before.get(name, param) is not param:
+                replaced[name] = before[name]
+                with torch.no_grad():
+                    before[name].copy_(param)
+    finally:
+        pyro.get_param_store().set_state({"params": replaced, "constraints": {}})
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a parameter without its provenance, which the averages of Pyro's baselines have."""
+    return detach_provenance(x) if isinstance(x, ProvenanceTensor) else x
+
+
 def params_of(trace: Any) -> dict[str, Tensor]:
     """Return the unconstrained parameters in a trace of parameters only, by name."""
     values = {name: site["value"] for name, site in trace.nodes.items()}
     # A parameter outside of the param store is a plain tensor.
-    return {name: getattr(x, "unconstrained", lambda x=x: x)() for name, x in values.items()}
+    return {
+        name: _plain(getattr(x, "unconstrained", lambda x=x: x)()) for name, x in values.items()
+    }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pyro_ext._private.of_torch import (
 )
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder, Origin
+from pyro_ext.infer.svi.capture.replacements import REPLACEMENTS
 from pyro_ext.tracing.module_calls import called_modules
 
 _MAX_LENGTH = 100  # of an operation in a message
@@ -89,23 +91,25 @@ class TensorsForNumbers(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Tensor):
-            self.logger.touch(args[0])  # perhaps for its shape, without any operation
+        x: Any = args[0] if args else None
+        if isinstance(x, Tensor):
+            x = detach_provenance(x)
+            self.logger.touch(x)  # perhaps for its shape, without any operation
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError(
                 "the model or guide sets the data of a tensor. Change the tensor in place, for "
                 "example with copy_"
             )
-        if func is Tensor.item and self._stays_tensor(args[0]):
-            return args[0].detach().reshape(())
+        if func is Tensor.item and self._stays_tensor(x):
+            return x.detach().reshape(())
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
             with DisableTorchFunction():
-                is_allowed = self.recorder.read_all(args[0])
+                is_allowed = self.recorder.read_all(x)
             if not is_allowed:
                 raise CaptureError(
                     f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
                 )
-        return func(*args, **(kwargs or {}))
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
     def _stays_tensor(self, x: Tensor) -> bool:
         """Return whether ``item()`` of a tensor returns a tensor."""

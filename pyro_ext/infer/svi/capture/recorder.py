@@ -105,6 +105,9 @@ class GraphRecorder:
             than data.
         """
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_literal = func is torch.ops.aten.lift_fresh.default
+        if is_literal:  # its memory may have belonged to another tensor
+            self._origins[storage_of(args[0])] = Origin.CONSTANT
         origin = Origin.NOISE if is_random(func) else Origin.CONSTANT
         for x in tensors:
             origin |= self.origin_of(x)
@@ -114,8 +117,7 @@ class GraphRecorder:
                 origin |= Origin.STATE
         for x in written:
             self._origins[storage_of(x)] = self.origin_of(x) | origin
-        is_literal = func is torch.ops.aten.lift_fresh.default
-        if is_literal:  # a literal, of which each run of the graph needs its own copy
+        if is_literal:  # each run of the graph needs its own copy
             func, args = torch.ops.aten.clone.default, (args[0].detach().clone(),)
         new_args, new_kwargs = pytree.tree_map(self._argument, (args, kwargs))
         deciding = [x for x in _deciding(func, args, tensors) if self._decides(func, x)]

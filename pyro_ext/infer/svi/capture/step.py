@@ -10,12 +10,27 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
+    TraceTailAdaptive_ELBO,
+)
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext.infer.svi.capture.graph import without_looking_at_values
-from pyro_ext.infer.svi.capture.graph_inputs import Arguments, OwnParams, current_params, params_of
+from pyro_ext.infer.svi.capture.graph_inputs import (
+    Arguments,
+    OwnParams,
+    current_params,
+    params_kept_in_place,
+    params_of,
+)
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
 from pyro_ext.tracing import Program
 
@@ -24,6 +39,15 @@ _DEVICES = "cpu", "cuda"
 Outputs = Sequence[Tensor | None]
 #: The default dtype, and the autocast mode of each kind of device.
 Context = tuple[torch.dtype, tuple[tuple[str, bool, torch.dtype], ...]]
+
+#: Objectives of Pyro that cannot be captured, with reasons.
+_WITHOUT_GRAPHS: dict[tuple[type, ...], str] = {
+    (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO): (
+        "is compiled by torch.jit. Use the class without Jit in its name"
+    ),
+    (ReweightedWakeSleep,): "has two losses, but a graph returns one",
+    (TraceTailAdaptive_ELBO,): "has gradients, but no loss",
+}
 
 
 def current_context() -> Context:
@@ -112,27 +136,34 @@ class Step(ABC):
     def compute(self, arguments: Arguments) -> Outcome:
         """Compute the loss and gradients without reading the value of any tensor.
 
-        :raises CaptureError: if the loss is not a tensor, or a gradient is sparse.
+        The gradients are those of all tensors whose ``backward`` the objective calls, or else those
+        of the loss.
+
+        :raises CaptureError: if the objective has no graph, the loss is not a tensor, or a gradient
+            is sparse.
         """
-        loss_of = getattr(self.objective, "differentiable_loss", self.objective)
-        if loss_of is self.objective and hasattr(self.objective, "loss_and_grads"):
-            raise CaptureError(
-                f"{type(self.objective).__name__} has no differentiable_loss, which compiled steps "
-                "need"
-            )
+        for classes, reason in _WITHOUT_GRAPHS.items():
+            if any(isinstance(objective, classes) for _, objective in self.objectives):
+                raise CaptureError(f"{type(self.objective).__name__} {reason}")
         torch.clear_autocast_cache()  # the cache may hold casts of earlier parameters
-        with without_looking_at_values(), torch.enable_grad():
-            with poutine.trace(param_only=True) as trace:
-                loss = self.evaluate(loss_of, arguments)
-            if not isinstance(loss, Tensor):
+        with without_looking_at_values(), params_kept_in_place(), torch.enable_grad():
+            with poutine.trace(param_only=True) as trace, _LateBackward() as late:
+                value = self.evaluate(self.loss_function(), arguments)
+            if not isinstance(value, Tensor):
                 raise CaptureError(
-                    f"the loss must be a tensor, but its type is {type(loss).__name__}"
+                    f"the loss must be a tensor, but its type is {type(value).__name__}"
                 )
+            loss = torch.stack(late.tensors).sum() if late.tensors else value
             params = self.used_params(trace.trace)
             first_names = {param: name for name, param in reversed(params.items())}
             first = {name: params[name] for name in reversed(first_names.values())}
             gradients = _own_gradients(first, self.gradients(loss, first))
-            return Outcome(loss.detach(), gradients, params)
+            return Outcome(value.detach(), gradients, params)
+
+    def loss_function(self) -> Callable[..., Any]:
+        """Return the function that computes the differentiable loss."""
+        loss: Callable[..., Any] = self.objective.differentiable_loss
+        return loss
 
     def evaluate(self, loss: Callable[..., Any], arguments: Arguments) -> Any:
         """Return the value of a loss function for the programs and arguments."""
@@ -163,6 +194,11 @@ class SVIStep(Step):
 
     svi_loss: Callable[..., Any]
 
+    def loss_function(self) -> Callable[..., Any]:
+        """Return the differentiable loss, or a function that calls ``backward``."""
+        has_loss = all(hasattr(x, "differentiable_loss") for _, x in self.objectives)
+        return super().loss_function() if has_loss else self.svi_loss
+
     def refusal(self) -> str | None:
         """Return why no graph can take this step, or None."""
         if not pyro.settings.get("module_local_params"):
@@ -179,13 +215,28 @@ class SVIStep(Step):
         for param in before:
             param.grad = None
         try:
-            with torch.set_grad_enabled(self.has_gradients), warnings.catch_warnings():
+            grad_mode = torch.set_grad_enabled(self.has_gradients)
+            with grad_mode, params_kept_in_place(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = self.evaluate(self.svi_loss, arguments)
             return [as_tensor(loss), *(params[name].grad for name in names)]
         finally:
             for param, gradient in before.items():
                 param.grad = gradient
+
+
+class _LateBackward(TorchFunctionMode):
+    """A mode that collects the tensors whose ``backward`` is called, and does not call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            self.tensors.append(args[0])
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def _own_gradients(

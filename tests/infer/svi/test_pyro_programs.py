@@ -1,0 +1,88 @@
+"""CompiledSVI takes the steps of SVI on the programs of Pyro's shapes, or says why not."""
+
+import warnings
+
+import pyro
+import pytest
+from pyro.infer import SVI, TraceGraph_ELBO
+
+from pyro_ext.infer import CompiledSVI
+from tests.pyro_programs import PROGRAMS
+
+#: Programs that take eager steps, with a part of the reason.
+REFUSED = {
+    # The operations depend on draws.
+    "hmm_1": "two runs of the same step differ",  # as long as the sequences of a minibatch
+    "nested_speaker": "two runs of the same step differ",
+    "inclined_plane": "two runs of the same step differ",
+    "rejection_by_simulation": "uses the value of a tensor in Python code",
+    "air_recursive": "uses the value of a tensor in Python code",
+    "stable_reparam": "uses the value of a tensor in Python code",  # near stability 1
+    "spline_flow": "the shape of the result of aten.index.Tensor depends on values",
+    "tracking": "is made outside of torch in each run, with other values",
+    # They train networks that are not registered, so their gradients are not in the param store.
+    "conditional_vae": "requires gradients, but is not in the param store",
+    "cevae": "requires gradients, but is not in the param store",
+    # Pyro's models set an attribute to a draw.
+    "gp_latent_variables": "the model or guide changes 'GPLVM.base_model.X'",
+    "deep_gp": "the model or guide changes 'DeepGP.last.X'",
+}
+CAPTURED = [name for name in PROGRAMS if name not in REFUSED]
+WITH_TRACE_GRAPH = [
+    "sleepy_detector",
+    "ss_vae_sampled",
+    "gaussian_mixture_sampled",
+    "dirichlet_process",
+    "lda_sampled",
+    "named_mixture",
+    "attend_infer_repeat",
+    "hmm_sampled_markov",
+    "vae",
+    "masks_and_scales",
+]
+
+
+def losses_of(cls, name, make_elbo, num_steps, **options):
+    model, guide, args, kwargs = PROGRAMS[name].build()
+    svi = cls(model, guide, pyro.optim.Adam({"lr": 0.01}), make_elbo(), **options)
+    pyro.set_rng_seed(1)
+    losses = [svi.step(*args, **kwargs) for _ in range(num_steps)]
+    return [*losses, svi.evaluate_loss(*args, **kwargs)]
+
+
+def assert_takes_the_steps_of_svi(name, make_elbo, num_steps=30):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = losses_of(SVI, name, make_elbo, num_steps)
+        found = losses_of(CompiledSVI, name, make_elbo, num_steps, backend="eager", fallback=False)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hmm_3", "gaussian_mixture_enumerated"])
+def test_enumerated_programs_take_the_steps_of_svi(name):
+    assert_takes_the_steps_of_svi(name, PROGRAMS[name].make_elbo, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTURED)
+def test_programs_take_the_steps_of_svi(name):
+    assert_takes_the_steps_of_svi(name, PROGRAMS[name].make_elbo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_TRACE_GRAPH)
+def test_programs_take_the_steps_of_svi_with_trace_graph_elbo(name):
+    assert_takes_the_steps_of_svi(name, TraceGraph_ELBO)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_programs_that_cannot_be_captured_say_why(name):
+    model, guide, args, kwargs = PROGRAMS[name].build()
+    optim = pyro.optim.Adam({"lr": 0.01})
+    elbo = PROGRAMS[name].make_elbo()
+    svi = CompiledSVI(model, guide, optim, elbo, backend="eager", fallback=False)
+    pyro.set_rng_seed(1)
+    with pytest.raises(RuntimeError, match=REFUSED[name]):
+        svi.step(*args, **kwargs)
