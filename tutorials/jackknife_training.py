@@ -334,3 +334,20 @@ if __name__ == "__main__":
     main()
 
 # sphinx_gallery_thumbnail_path = "images/thumbnails/jackknife_training.png"
+
+# %%
+# Findings
+# --------
+#
+# These are results on the 8 x 8 digits with K = 20 and two seeds:
+#
+# - At the end, no rule is better than the importance-weighted bound by more than 0.01 nats. The
+#   published training is 0.22 nats worse, and the multilevel estimate is 0.29 nats worse.
+# - In the first epochs, the jackknife of the model is ahead by 0.02 to 0.05 nats. The lead is lost
+#   after 20 epochs.
+# - In the meantime, the effective sample size of IWAE-DReG falls from 26 to 20 % of K. The share of
+#   images for which the jackknife has a negative weight rises from 4 to 16 %. It is larger if the
+#   jackknife trains the model, and largest if it also trains the guide.
+#
+# For more seeds, other K and MNIST, see the results in the documentation. Because of these results,
+# ``JackknifeELBO`` has the gradients of the importance-weighted bound by default.

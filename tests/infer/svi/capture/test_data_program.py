@@ -59,7 +59,8 @@ def branch(x, lengths):
 
 def assertion(x, lengths):
     z = draw()
-    assert lengths.max() <= 4
+    if lengths.max() > 4:
+        raise AssertionError  # an assert statement of a test would name all of pytest
     pyro.sample("x", dist.Normal(z, 1.0).expand([3, 4]).to_event(2), obs=x)
 
 
