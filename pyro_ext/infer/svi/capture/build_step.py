@@ -13,7 +13,6 @@ from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.comparison import aliases_of, coarsest, difference, rehearse
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
-from pyro_ext.infer.svi.capture.graph import LOCK
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     find_source,
@@ -25,6 +24,7 @@ from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder
 from pyro_ext.infer.svi.capture.step import Outputs, Step, autocast_devices, without_autocast
+from pyro_ext.infer.svi.capture.value_checks import LOCK
 
 Run = Callable[..., Outputs]
 

@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import storage_of
-from pyro_ext.infer.svi.capture.graph import without_looking_at_values
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     OwnParams,
@@ -32,6 +31,7 @@ from pyro_ext.infer.svi.capture.graph_inputs import (
     params_of,
 )
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
+from pyro_ext.infer.svi.capture.value_checks import without_looking_at_values
 from pyro_ext.tracing import Program
 
 _DEVICES = "cpu", "cuda"

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyro_ext.infer import CompiledSVI, EagerSVI, ImportanceWeightedELBO, JackknifeELBO
-from pyro_ext.infer.svi.capture.graph import without_looking_at_values
+from pyro_ext.infer.svi.capture.value_checks import without_looking_at_values
 from tests.infer.svi.capture.programs import X, guide, observe, still
 
 
