@@ -1,3 +1,5 @@
+import gc
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -95,6 +97,8 @@ def train_all(rank, size, folder):
     }
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    gc.collect()  # a module that outlives the group would end the process with an abort
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
