@@ -106,6 +106,7 @@ class CompiledStep:
             found.append(tensor)
         if self.data is None:
             return found
+        self.lifted.update()
         moved = self.data([*self.lifted.lift(arguments).tensors, *found])
         return None if moved is None else found + moved
 

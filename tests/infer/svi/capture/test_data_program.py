@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pyro_ext.infer import CompiledSVI, EagerSVI
+from pyro_ext.infer import CompiledSVI, EagerSVI, MultiSampleELBO
 
 LENGTHS = [torch.tensor(x) for x in ([3, 1, 2], [2, 2, 1], [1, 3, 3], [2, 1, 1])]
 X = [torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -266,3 +266,30 @@ def test_the_warning_names_the_argument(arguments, message):
         svi.step(*arguments[2])
     for pair in arguments[3:]:
         svi.step(*pair)  # without another warning
+
+
+class HalvedELBO(MultiSampleELBO):
+    """A bound with a branch on a float attribute, which is an input of the graph."""
+
+    alpha = 0.0
+
+    def bound(self, log_w):
+        return log_w.mean(0) * (0.5 if self.alpha > 0.5 else 1.0)
+
+
+def test_a_branch_on_an_attribute_of_the_objective_is_followed_at_once():
+    def model(x, lengths):
+        pyro.sample("x", dist.Normal(draw(), 1.0), obs=x[0, 0])
+
+    losses = []
+    for cls, options in ((EagerSVI, {}), (CompiledSVI, {"backend": "eager", "fallback": False})):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        elbo = HalvedELBO(2, max_plate_nesting=0)
+        svi = cls(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo, **options)
+        losses.append([])
+        for alpha in (0.1, 0.2, 0.9, 0.8, 0.3, 0.7):
+            elbo.alpha = alpha
+            losses[-1].append(svi.step(X[0], LENGTHS[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert svi._graphs.count == 2
