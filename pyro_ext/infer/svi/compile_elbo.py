@@ -52,7 +52,7 @@ def compile_elbo(
     reason. A step with second derivatives of the loss raises a ``NotImplementedError``.
 
     :param elbo: an ELBO with a ``differentiable_loss``. All ELBOs of this package have one, and so
-        have Pyro's ``Trace_ELBO`` and ``TraceMeanField_ELBO``.
+        have Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` and ``TraceEnum_ELBO``.
     :param backend: see :class:`CompiledSVI`, as for the arguments below.
     :param mode: a mode of ``torch.compile`` for Inductor.
     :param fallback: whether to take eager steps, with a warning, if there is no graph.
@@ -96,7 +96,7 @@ def compile_elbo(
     if not hasattr(elbo, "differentiable_loss"):
         raise TypeError(
             f"compile_elbo: {type(elbo).__name__} has no differentiable_loss. Pass an ELBO of "
-            "pyro_ext, Trace_ELBO or TraceMeanField_ELBO."
+            "pyro_ext, Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO."
         )
     return partial(CompiledELBOModule, elbo=elbo, settings=settings)
 

@@ -142,9 +142,9 @@ class Graphs:
 
     def _reason(self, key: tuple[Any, ...], arguments: Arguments) -> str:
         """Return why a step needs a graph of its own, if all graphs are for other arguments."""
-        named = dict(enumerate(zip(arguments.names, arguments.leaves, strict=True), start=2))
-        for index, (name, leaf) in named.items():
-            if all(key[index : index + 1] != known[index : index + 1] for known in self._by_key):
+        named = zip(arguments.names, arguments.leaves, strict=True)
+        for i, (name, leaf) in enumerate(named, start=2):  # after the first two entries of a key
+            if all(key[i : i + 1] != known[i : i + 1] for known in self._by_key):
                 kind = "shape, dtype or device" if isinstance(leaf, Tensor) else "value"
                 return f"{name} has another {kind} than in earlier steps"
         return "the arguments differ in shape, dtype or value"

@@ -199,10 +199,8 @@ class GraphRecorder:
             self._set(out, node, origin)
             if out.layout == torch.strided:
                 storage = storage_of(out)
-                is_new = storage not in before
-                self._origins[storage] = (
-                    origin if is_new else self._origins.get(storage, origin) | origin
-                )
+                shared = self.origin_of(out) if storage in before else Origin.CONSTANT
+                self._origins[storage] = shared | origin
         elif isinstance(out, (tuple, list)):
             for index, part in enumerate(out):
                 if isinstance(part, (Tensor, tuple, list)):

@@ -77,6 +77,20 @@ def mask_of_an_argument(x, lengths):
     pyro.sample("x", dist.Normal(z, 1.0).expand(seen.shape).to_event(1), obs=seen)
 
 
+def selection(x, lengths):
+    z = draw()
+    mask = torch.arange(4) < lengths.unsqueeze(-1)
+    mean = (x * z).masked_select(mask)
+    pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x.masked_select(mask))
+
+
+def integer_part(x, lengths):
+    z = draw()
+    for _ in range(int(lengths.float().mean() * 1.01)):
+        z = z + 1.0
+    pyro.sample("x", dist.Normal(z, 1.0).expand([3, 4]).to_event(2), obs=x)
+
+
 def mask_filled_in_place(x, lengths):
     z = draw()
     mask = torch.zeros(3, 4, dtype=torch.bool)
@@ -140,6 +154,8 @@ READ = {
     "assertion": (assertion, 1),
     "equality": (equality, 2),
     "mask of an argument": (mask_of_an_argument, 4),
+    "selection": (selection, 4),
+    "integer part": (integer_part, 2),
     "mask, in place": (mask_filled_in_place, 2),
     "list before a change": (list_before_a_change, 4),
     "indices": (indices, 2),
@@ -230,6 +246,19 @@ def test_a_buffer_may_decide_unless_the_run_changes_it():
     assert svi._graphs.count == 2
     with pytest.raises(RuntimeError, match="uses the value of a tensor in Python code"):
         steps(compiled, counts=True)
+
+
+def branch_on_a_parameter(x, lengths):
+    scale = 2.0 if pyro.param("loc") > 1 else 1.0
+    pyro.sample("x", dist.Normal(draw(), scale).expand([3, 4]).to_event(2), obs=x)
+
+
+def test_a_parameter_may_not_decide():
+    def compiled(*programs):
+        return CompiledSVI(*programs, backend="eager", fallback=False)
+
+    with pytest.raises(RuntimeError, match="uses the value of a tensor in Python code"):
+        losses_of(branch_on_a_parameter, compiled)
 
 
 def test_too_many_numbers_mean_eager_steps_with_one_warning():
