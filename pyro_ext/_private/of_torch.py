@@ -137,6 +137,7 @@ class Inductor(NamedTuple):
     """The compiler behind ``torch.compile``."""
 
     config: Any
+    metrics: Any
     list_mode_options: Any
     compile_fx: Any
     select_decomp_table: Any
@@ -147,8 +148,8 @@ def inductor() -> Inductor:
 
     The import takes seconds, so this function imports the compiler when it is needed.
     """
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import config, list_mode_options, metrics
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    return Inductor(config, list_mode_options, compile_fx, select_decomp_table)
+    return Inductor(config, metrics, list_mode_options, compile_fx, select_decomp_table)

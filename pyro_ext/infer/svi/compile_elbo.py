@@ -32,6 +32,7 @@ def compile_elbo(
     mode: str = "default",
     fallback: bool = True,
     max_graphs: int = 8,
+    compile_after: int = 0,
     audit_every: int = 5000,
 ) -> CompiledELBO:
     """Compile an ELBO for a training loop of your own.
@@ -57,10 +58,13 @@ def compile_elbo(
     :param mode: a mode of ``torch.compile`` for Inductor.
     :param fallback: whether to take eager steps, with a warning, if there is no graph.
     :param max_graphs: the largest number of graphs, >= 1.
+    :param compile_after: the number of eager calls, >= 0, before arguments of the same shapes and
+        values get a graph.
     :param audit_every: the largest number of steps of a graph from one audit to the next, >= 1.
     :returns: a function of model and guide that returns the module.
     :raises TypeError: if ``elbo`` is not an ELBO with a ``differentiable_loss``, if model or guide
-        is not a program, or if ``max_graphs`` or ``audit_every`` is not an integer.
+        is not a program, or if ``max_graphs``, ``compile_after`` or ``audit_every`` is not an
+        integer.
     :raises ValueError: if an argument is out of range.
     :raises RuntimeError: in a call, if the step cannot be captured or an audit fails, and
         ``fallback`` is False.
@@ -82,7 +86,9 @@ def compile_elbo(
     >>> abs(loss.guide.median()["z"].item() - 1.0) < 0.3
     True
     """
-    settings = Settings.checked("compile_elbo", backend, mode, fallback, max_graphs, audit_every)
+    settings = Settings.checked(
+        "compile_elbo", backend, mode, fallback, max_graphs, compile_after, audit_every
+    )
     if isinstance(elbo, type):
         raise TypeError(
             f"compile_elbo: elbo is the class {elbo.__name__}. Pass an instance of it, such as "
@@ -152,7 +158,7 @@ class CompiledELBOModule(Front, ELBOModule):
                 loss = self._audited_loss(step, ready, args, kwargs)
             else:
                 loss = self._graph_loss(step, ready, args, kwargs)
-            self._num_steps += 1
+            self._count(num_eager=ready is None)
             self._has_run = True
             return loss
 

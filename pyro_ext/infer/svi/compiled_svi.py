@@ -66,10 +66,13 @@ class CompiledSVI(Front, EagerSVI):
         graphs on a GPU.
     :param fallback: whether to take eager steps, with a warning, if there is no graph. If False,
         that is an error.
-    :param max_graphs: the largest number of graphs, >= 1.
+    :param max_graphs: the largest number of graphs, >= 1. A graph that has not been used for 1,000
+        steps makes room for a new one.
+    :param compile_after: the number of eager steps, >= 0, before arguments of the same shapes and
+        values get a graph. Set it if many steps come in shapes that come only a few times.
     :param audit_every: the largest number of steps of a graph from one audit to the next, >= 1. An
         audit costs about as much as one eager step and one compiled step.
-    :raises TypeError: if ``max_graphs`` or ``audit_every`` is not an integer.
+    :raises TypeError: if ``max_graphs``, ``compile_after`` or ``audit_every`` is not an integer.
     :raises ValueError: if an argument is out of range. A step raises it if the loss is not finite,
         and then leaves the parameters as they were.
     :raises RuntimeError: in a step, if the step cannot be captured or an audit fails, and
@@ -103,9 +106,12 @@ class CompiledSVI(Front, EagerSVI):
         mode: str = "default",
         fallback: bool = True,
         max_graphs: int = 8,
+        compile_after: int = 0,
         audit_every: int = 5000,
     ) -> None:
-        settings = Settings.checked(self._front, backend, mode, fallback, max_graphs, audit_every)
+        settings = Settings.checked(
+            self._front, backend, mode, fallback, max_graphs, compile_after, audit_every
+        )
         super().__init__(model, guide, optim, loss)
         self._with_gradients: set[str] = set()
         self._optimizer = JointOptimizer(optim)
@@ -125,6 +131,14 @@ class CompiledSVI(Front, EagerSVI):
         if self._bar is not None:
             self._bar.set_description("compiling" if is_capturing else "")
 
+    def _note(self, event: str) -> None:
+        super()._note(event)
+        self.history.events.append((len(self.history.losses), event))
+
+    def _count(self, num_eager: int) -> None:
+        super()._count(num_eager)
+        self.history.num_eager_steps += num_eager
+
     def _end_run(self) -> None:
         self.audit()
 
@@ -140,7 +154,7 @@ class CompiledSVI(Front, EagerSVI):
         with held_level(self.objective):
             if self._called is None:
                 loss = super().step(*args, **kwargs)
-                self._num_steps += 1
+                self._count(num_eager=1)
                 self._ready(True, args, kwargs)
                 return loss
             ready = self._ready(True, args, kwargs)
@@ -155,7 +169,7 @@ class CompiledSVI(Front, EagerSVI):
                 loss = self._audited_step(ready, args, kwargs)
             else:
                 loss = self._graph_step(ready, args, kwargs)
-            self._num_steps += 1
+            self._count(num_eager=ready is None)
             return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,9 @@ class TrainingHistory:
     :ivar evaluations: the losses that :class:`EarlyStopping` compared. Each entry is a number of
         steps and the loss after them.
     :ivar is_converged: whether :class:`EarlyStopping` ended the run.
+    :ivar num_eager_steps: the number of steps that :class:`CompiledSVI` took without a graph.
+    :ivar events: the captures and evictions of :class:`CompiledSVI`, and its reasons for eager
+        steps. Each entry is a number of steps and a text.
 
     >>> history = TrainingHistory(losses=[4.0, 2.0, 1.0, 2.0], epoch_ends=[2, 4])
     >>> history.epoch_losses
@@ -30,6 +33,8 @@ class TrainingHistory:
     epoch_ends: list[int] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     is_converged: bool = False
+    num_eager_steps: int = 0
+    events: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def is_epoch_end(self) -> bool:
@@ -62,6 +67,8 @@ class TrainingHistory:
             "epoch_ends": list(self.epoch_ends),
             "evaluations": [[steps, float(loss)] for steps, loss in self.evaluations],
             "is_converged": bool(self.is_converged),
+            "num_eager_steps": self.num_eager_steps,
+            "events": [list(event) for event in self.events],
         }
 
     @classmethod
@@ -70,9 +77,10 @@ class TrainingHistory:
 
         :param state_dict: the state.
         """
-        evaluations = [(steps, loss) for steps, loss in state_dict["evaluations"]]
-        losses = state_dict["losses"].tolist()
-        return cls(**{**state_dict, "losses": losses, "evaluations": evaluations})
+        changed = {"losses": state_dict["losses"].tolist()}
+        for key in ("evaluations", "events"):
+            changed[key] = [(steps, value) for steps, value in state_dict.get(key, [])]
+        return cls(**{**state_dict, **changed})
 
     def _mean(self, start: int, end: int) -> float:
         return float(np.mean(self.losses[start:end]))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +30,23 @@ class Backend(NamedTuple):
         return self.name == "inductor" and self.mode in ("reduce-overhead", "max-autotune")
 
 
+class Compiled(NamedTuple):
+    """A compiled graph.
+
+    :ivar run: a function that gives the results of the graph.
+    :ivar num_kernels: the number of kernels that the compiler generated.
+    """
+
+    run: Callable[..., Sequence[Tensor | None]]
+    num_kernels: int
+
+
 class CompileError(Exception):
     """An error in compiling a graph. The message is the reason, as part of a sentence."""
 
 
-def compile_graph(
-    graph: GraphModule, inputs: Sequence[Tensor], backend: Backend
-) -> Callable[..., Sequence[Tensor | None]]:
-    """Return a function that gives the results of a graph.
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], backend: Backend) -> Compiled:
+    """Compile a graph.
 
     :raises CompileError: if the backend fails.
     """
@@ -52,7 +61,7 @@ def compile_graph(
             ) from error
 
 
-def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Any:
+def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str) -> Compiled:
     compiler = inductor()
     # The eager generator gives the same random numbers as a step of Pyro, and is faster. To save
     # memory, some versions of the compiler put random operations into another order.
@@ -64,4 +73,6 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
             for operator, decomposition in compiler.select_decomp_table().items()
             if not is_random(operator)
         }
-        return compiler.compile_fx(graph, list(inputs), decompositions=decompositions)
+        num_before = compiler.metrics.generated_kernel_count
+        run = compiler.compile_fx(graph, list(inputs), decompositions=decompositions)
+        return Compiled(run, compiler.metrics.generated_kernel_count - num_before)

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 from torch import Tensor, strided
 from torch.fx import GraphModule
@@ -23,6 +24,7 @@ from pyro_ext.infer.svi.capture.operation_log import OperationLog, Outcome, log_
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder
+from pyro_ext.infer.svi.capture.report import GraphRecord
 from pyro_ext.infer.svi.capture.step import Outputs, Step, autocast_devices, without_autocast
 from pyro_ext.infer.svi.capture.value_checks import LOCK
 
@@ -61,7 +63,17 @@ def build_step(step: Step, arguments: Arguments, lifts: bool, backend: Backend) 
             raise CaptureError(f"its capture fails with {type(error).__name__} ({line})") from error
 
 
+class _Runs(NamedTuple):
+    """The graph as it was captured, and the compiled graph."""
+
+    plain: Run
+    compiled: Run
+    num_kernels: int | None = None
+    compile_seconds: float = 0.0
+
+
 def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
+    started = perf_counter()
     if any(tensor.requires_grad for tensor in arguments.tensors):
         raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
     if any(tensor.layout != strided for tensor in arguments.tensors):
@@ -98,15 +110,15 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
             results = rehearse(of_run, len(names), log.originals, _SEED + 3)
             return difference(expected, results, names, eps)
 
-        plain, compiled = _compile(graph, inputs, backend, difference_of)
+        runs = _compile(graph, inputs, backend, difference_of)
     finally:
         before.restore()
     params = step.params()
     return CompiledStep(
         step=step,
-        graph=plain,
+        graph=runs.plain,
         data=data,
-        run=compiled,
+        run=runs.compiled,
         sources=[find_source(tensor, params, reachable) for tensor in externals],
         written=written,
         names=names,
@@ -117,6 +129,14 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         log=log.without_tensors(),
         roots=roots,
         ignored=ignored,
+        record=GraphRecord(
+            step=0,
+            has_gradients=step.has_gradients,
+            num_operations=sum(node.op == "call_function" for node in graph.graph.nodes),
+            num_kernels=runs.num_kernels,
+            capture_seconds=perf_counter() - started - runs.compile_seconds,
+            compile_seconds=runs.compile_seconds,
+        ),
         eps=eps,
     )
 
@@ -206,12 +226,11 @@ def _compile(
     inputs: Sequence[Tensor],
     backend: Backend,
     difference_of: Callable[[Run], str | None],
-) -> tuple[Run, Run]:
+) -> _Runs:
     """Compile a graph, and compare its outputs with those of the programs before and after.
 
     :param difference_of: a function that returns the first difference between the outputs of a
         graph and those of the programs, or None.
-    :returns: the graph as it was captured, and the compiled graph.
     """
     plain = _outside_of_autocast(graph)
     reason = difference_of(plain)
@@ -223,12 +242,18 @@ def _compile(
         )
         raise CaptureError(f"the graph gives other results than the eager step: {reason}. {advice}")
     if backend.name == "eager":
-        return plain, plain
+        return _Runs(plain, plain)
+    started = perf_counter()
     with without_autocast():
         compiled = compile_graph(graph, inputs, backend)
-    compiled = _outside_of_autocast(compiled)
+    runs = _Runs(
+        plain,
+        _outside_of_autocast(compiled.run),
+        compiled.num_kernels,
+        perf_counter() - started,
+    )
     try:
-        reason = difference_of(compiled)
+        reason = difference_of(runs.compiled)
     except Exception as error:
         line = str(error).partition("\n")[0]
         raise CompileError(f"the graph compiled by {backend.name} fails ({line})") from error
@@ -237,7 +262,7 @@ def _compile(
             f"the graph compiled by {backend.name} gives other results than the eager step: "
             f"{reason}"
         )
-    return plain, compiled
+    return runs
 
 
 def _outside_of_autocast(run: Run) -> Run:

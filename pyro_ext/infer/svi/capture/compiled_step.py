@@ -25,6 +25,7 @@ from pyro_ext.infer.svi.capture.operation_log import OperationLog, log_operation
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
 from pyro_ext.infer.svi.capture.reachable_state import Place, ReachableState
 from pyro_ext.infer.svi.capture.recorder import CaptureError
+from pyro_ext.infer.svi.capture.report import GraphRecord
 from pyro_ext.infer.svi.capture.step import Context, Outputs, Step, current_context
 
 _SEED = 20_090_911
@@ -34,7 +35,7 @@ class UnverifiableError(Exception):
     """An error for a graph whose last step cannot be repeated."""
 
 
-@dataclass
+@dataclass(eq=False)
 class CompiledStep:
     """A captured step, and the conditions under which it is valid.
 
@@ -48,7 +49,9 @@ class CompiledStep:
     :ivar own: the places of the parameters that may be outside of the param store.
     :ivar roots: the objects from which ``reachable`` was found, with their names.
     :ivar ignored: the places of values that are inputs of the graph.
+    :ivar record: its cost, and the step at which it was captured.
     :ivar eps: the coarsest rounding error of its operations.
+    :ivar num_runs: the number of steps that ran it.
     :ivar checked_at: the number of steps of the loop when the graph was last compared with the
         programs.
     :ivar last_used_at: the number of the last step that it took.
@@ -71,8 +74,10 @@ class CompiledStep:
     log: OperationLog
     roots: list[tuple[str, Any]]
     ignored: list[Place]
+    record: GraphRecord
     eps: float
     audit_times: AuditTimes = field(default_factory=AuditTimes)
+    num_runs: int = 0
     checked_at: int = 0
     last_used_at: int = 0
     last_arguments: Arguments | None = None

@@ -13,6 +13,7 @@ from pyro_ext.infer.svi.capture.backends import MODES, Backend
 from pyro_ext.infer.svi.capture.comparison import Results
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments
 from pyro_ext.infer.svi.capture.graphs import Graphs, ReadyGraph
+from pyro_ext.infer.svi.capture.report import CaptureReport
 from pyro_ext.infer.svi.capture.step import Step
 
 
@@ -22,11 +23,18 @@ class Settings(NamedTuple):
     backend: Backend
     fallback: bool
     max_graphs: int
+    compile_after: int
     audit_every: int
 
     @staticmethod
     def checked(
-        owner: str, backend: str, mode: str, fallback: bool, max_graphs: int, audit_every: int
+        owner: str,
+        backend: str,
+        mode: str,
+        fallback: bool,
+        max_graphs: int,
+        compile_after: int,
+        audit_every: int,
     ) -> "Settings":
         """Return the settings, after checks of the arguments of a front."""
         if backend not in ("inductor", "eager"):
@@ -39,8 +47,9 @@ class Settings(NamedTuple):
                 f"{describe(mode)}."
             )
         check_integer(owner, "max_graphs", max_graphs, 1)
+        check_integer(owner, "compile_after", compile_after, 0)
         check_integer(owner, "audit_every", audit_every, 1)
-        return Settings(Backend(backend, mode), fallback, max_graphs, audit_every)
+        return Settings(Backend(backend, mode), fallback, max_graphs, compile_after, audit_every)
 
 
 class Front:
@@ -54,8 +63,11 @@ class Front:
     _front: ClassVar[str]
 
     def _set_up(self, settings: Settings) -> None:
-        self.backend, self.fallback, self.max_graphs, self.audit_every = settings
-        self._num_steps = 0
+        self.backend, self.fallback, self.max_graphs, self.compile_after, self.audit_every = (
+            settings
+        )
+        self._num_steps = self._num_eager_steps = 0
+        self._events: list[tuple[int, str]] = []
         self._warned: set[str] = set()
         self._graphs = self._no_graphs()
 
@@ -68,8 +80,29 @@ class Front:
         self._graphs = self._no_graphs()
 
     def _no_graphs(self) -> Graphs:
-        options = self.backend, self.max_graphs, self.audit_every
-        return Graphs(*options, self._do_without, self._announce)
+        options = self.backend, self.max_graphs, self.compile_after, self.audit_every
+        return Graphs(*options, self._do_without, self._announce, self._note)
+
+    def _note(self, event: str) -> None:
+        self._events.append((self._num_steps, event))
+
+    def _count(self, num_eager: int) -> None:
+        """Count a step, and whether it was eager."""
+        self._num_steps += 1
+        self._num_eager_steps += num_eager
+
+    def capture_report(self) -> CaptureReport:
+        """Return the graphs, their cost, and the reasons for eager steps.
+
+        Print it to read it.
+        """
+        return CaptureReport(
+            graphs=self._graphs.records,
+            max_graphs=self.max_graphs,
+            num_steps=self._num_steps,
+            num_eager_steps=self._num_eager_steps,
+            events=list(self._events),
+        )
 
     def _announce(self, is_capturing: bool) -> None:
         """Show whether a step is being captured and compiled."""
@@ -94,6 +127,7 @@ class Front:
         The programs may handle the error, so the step is then taken by Pyro.
         """
         state = torch.get_rng_state()
+        ready.graph.num_runs += 1
         try:
             return run(ready.arguments, ready.inputs)
         except Exception as error:
@@ -141,6 +175,7 @@ class Front:
             ) from cause
         if reason not in self._warned:
             self._warned.add(reason)
+            self._note(f"{instead}: {reason}")
             warnings.warn(f"{self._front} {instead}: {reason}.", stacklevel=4)
 
 

@@ -1,6 +1,7 @@
 """Keeps the graphs of steps, finds the one for a step, and gives up where there is none."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ from pyro_ext.infer.svi.capture.comparison import Results
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep, UnverifiableError
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments
 from pyro_ext.infer.svi.capture.operation_log import CaptureError
+from pyro_ext.infer.svi.capture.report import GraphRecord
 from pyro_ext.infer.svi.capture.step import Step, current_context
 
 _WITHOUT_COMPILER = "runs graphs without compiling them"
+#: The number of steps after which a graph that is not used makes room for another one.
+_NUM_IDLE = 1000
 
 
 class ReadyGraph(NamedTuple):
@@ -39,29 +43,37 @@ class Graphs:
 
     :param backend: the settings for compiling.
     :param max_graphs: the largest number of graphs.
+    :param compile_after: the number of steps with the same key before a capture.
     :param audit_every: the largest number of runs of a graph from one audit to the next.
     :param report: a function that is told why a step has no graph: the reason, the error behind it,
         and what happens instead of a compiled step.
     :param announce: a function that is told when a capture begins (True), and when it ends.
+    :param note: a function that is told what has been captured and evicted.
     """
 
     def __init__(
         self,
         backend: Backend,
         max_graphs: int,
+        compile_after: int,
         audit_every: int,
         report: Callable[..., None],
         announce: Callable[[bool], None],
+        note: Callable[[str], None],
     ) -> None:
         self.backend = backend
         self.max_graphs = max_graphs
+        self.compile_after = compile_after
         self.audit_every = audit_every
         self.report = report
         self.announce = announce
+        self.note = note
         self._by_key: dict[Any, list[CompiledStep]] = {}
         #: Reasons why steps have no graph: all with or without gradients, or those with a key.
         self._given_up: dict[bool, str] = {}
         self._refused: dict[Any, str] = {}
+        #: How often steps without a graph came, by the hash of their key.
+        self._num_seen: Counter[int] = Counter()
         self._lifts = True
         self._num_built = 0
 
@@ -69,6 +81,15 @@ class Graphs:
     def count(self) -> int:
         """The number of graphs."""
         return sum(map(len, self._by_key.values()))
+
+    @property
+    def records(self) -> list[GraphRecord]:
+        """The graphs, with their cost and use."""
+        return [
+            graph.record._replace(num_runs=graph.num_runs, last_used_at=graph.last_used_at)
+            for graphs in self._by_key.values()
+            for graph in graphs
+        ]
 
     def find(
         self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int
@@ -109,7 +130,11 @@ class Graphs:
         if key in self._refused:
             self.report(self._refused[key])
             return None
-        if self.count >= self.max_graphs:
+        if not known:
+            self._num_seen[hash(key)] += 1
+            if self._num_seen[hash(key)] <= self.compile_after:
+                return None
+        if not self._has_room(num_steps):
             self.report(
                 f"there are max_graphs={self.max_graphs} graphs, and now "
                 f"{reason or self._reason(key, arguments)}. Set max_graphs higher, or change fewer "
@@ -122,6 +147,8 @@ class Graphs:
         if built is None:
             return None
         built.checked_at, built.last_used_at = num_steps, num_steps + 1
+        built.record = built.record._replace(step=num_steps)
+        self.note(f"captured a graph: {built.record}")
         built.last_arguments = arguments
         # The key is another one if floats are no inputs any more.
         self._by_key.setdefault(self._key(step, arguments), []).append(built)
@@ -139,6 +166,22 @@ class Graphs:
             *map(describe_handler, step.handlers),
             current_context(),
         )
+
+    def _has_room(self, num_steps: int) -> bool:
+        """Return whether there is room for a graph, if need be after an eviction."""
+        if self.count < self.max_graphs:
+            return True
+        graphs = [(graph, key) for key, of_key in self._by_key.items() for graph in of_key]
+        oldest, key = min(graphs, key=lambda entry: entry[0].last_used_at)
+        if num_steps - oldest.last_used_at < _NUM_IDLE or not self.audit([oldest], num_steps + 1):
+            return False
+        self._by_key[key].remove(oldest)
+        if not self._by_key[key]:
+            del self._by_key[key]
+        self.note(
+            f"evicted the graph of step {oldest.record.step}, last used at {oldest.last_used_at}"
+        )
+        return True
 
     def _reason(self, key: tuple[Any, ...], arguments: Arguments) -> str:
         """Return why a step needs a graph of its own, if all graphs are for other arguments."""
