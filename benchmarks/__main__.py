@@ -21,6 +21,7 @@ SUITES = (
     "training_step",
     "bounds",
     "eager_step",
+    "pyro_programs",
     "jackknife_orders",
     "discretized_logistic",
     "bayes_by_backprop",

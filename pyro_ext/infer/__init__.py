@@ -20,11 +20,20 @@ from pyro_ext.infer.gradients.gradient_diagnostics import GradientDiagnostics
 from pyro_ext.infer.gradients.signal_to_noise import gradient_diagnostics
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.kl.schedules import CyclicalKL, GeometricKL, KLSchedule, LinearKL, UniformKL
-from pyro_ext.infer.svi import CompiledSVI, EagerSVI, EarlyStopping, TrainingHistory, compile_elbo
+from pyro_ext.infer.svi import (
+    CaptureReport,
+    CompiledSVI,
+    EagerSVI,
+    EarlyStopping,
+    GraphRecord,
+    TrainingHistory,
+    compile_elbo,
+)
 from pyro_ext.tracing.particles import Particles
 
 __all__ = [
     "AnnealedEvidence",
+    "CaptureReport",
     "CombinedELBO",
     "CompiledSVI",
     "CyclicalKL",
@@ -36,6 +45,7 @@ __all__ = [
     "Expectation",
     "GeometricKL",
     "GradientDiagnostics",
+    "GraphRecord",
     "ImportanceWeightedELBO",
     "JackknifeELBO",
     "KLSchedule",

@@ -1,7 +1,8 @@
 """Backends, which compile captured graphs."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -74,5 +75,21 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
             if not is_random(operator)
         }
         num_before = compiler.metrics.generated_kernel_count
-        run = compiler.compile_fx(graph, list(inputs), decompositions=decompositions)
+        with _deterministic_algorithms(inputs):
+            run = compiler.compile_fx(graph, list(inputs), decompositions=decompositions)
         return Compiled(run, compiler.metrics.generated_kernel_count - num_before)
+
+
+@contextmanager
+def _deterministic_algorithms(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Compile sums over indices as calls of torch, because kernels for CPUs write out of bounds.
+
+    See pytorch#191837.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    try:
+        if not any(x.is_cuda for x in inputs):
+            torch.set_deterministic_debug_mode("warn")
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)

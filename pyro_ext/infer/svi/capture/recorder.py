@@ -14,6 +14,11 @@ from pyro_ext._private.of_torch import PACK_SEQUENCE, pytree, storage_of
 from pyro_ext.infer.svi.capture.data_program import DataProgram
 
 _MAX_READ = 10_000  # entries of a tensor that a program reads at once
+_INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
 
 
 class CaptureError(Exception):
@@ -119,6 +124,8 @@ class GraphRecorder:
             self._origins[storage_of(x)] = self.origin_of(x) | origin
         if is_literal:  # each run of the graph needs its own copy
             func, args = torch.ops.aten.clone.default, (args[0].detach().clone(),)
+        if func in _INDEXED:
+            args = (args[0], self._without_constant_masks(args[1]), *args[2:])
         new_args, new_kwargs = pytree.tree_map(self._argument, (args, kwargs))
         deciding = [x for x in _deciding(func, args, tensors) if self._decides(func, x)]
         if deciding and origin & ~Origin.DATA:
@@ -133,6 +140,17 @@ class GraphRecorder:
         self._add_results(node, out, set() if is_literal else before)
         if deciding and not origin & ~Origin.DATA:
             self.variable.append(node)
+
+    def _without_constant_masks(self, indices: Iterable[Any]) -> list[Any]:
+        """Return indices in the place of constant masks, of which compilers know the shapes."""
+        found: list[Any] = []
+        for index in indices:
+            is_mask = index is not None and _is_mask(index)
+            if is_mask and self.origin_of(index) == Origin.CONSTANT:
+                found += index.nonzero().unbind(1)
+            else:
+                found.append(index)
+        return found
 
     def _decides(self, func: Any, x: Tensor) -> bool:
         """Return whether data decide about the shape of a result through one of its arguments.

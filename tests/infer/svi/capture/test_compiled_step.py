@@ -8,6 +8,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO
 from pyro_ext.infer.svi.capture import build_step
+from pyro_ext.infer.svi.capture.backends import Compiled
 from tests.infer.svi.capture.programs import X, assert_follows, guide, observe
 from tests.infer.svi.programs import PROBLEMS, images, vae
 
@@ -133,7 +134,7 @@ def test_a_wrong_compiler_is_found_out(monkeypatch):
             loss, *gradients = graph(*tensors)
             return [loss, *(None if g is None else 1.01 * g for g in gradients)]
 
-        return run
+        return Compiled(run, num_kernels=1)
 
     monkeypatch.setattr(build_step, "compile_graph", compile_wrongly)
     problem = vae()
