@@ -37,9 +37,9 @@ def train(steps: int, make_svi: Callable[..., Any] = CompiledSVI) -> list[float]
     """Return the loss of each step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    x = torch.linspace(0, 1, 100)
+    x = torch.linspace(0, 1, 100, dtype=torch.float64)
     y = torch.sin(2 * math.pi * x) + 0.1 * torch.randn(100)
-    gp = SparseGP(len(x))
+    gp = SparseGP(len(x)).double()  # kernel matrices are nearly singular in float32
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, retain_graph=True)
     svi = make_svi(gp.model, gp.guide, pyro.optim.Adam({"lr": 0.01}), elbo)
     return [svi.step(x, y) for _ in range(steps)]
