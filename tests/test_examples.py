@@ -25,10 +25,7 @@ LIBRARIES = {
     "zuko_guide": "zuko",
 }
 #: script -> why its steps are eager, a part of the warning
-EAGER = {
-    "decipher_cells": "changes 'Decipher.theta' when it runs",
-    "gpytorch_gp": "uses the value of a tensor in Python code",
-}
+EAGER = {"gpytorch_gp": "uses the value of a tensor in Python code"}
 COMPILED = [script for script in LIBRARIES if script not in EAGER]
 NUM_STEPS = 20
 
