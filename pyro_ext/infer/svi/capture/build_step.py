@@ -71,6 +71,17 @@ class _Runs(NamedTuple):
     num_kernels: int | None = None
     compile_seconds: float = 0.0
 
+    def record(self, has_gradients: bool, graph: GraphModule, seconds: float) -> GraphRecord:
+        """Return the record of a graph, whose capture and compilation took a time."""
+        return GraphRecord(
+            step=0,
+            has_gradients=has_gradients,
+            num_operations=sum(node.op == "call_function" for node in graph.graph.nodes),
+            num_kernels=self.num_kernels,
+            capture_seconds=seconds - self.compile_seconds,
+            compile_seconds=self.compile_seconds,
+        )
+
 
 def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
     started = perf_counter()
@@ -129,14 +140,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         log=log.without_tensors(),
         roots=roots,
         ignored=ignored,
-        record=GraphRecord(
-            step=0,
-            has_gradients=step.has_gradients,
-            num_operations=sum(node.op == "call_function" for node in graph.graph.nodes),
-            num_kernels=runs.num_kernels,
-            capture_seconds=perf_counter() - started - runs.compile_seconds,
-            compile_seconds=runs.compile_seconds,
-        ),
+        record=runs.record(step.has_gradients, graph, perf_counter() - started),
         eps=eps,
     )
 
