@@ -18,6 +18,7 @@ ORDER = (
     "importance_sampling",
     "diagnose_with_arviz",
     "compiled_steps",
+    "training_loops",
     "several_processes",
 )
 

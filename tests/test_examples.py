@@ -18,7 +18,6 @@ LIBRARIES = {
     "chirho_counterfactual": "chirho",
     "decipher_cells": "decipher",
     "gpytorch_gp": "gpytorch",
-    "lightning_trainer": "lightning",
     "mofaflex_factors": "mofaflex",
     "py_irt_ability": "py_irt",
     "scvi_amortized_lda": "scvi",

@@ -24,6 +24,7 @@ PANELS = {
     "quickstart": (0.0, 0.0, 0.442, 1.0),
     "several_processes": (0.0, 0.0, 0.495, 1.0),
     "signal_to_noise": (0.0, 0.0, 0.323, 1.0),
+    "training_loops": (0.5, 0.0, 1.0, 1.0),
 }
 #: ``compiled_steps.png`` is a figure of the benchmarks.
 FILES = {"compiled_steps": "compiled_steps_tutorial.png"}
