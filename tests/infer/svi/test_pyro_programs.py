@@ -24,9 +24,6 @@ REFUSED = {
     # They train networks that are not registered, so their gradients are not in the param store.
     "conditional_vae": "requires gradients, but is not in the param store",
     "cevae": "requires gradients, but is not in the param store",
-    # Pyro's models set an attribute to a draw.
-    "gp_latent_variables": "the model or guide changes 'GPLVM.base_model.X'",
-    "deep_gp": "the model or guide changes 'DeepGP.last.X'",
 }
 CAPTURED = [name for name in PROGRAMS if name not in REFUSED]
 WITH_TRACE_GRAPH = [

@@ -106,7 +106,8 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
                 step, arguments, aliases, lifted, ignored
             )
             inputs = [*aliases.tensors, *externals]
-            graph, data = recorder.finish(outcome.tensors, inputs)
+            kept = [place.get() for place in reachable.kept]
+            graph, data = recorder.finish([*outcome.tensors, *kept], inputs)
             if data is not None:
                 data.graph = _outside_of_autocast(data.graph)
                 inputs += data.start(inputs)
@@ -194,6 +195,8 @@ def _log_twice(
     ]
     with kept_random_states(_SEED + 1), lifted.nudged(floats):
         second, outcome, recorder = log_operations(run, given)
+    read = set(second.externals)
+    reachable.keep(lambda tensor, now: tensor not in read and step.keeps(now, recorder))
     changed = reachable.changed_by_programs()
     reachable.large.clear()
     if changed is not None:

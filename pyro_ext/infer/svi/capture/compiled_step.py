@@ -87,7 +87,10 @@ class CompiledStep:
         """Return the loss, then the gradients in the order of ``names``."""
         self.lifted.update()
         with torch.no_grad():
-            return self.run(*self.lifted.lift(arguments).tensors, *inputs)
+            outputs = self.run(*self.lifted.lift(arguments).tensors, *inputs)
+        for place, value in zip(self.reachable.kept, outputs[1 + len(self.names) :], strict=False):
+            place.put_back(value)
+        return outputs
 
     def params(self) -> dict[str, Tensor]:
         """Return the parameters that may get gradients now, by name."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_ext._private.of_torch import parameters_of, without_gradient_hooks
 from pyro_ext.infer.svi.capture.graph_inputs import Arguments, OwnParams, params_of, read_params
+from pyro_ext.infer.svi.capture.recorder import GraphRecorder
 from pyro_ext.infer.svi.capture.step import (
     Outputs,
     Step,
@@ -37,6 +38,15 @@ class ModuleStep(Step):
             "under autocast to float16, the loss must be scaled before its gradients are computed, "
             "and a graph computes them first. Use bfloat16"
         )
+
+    def keeps(self, value: Any, recorder: GraphRecorder) -> bool:
+        """Return whether a graph can leave a value where the programs leave it.
+
+        A loop may differentiate it, which a result of a graph does not allow.
+        """
+        if self.has_gradients and getattr(value, "requires_grad", False):
+            return False
+        return super().keeps(value, recorder)
 
     def own_params(self) -> OwnParams:
         """Return the places of the parameters of the module, by name."""

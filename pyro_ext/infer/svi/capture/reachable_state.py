@@ -118,6 +118,8 @@ class ReachableState:
     entries: list[Entries] = field(default_factory=list)
     #: Places of tensors. Each step may find another tensor there.
     tensors: list[tuple[Place, Tensor]] = field(default_factory=list)
+    #: Places where each run of the programs leaves a new tensor, and never reads the last one.
+    kept: list[Place] = field(default_factory=list)
     #: The ``repr`` of containers and counters. It shows whether the programs change them.
     printed: list[tuple[Place, str]] = field(default_factory=list)
     #: Generators of NumPy and Python with their states. The programs must not use them.
@@ -164,6 +166,20 @@ class ReachableState:
             if not is_same_size and entries.has_changed:
                 return label
         return None
+
+    def keep(self, is_kept: Callable[[Tensor, Any], bool]) -> None:
+        """Take the places whose tensor has been replaced out of those that must not change.
+
+        :param is_kept: a function of the last tensor and the value now at its place.
+        """
+        others = []
+        for place, tensor in self.tensors:
+            now = place.get()
+            if now is not tensor and is_kept(tensor, now):
+                self.kept.append(place)
+            else:
+                others.append((place, tensor))
+        self.tensors = others
 
     @property
     def has_other_entries(self) -> bool:

@@ -197,6 +197,10 @@ class GraphRecorder:
     def _argument(self, x: Any) -> Any:
         return self.node_of(x) if isinstance(x, Tensor) else x
 
+    def knows(self, x: Any) -> bool:
+        """Return whether a value is an input of the graph, or a result of an operation."""
+        return isinstance(x, Tensor) and x in self.nodes
+
     def node_of(self, x: Tensor) -> Node:
         """Return the node of a tensor. A tensor that no operation has made is a constant."""
         if x not in self.nodes:

@@ -31,6 +31,7 @@ from pyro_ext.infer.svi.capture.graph_inputs import (
     params_of,
 )
 from pyro_ext.infer.svi.capture.operation_log import CaptureError, Outcome
+from pyro_ext.infer.svi.capture.recorder import GraphRecorder
 from pyro_ext.infer.svi.capture.value_checks import without_looking_at_values
 from pyro_ext.tracing import Program
 
@@ -81,6 +82,10 @@ class Step(ABC):
     @abstractmethod
     def refusal(self) -> str | None:
         """Return why no graph can take this step, or None."""
+
+    def keeps(self, value: Any, recorder: GraphRecorder) -> bool:
+        """Return whether a graph can leave a value where the programs leave it."""
+        return recorder.knows(value)
 
     @abstractmethod
     def run_eagerly(self, arguments: Arguments, names: Sequence[str]) -> Outputs:
