@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ __all__ = [
     "has_gradient_hooks",
     "hooks_of",
     "inductor",
+    "inductor_with_checks",
+    "is_check",
     "is_in_transform",
     "mark_as_stepped",
     "outside_of_dynamo",
@@ -109,6 +112,12 @@ def schema_of(operator: Any) -> Any:
     return operator._schema
 
 
+def is_check(operator: Any) -> bool:
+    """Return whether an operator can only raise an error, such as the check after Cholesky."""
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and not (schema.returns or schema.is_mutable)
+
+
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimiser as stepped, for learning-rate schedulers."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -153,3 +162,17 @@ def inductor() -> Inductor:
     from torch._inductor.decomposition import select_decomp_table
 
     return Inductor(config, metrics, list_mode_options, compile_fx, select_decomp_table)
+
+
+@contextmanager
+def inductor_with_checks() -> Iterator[None]:
+    """Let Inductor keep checks in a block. Torch 2.6 removes them, because nothing uses them."""
+    from torch._inductor.ir import FallbackKernel
+
+    has_side_effects = FallbackKernel.has_side_effects
+
+    def is_kept(self: Any) -> bool:
+        return has_side_effects(self) or is_check(self.op_overload)
+
+    with patch.object(FallbackKernel, "has_side_effects", is_kept):
+        yield

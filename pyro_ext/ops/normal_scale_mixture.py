@@ -72,21 +72,14 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)
         ctx.shapes = [x.shape for x in inputs[:2]]
         ctx.save_for_backward(inputs[1], output[0])
         ctx.save_for_forward(inputs[1], output[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, by_z: Tensor, by_exponent: Tensor) -> tuple[Tensor, Tensor, None]:
         scales, z = ctx.saved_tensors
-        by_z, by_exponent = grads
-        if by_exponent is None and by_z is None:
-            return None, None, None
-        towards_zero = 0.0 if by_exponent is None else by_exponent * z
-        if by_z is not None:
-            towards_zero = towards_zero - by_z
-        by_value = towards_zero / scales
+        by_value = (by_exponent * z - by_z) / scales
         of_value, of_scales = ctx.shapes
         return -by_value.sum_to_size(of_value), (by_value * z).sum_to_size(of_scales), None
 

@@ -28,7 +28,9 @@ COMPOSED = {
     "independent": constraints.independent(constraints.interval(0.0, 2.0), 1),
     "stack": constraints.stack([constraints.positive, constraints.unit_interval], -1),
     "cat": constraints.cat([constraints.positive, constraints.simplex], -1, [1, 3]),
-    "mixture": constraints.MixtureSameFamilyConstraint(constraints.positive),
+    "mixture": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Uniform(0.0, torch.tensor([1.0, 2.0]))
+    ).support,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import inductor
+from pyro_ext._private.of_torch import inductor, inductor_with_checks
 from pyro_ext.infer.svi.capture.recorder import is_random
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -68,7 +68,8 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
     # memory, some versions of the compiler put random operations into another order.
     options = {"fallback_random": True, "reorder_for_peak_memory": False}
     options = {key: value for key, value in options.items() if hasattr(compiler.config, key)}
-    with compiler.config.patch({**compiler.list_mode_options(mode), **options}):
+    options = {**compiler.list_mode_options(mode), **options}
+    with compiler.config.patch(options), inductor_with_checks():
         decompositions = {
             operator: decomposition
             for operator, decomposition in compiler.select_decomp_table().items()

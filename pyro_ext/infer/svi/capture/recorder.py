@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import has_side_effect
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_ext._private.of_torch import PACK_SEQUENCE, pytree, storage_of
+from pyro_ext._private.of_torch import PACK_SEQUENCE, is_check, pytree, storage_of
 from pyro_ext.infer.svi.capture.data_program import DataProgram
 
 _MAX_READ = 10_000  # entries of a tensor that a program reads at once
@@ -268,8 +269,12 @@ class GraphRecorder:
                 self.graph.erase_node(node)
         self.graph.output([None if x is None else self.node_of(x) for x in outputs])
         data = self._data_program()
+        for node in self.graph.nodes:
+            target: Any = node.target
+            if is_check(target) and not node.is_impure():
+                has_side_effect(target)  # for all compilers, because torch 2.6 does not know it
+        self.graph.eliminate_dead_code(lambda node: node.is_impure() or is_random(node.target))
         self._keep_random_numbers()
-        self.graph.eliminate_dead_code()
         return GraphModule(self.constants, self.graph), data
 
     def _data_program(self) -> DataProgram | None:
@@ -294,7 +299,8 @@ class GraphRecorder:
             if node.op == "placeholder" or _is_of_data(node):
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output([copies[node] for node in (*self.reads, *watched, *moved)])
-        graph.eliminate_dead_code()
+        # The graph itself makes the checks, and the programs may handle their errors.
+        graph.eliminate_dead_code(lambda node: node.is_impure() and not is_check(node.target))
         for index, node in enumerate(moved):
             new = self._placeholder(f"moved_{index}")
             node.replace_all_uses_with(new, lambda user: not _is_of_data(user))

@@ -106,22 +106,25 @@ def test_handlers_made_anew_share_a_graph():
     assert svi._graphs.count == 2
 
 
-def test_an_error_that_the_program_handles():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [3, torch.tensor(3)], ids=["fixed-size", "size-of-data"])
+def test_an_error_that_the_program_handles(backend, size):
     ridge = torch.tensor(1.0)
 
     def with_retry(x):
-        matrix = torch.ones(3, 3) + ridge * torch.eye(3)
+        eye = torch.eye(int(size))
+        matrix = torch.ones(3, 3) + ridge * eye
         try:
             factor = torch.linalg.cholesky(matrix)
         except RuntimeError:
-            factor = torch.linalg.cholesky(matrix + torch.eye(3))
+            factor = torch.linalg.cholesky(matrix + eye)
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         normal = dist.MultivariateNormal(z.expand(3), scale_tril=factor)
         pyro.sample("x", normal, obs=x.expand(3))
 
     def run(cls):
         ridge.fill_(1.0)
-        svi = make(cls, with_retry)
+        svi = make(cls, with_retry, backend=backend)
         losses = []
         for step in range(30):
             if step in (15, 22):
