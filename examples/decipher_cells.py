@@ -14,28 +14,10 @@ import pyro
 import torch
 from decipher.tools._decipher import Decipher, DecipherConfig
 from pyro.infer import Trace_ELBO
-from torch import Tensor
 
 from pyro_ext.infer import CompiledSVI
 
 BATCH_SIZE = 64
-
-
-class Embedding(Decipher):
-    """Decipher, whose model would set the attribute ``theta`` in each run.
-
-    Programs that change what they reach take eager steps. This property ignores the change, and
-    always returns the current parameter.
-    """
-
-    @property
-    def theta(self) -> Tensor:
-        value: Tensor = pyro.get_param_store()["theta"]
-        return value
-
-    @theta.setter
-    def theta(self, value: Any) -> None:
-        pass
 
 
 def train(steps: int, make_svi: Callable[..., Any] = CompiledSVI) -> list[float]:
@@ -46,7 +28,7 @@ def train(steps: int, make_svi: Callable[..., Any] = CompiledSVI) -> list[float]
     counts = torch.poisson(rates)
     config = DecipherConfig()
     config.initialize_from_adata(anndata.AnnData(counts.numpy()))
-    decipher = Embedding(config)
+    decipher = Decipher(config)
     optim = pyro.optim.ClippedAdam({"lr": 0.005, "weight_decay": 1e-4})
     svi = make_svi(decipher.model, decipher.guide, optim, Trace_ELBO())
     batches = counts.split(BATCH_SIZE)

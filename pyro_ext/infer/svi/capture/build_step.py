@@ -106,16 +106,15 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
                 step, arguments, aliases, lifted, ignored
             )
             inputs = [*aliases.tensors, *externals]
-            kept = [place.get() for place in reachable.kept]
-            graph, data = recorder.finish([*outcome.tensors, *kept], inputs)
+            outputs = [*outcome.tensors, *(place.get() for place in reachable.kept)]
+            graph, data = recorder.finish(outputs, inputs)
             if data is not None:
                 data.graph = _outside_of_autocast(data.graph)
                 inputs += data.start(inputs)
-        names = list(outcome.gradients)
+        names, eps = list(outcome.gradients), coarsest(log.dtypes)
         written = _written(log, inputs)
-        eps = coarsest(log.dtypes)
-        as_svi = partial(step.run_eagerly, arguments, names)
-        expected = rehearse(as_svi, len(names), log.originals, _SEED + 3)
+        eagerly = partial(step.run_eagerly, arguments, names)
+        expected = rehearse(eagerly, len(names), log.originals, _SEED + 3)
 
         def difference_of(run: Run) -> str | None:
             of_run = partial(run, *aliases_of(inputs))
