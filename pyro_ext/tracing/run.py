@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
+from pyro_ext.tracing.enumeration import ModelEnumeration, NeedsEnumerationError, marginal_sites
 from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
 from pyro_ext.tracing.matching import (
     SiteRecord,
@@ -70,7 +71,8 @@ class ParticleTraces:
     def density_sites(self) -> list[list[DensitySite]]:
         """The density sites of each model trace and its guide trace."""
         return [
-            density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            marginal_sites(model_trace, density_sites("model", model_trace))
+            + density_sites("guide", guide_trace)
             for model_trace, guide_trace in zip(self.model_traces, self.guide_traces, strict=True)
         ]
 
@@ -81,9 +83,13 @@ class ParticleTraces:
         A transform of the distribution may have the dim although the batch shape lacks it. So the
         shape of the log-probability is checked too.
         """
+        if site.members:
+            return any(map(self.has_particle_dim, site.members))
         record = self.record(site)
         if record.has_particle_dim or self.particle_dim is None:
             return True
+        if record.value is None:  # enumerated after the record
+            return False
         return has_dim(record.fn.log_prob(record.value).shape, self.particle_dim)
 
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
@@ -101,33 +107,39 @@ class ParticleTraces:
 def run_at_once(
     programs: Programs,
     num_particles: int,
-    particle_dim: int,
+    max_plate_nesting: float,
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
     leaves: Leaves,
     advice: Advice,
+    enumerates: bool = False,
 ) -> ParticleTraces:
     """Trace model and guide with the K particles in a plate to the left of all others.
 
     :param programs: the model and guide.
     :param num_particles: the number of particles K.
-    :param particle_dim: the dim of the particle plate, negative.
+    :param max_plate_nesting: the number of nested plates.
     :param subsamples: the minibatch indices to use, or to record.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
     :param leaves: the places where leaves replace the reparameterised draws.
     :param advice: the advice of error messages.
+    :param enumerates: whether to enumerate the marked sites of the model.
+    :raises NeedsEnumerationError: if a site is marked, and ``enumerates`` is False.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
+    particle_dim = -1 - int(max_plate_nesting)
     in_guide = SiteRecorder(particle_dim, advice, local_plate=local_plate)
-    in_model = SiteRecorder(particle_dim, advice, in_guide, local_plate)
+    in_model = SiteRecorder(particle_dim, advice, in_guide, local_plate, enumerates)
     plate = ParticlePlate(num_particles, particle_dim, local_plate)
     recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
+    if enumerates:
+        recorded = recorded.enumerated(particle_dim - 1)
     with _leaf_draws(leaves, local_plate, programs) as draws, subsamples or nullcontext():
         try:
             model_trace, guide_trace = recorded.importance_traces(-particle_dim)
-        except (SiteError, torch.OutOfMemoryError):
+        except (SiteError, NeedsEnumerationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _runs_alone(programs, subsamples):
@@ -160,6 +172,7 @@ def run_in_turn(
     local_plate: str | None,
     leaves: Leaves,
     advice: Advice,
+    enumerates: bool = False,
 ) -> ParticleTraces:
     """Trace model and guide once for each particle, all with the same minibatch.
 
@@ -174,9 +187,11 @@ def run_in_turn(
     records: dict[SiteKey, SiteRecord] = {}
     for _ in range(num_particles):
         in_guide = SiteRecorder(None, advice)
-        in_model = SiteRecorder(None, advice, in_guide)
+        in_model = SiteRecorder(None, advice, in_guide, enumerates=enumerates)
         with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
+            if enumerates:
+                recorded = recorded.enumerated(-1 - int(max_plate_nesting))
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
         model_traces.append(model_trace)
         guide_traces.append(guide_trace)
@@ -223,6 +238,7 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
             continue
         shape = node["log_prob"].shape
         dims = {frame.dim for frame in node["cond_indep_stack"]}
+        dims |= node["infer"].get("_dim_to_id", {}).keys()
         stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
         if particle_dim in stray:
             raise global_site_error(program, name)

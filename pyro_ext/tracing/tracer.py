@@ -9,8 +9,10 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
+from pyro_ext._random_states import random_states, set_random_states
 from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
+from pyro_ext.tracing.enumeration import NeedsEnumerationError
 from pyro_ext.tracing.explanations import explained
 from pyro_ext.tracing.gather import gather_particles
 from pyro_ext.tracing.leaves import Leaves
@@ -38,6 +40,8 @@ class TracerMemory:
 
     pair: Programs | None = None
     plate_nesting: int | None = None
+    #: Whether the model has sites that are marked for enumeration and not in the guide.
+    enumerates: bool | None = None
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
     is_checked_for_nan: bool = False
@@ -102,7 +106,16 @@ class ParticleTracer:
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
+        memory = self.memory.recall(programs)
         with explained(programs):
+            states = random_states() if memory.enumerates is None else None
+            memory.enumerates = bool(memory.enumerates)
+            try:
+                return self._run(programs, num_particles, subsamples, leaves)
+            except NeedsEnumerationError:
+                memory.enumerates = True
+            if states is not None:
+                set_random_states(states)
             return self._run(programs, num_particles, subsamples, leaves)
 
     def _run(
@@ -114,21 +127,21 @@ class ParticleTracer:
     ) -> ParticleTraces:
         if not self.is_linear:
             raise_for_handlers_of_linear_objectives()
-        counted = self._counted(programs)
         K = self.num_particles if num_particles is None else num_particles
+        run, nesting, enumerates = run_in_turn, self.max_plate_nesting, bool(self.memory.enumerates)
         if self.vectorize and (K > 1 or self.has_dim_for_one):
-            particle_dim = -1 - self.plate_nesting(programs, subsamples)
-            return run_at_once(
-                counted, K, particle_dim, subsamples, self._local_plate, leaves, self.advice
-            )
-        return run_in_turn(
-            counted,
+            run = run_at_once
+        if run is run_at_once or enumerates:
+            nesting = self.plate_nesting(programs, subsamples)
+        return run(
+            self._counted(programs),
             K,
-            self.max_plate_nesting,
+            nesting,
             subsamples,
             self._local_plate,
             leaves,
             self.advice,
+            enumerates,
         )
 
     def check(self, programs: Programs) -> None:
@@ -144,7 +157,7 @@ class ParticleTracer:
         rows = SharedSubsamples()
         with poutine.block(), torch.no_grad():
             traces = self.run(programs, subsamples=rows)
-        check_vectorization(traces, programs, rows, self.advice.one_at_a_time, is_strict=True)
+        check_vectorization(traces, self._enumerated(programs), rows, self.advice.one_at_a_time, is_strict=True)
 
     def trace(
         self,
@@ -164,7 +177,8 @@ class ParticleTracer:
         rows = SharedSubsamples() if to_check and subsamples is None else subsamples
         traces = self.run(programs, num_particles, rows, leaves)
         local_plate = self._local_plate
-        depends = memory.dependence.within(traces, programs, subsamples, local_plate)
+        enumerated = self._enumerated(programs)
+        depends = memory.dependence.within(traces, enumerated, subsamples, local_plate)
         by_particle = traces.density_sites
         sites = [site for row in by_particle for site in row]
         if local_plate is not None:
@@ -185,7 +199,7 @@ class ParticleTracer:
         if to_check and rows is not None and traces.are_vectorized:
             # Handlers around the step would not reach a run of one particle.
             if not _has_foreign_handlers() and not programs.guide_runs_model:
-                counted, remedy = self._counted(programs), self.advice.one_at_a_time
+                counted, remedy = self._counted(enumerated), self.advice.one_at_a_time
                 check_vectorization(traces, counted, rows, remedy, is_strict=False)
             memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
@@ -194,6 +208,12 @@ class ParticleTracer:
                 memory.leaves_plates = draws_leave_plates(with_one_minibatch(programs, rows))
             splits_rewards = not memory.leaves_plates
         return gather_particles(traces, common, outside, local_plate, splits_rewards)
+
+    def _enumerated(self, programs: Programs) -> Programs:
+        """Return programs that enumerate along the dims of vectorised particles, if they do."""
+        if not self.memory.enumerates:
+            return programs
+        return programs.enumerated(-2 - self.plate_nesting(programs))
 
     def _counted(self, programs: Programs) -> Programs:
         return with_proposal(programs) if self.is_proposal else programs
@@ -212,7 +232,8 @@ class ParticleTracer:
         if memory.plate_nesting is None:
             # A run is hidden from the handlers around it, so the handler goes inside.
             in_guide = SiteRecorder(None, self.advice)
-            recorded = programs.each_under(SiteRecorder(None, self.advice, in_guide), in_guide)
+            in_model = SiteRecorder(None, self.advice, in_guide, enumerates=True)
+            recorded = programs.each_under(in_model, in_guide)
             with explained(programs):
                 memory.plate_nesting = _guess_plate_nesting(
                     with_one_minibatch(recorded, subsamples)
