@@ -1,5 +1,6 @@
 """Exact sums over the discrete sites of a model that are marked for enumeration."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -93,7 +94,8 @@ def marginal_sites(trace: Trace, sites: Sequence[DensitySite]) -> list[DensitySi
         return list(sites)
     trace.pack_tensors()
     symbols = {site.node["infer"]["_enumerate_symbol"] for site in enumerated.values()}
-    rest, groups = [], []
+    rest: list[DensitySite] = []
+    groups: list[tuple[set[str], list[DensitySite]]] = []
     for site in sites:
         dims = symbols.intersection(site.node["packed"]["unscaled_log_prob"]._pyro_dims)
         if not dims:
@@ -203,12 +205,18 @@ def _check_masks(members: Sequence[DensitySite]) -> None:
                 continue
             of_other = other.node["mask"]
             of_other = torch.as_tensor(True if of_other is None else of_other, device=mask.device)
-            if (of_other & ~mask).any():
+            if (of_other & ~mask & ~_is_point(site.node["unscaled_log_prob"])).any():
                 raise SiteError(
                     f"A mask hides site '{site.name}' where it does not hide site '{other.name}', "
-                    f"which depends on it{_in_plates(site)}. The sum over '{site.name}' would "
-                    "leave out its prior. Put both under the same poutine.mask."
+                    f"which depends on it{_in_plates(site)}. The sum over '{site.name}' includes "
+                    "its prior in any case. Put both under the same poutine.mask."
                 )
+
+
+def _is_point(log_prob: Tensor) -> Tensor:
+    """Return where a prior has a single value up to rounding, so that its mask is of no effect."""
+    eps = torch.finfo(log_prob.dtype).eps
+    return (log_prob > -(eps**0.5)) | (log_prob < math.log(eps) + 1)
 
 
 def _in_plates(site: DensitySite) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
-from pyro_ext.tracing.enumeration import ModelEnumeration, NeedsEnumerationError, marginal_sites
+from pyro_ext.tracing.enumeration import NeedsEnumerationError, marginal_sites
 from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
 from pyro_ext.tracing.matching import (
     SiteRecord,
@@ -238,7 +238,7 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
             continue
         shape = node["log_prob"].shape
         dims = {frame.dim for frame in node["cond_indep_stack"]}
-        dims |= node["infer"].get("_dim_to_id", {}).keys()
+        dims |= (node["infer"] or {}).get("_dim_to_id", {}).keys()
         stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
         if particle_dim in stray:
             raise global_site_error(program, name)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -42,6 +43,8 @@ class TracerMemory:
     plate_nesting: int | None = None
     #: Whether the model has sites that are marked for enumeration and not in the guide.
     enumerates: bool | None = None
+    #: The ELBO that sums over the guide, if the guide has marked sites and one particle is used.
+    trace_enum_elbo: Any = None
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
     is_checked_for_nan: bool = False
@@ -157,7 +160,9 @@ class ParticleTracer:
         rows = SharedSubsamples()
         with poutine.block(), torch.no_grad():
             traces = self.run(programs, subsamples=rows)
-        check_vectorization(traces, self._enumerated(programs), rows, self.advice.one_at_a_time, is_strict=True)
+        check_vectorization(
+            traces, self._enumerated(programs), rows, self.advice.one_at_a_time, is_strict=True
+        )
 
     def trace(
         self,
