@@ -43,8 +43,8 @@ class MultiSampleELBO(ELBO):
     run one at a time. The user's scales and masks are part of the weights, with one exception: a
     scale that is the same at every site multiplies f itself.
 
-    Sites that are marked for enumeration in the model, and not in the guide, are summed out for each
-    particle. Marked sites of the guide need one particle.
+    Sites of the model that are marked for enumeration are summed out for each particle, unless the
+    guide has them. Marked sites of the guide need one particle.
 
     :param num_particles: the number of particles K >= 1.
     :param gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for fixed
@@ -62,9 +62,8 @@ class MultiSampleELBO(ELBO):
     :param strict_enumeration_warning: accepted for compatibility with Pyro, without an effect.
     :param retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
     :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
-        once. By default, there is no limit. With chunks, model and guide run twice. The gradients
-        are those of the bound with all K particles. This applies to :meth:`loss` and
-        :meth:`loss_and_grads`, and therefore to ``SVI``.
+        once, in :meth:`loss` and :meth:`loss_and_grads`. By default, there is no limit. With
+        chunks, model and guide run twice. The gradients are those of all K particles.
     :param local_plate: the name of a plate, for models with global latent variables and with local
         latent variables in that plate. Sites outside the plate are drawn once. Sites inside it are
         drawn K times. Each element of the plate has its own bound, and the plate may be subsampled.
@@ -81,7 +80,7 @@ class MultiSampleELBO(ELBO):
         only, and only if it comes from NaN under a mask.
     :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
-    A bound of your own, here the mean of the log weights:
+    A bound of your own:
 
     >>> import pyro, pyro.distributions as dist
     >>> class MeanELBO(MultiSampleELBO):
