@@ -17,6 +17,7 @@ __all__ = [
     "make_optimizer",
     "mask_of",
     "name_of",
+    "packed_dims",
     "samples_of",
     "set_waiting_states",
     "waiting_states",
@@ -34,6 +35,11 @@ def mask_of(fn: Any) -> Any:
 def name_of(module: PyroModule) -> str:
     """Return the name of a module inside of the module that holds it; empty if none does."""
     return module._pyro_name
+
+
+def packed_dims(x: Tensor) -> str:
+    """Return the names of the dims of a packed tensor."""
+    return x._pyro_dims  # type: ignore[attr-defined, no-any-return]
 
 
 def samples_of(module: PyroModule) -> dict[str, Any]:

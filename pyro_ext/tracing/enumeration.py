@@ -16,6 +16,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from pyro_ext._private.of_pyro import packed_dims
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.sites import SiteError
 
@@ -97,7 +98,7 @@ def marginal_sites(trace: Trace, sites: Sequence[DensitySite]) -> list[DensitySi
     rest: list[DensitySite] = []
     groups: list[tuple[set[str], list[DensitySite]]] = []
     for site in sites:
-        dims = symbols.intersection(site.node["packed"]["unscaled_log_prob"]._pyro_dims)
+        dims = symbols.intersection(packed_dims(site.node["packed"]["unscaled_log_prob"]))
         if not dims:
             rest.append(site)
             continue
@@ -201,7 +202,7 @@ def _check_masks(members: Sequence[DensitySite]) -> None:
             continue
         symbol, mask = site.node["infer"]["_enumerate_symbol"], site.node["mask"]
         for other in members:
-            if symbol not in other.node["packed"]["unscaled_log_prob"]._pyro_dims:
+            if symbol not in packed_dims(other.node["packed"]["unscaled_log_prob"]):
                 continue
             of_other = other.node["mask"]
             of_other = torch.as_tensor(True if of_other is None else of_other, device=mask.device)
