@@ -39,7 +39,7 @@ def name_of(module: PyroModule) -> str:
 
 def packed_dims(x: Tensor) -> str:
     """Return the names of the dims of a packed tensor."""
-    return x._pyro_dims  # type: ignore[attr-defined, no-any-return]
+    return x._pyro_dims  # type: ignore[attr-defined]
 
 
 def samples_of(module: PyroModule) -> dict[str, Any]:
