@@ -21,6 +21,7 @@ __all__ = [
     "samples_of",
     "set_waiting_states",
     "waiting_states",
+    "with_packed_dims",
 ]
 
 #: The function of Pyro that returns the scale of all enumerated sites, and checks it.
@@ -40,6 +41,12 @@ def name_of(module: PyroModule) -> str:
 def packed_dims(x: Tensor) -> str:
     """Return the names of the dims of a packed tensor."""
     return x._pyro_dims  # type: ignore[attr-defined]
+
+
+def with_packed_dims(x: Tensor, dims: str) -> Tensor:
+    """Return a tensor with names for its dims, as a packed tensor."""
+    x._pyro_dims = dims  # type: ignore[attr-defined]
+    return x
 
 
 def samples_of(module: PyroModule) -> dict[str, Any]:

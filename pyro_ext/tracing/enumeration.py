@@ -16,9 +16,13 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
-from pyro_ext._private.of_pyro import packed_dims
+from pyro_ext._private.of_pyro import packed_dims, with_packed_dims
+from pyro_ext.tracing.combined_draws import log_proposal, num_draws_of
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
 from pyro_ext.tracing.sites import SiteError
+
+#: A site of a sum, and the log of its factor.
+Member = tuple[DensitySite, Tensor]
 
 _MAX_DIMS = 64  # of a tensor of torch
 
@@ -34,7 +38,7 @@ def is_marked(msg: Any) -> bool:
 
 def is_enumerated(node: Any) -> bool:
     """Return whether a site of a trace has all values of its support, along a dim of its own."""
-    return "_enumerate_dim" in node["infer"]
+    return "_enumerate_dim" in node["infer"] and num_draws_of(node) is None
 
 
 class ModelEnumeration(EnumMessenger):
@@ -42,7 +46,8 @@ class ModelEnumeration(EnumMessenger):
 
     Sites that the guide draws keep their draws.
 
-    :param first_available_dim: the dim to the left of all plates and of the particles, negative.
+    :param first_available_dim: the dim to the left of all plates and of the particles, negative;
+        None for the first dim that the guide leaves free.
     """
 
     def _pyro_sample(self, msg: Message) -> None:
@@ -78,27 +83,32 @@ def _check(msg: Message) -> None:
         )
 
 
-def marginal_sites(trace: Trace, sites: Sequence[DensitySite]) -> list[DensitySite]:
+def marginal_sites(
+    trace: Trace, sites: Sequence[DensitySite], plate_to_symbol: dict[str, str] | None = None
+) -> list[DensitySite]:
     r"""Return the sites of a model, with sums in the place of sites that share enumerated values.
 
     .. math:: \log \sum_d p(x, z, d)
 
-    A sum stands for all sites that depend on each other through enumerated values. It has the name
-    of the first of them, and those plates whose elements have separate sums.
+    A sum stands for all sites that depend on each other through enumerated values, or through
+    several draws of a guide site. It has the name of the first of them, and those plates whose
+    elements have separate sums.
 
     :param trace: the trace of a model that ran under :class:`ModelEnumeration`.
-    :param sites: its density sites.
+    :param sites: its density sites, and those of a guide that ran under :class:`CombinedDraws`.
+    :param plate_to_symbol: the symbols of the plates in the packed trace of this guide.
     :raises SiteError: if scales, masks or plates do not allow the sum.
     """
-    enumerated = {site.name: site for site in sites if is_enumerated(site.node)}
-    if not enumerated:
+    with_dims = [site for site in sites if "_enumerate_dim" in site.node["infer"]]
+    if not with_dims:
         return list(sites)
-    trace.pack_tensors()
-    symbols = {site.node["infer"]["_enumerate_symbol"] for site in enumerated.values()}
+    trace.pack_tensors(plate_to_symbol)
+    symbols = {site.node["infer"]["_enumerate_symbol"] for site in with_dims}
     rest: list[DensitySite] = []
-    groups: list[tuple[set[str], list[DensitySite]]] = []
+    groups: list[tuple[set[str], list[Member]]] = []
     for site in sites:
-        dims = symbols.intersection(packed_dims(site.node["packed"]["unscaled_log_prob"]))
+        factor = _factor(site, symbols)
+        dims = symbols.intersection(packed_dims(factor))
         if not dims:
             rest.append(site)
             continue
@@ -107,23 +117,35 @@ def marginal_sites(trace: Trace, sites: Sequence[DensitySite]) -> list[DensitySi
         groups.append(
             (
                 dims.union(*(group[0] for group in joined)),
-                [*(member for group in joined for member in group[1]), site],
+                [*(member for group in joined for member in group[1]), (site, factor)],
             )
         )
     return [*rest, *(_summed(trace, dims, members) for dims, members in groups)]
 
 
-def _summed(trace: Trace, dims: set[str], members: list[DensitySite]) -> DensitySite:
-    """Return the log of the sum of the product of the densities of some sites."""
+def _summed(trace: Trace, dims: set[str], members: Sequence[Member]) -> DensitySite:
+    """Return the log of the sum of the product of the factors of some sites."""
+    sites = [site for site, _ in members]
     if is_validation_enabled():
-        _check_masks(members)
-    first = next(site for site in members if is_enumerated(site.node))
+        _check_masks(sites)
+    first = next(site for site in sites if "_enumerate_dim" in site.node["infer"])
+    owners = {
+        site.node["infer"]["_enumerate_symbol"]: site
+        for site in sites
+        if "_enumerate_dim" in site.node["infer"]
+    }
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for site in members:
-        log_prob = site.node["packed"]["unscaled_log_prob"]
-        if not is_enumerated(site.node):
-            log_prob = packed.scale_and_mask(log_prob, mask=site.node["packed"]["mask"])
-        factors.setdefault(_ordinal(trace, site), []).append(log_prob)
+    for site, factor in members:
+        ordinal = _ordinal(trace, site)
+        for symbol in dims.intersection(packed_dims(factor)):  # type: ignore[attr-defined]
+            if not _ordinal(trace, owners[symbol]) <= ordinal:
+                raise SiteError(
+                    f"Site '{site.name}' depends on site '{owners[symbol].name}', but is outside "
+                    f"of a plate of it{_in_plates(owners[symbol])}. The values of its elements "
+                    "cannot be summed one by one. Put both in the same plates, or "
+                    f"{_without_sum(owners[symbol])}."
+                )
+        factors.setdefault(ordinal, []).append(factor)
     try:
         with shared_intermediates() as cache:
             tree = contract_tensor_tree(factors, dims, ring=LogRing(cache))
@@ -142,10 +164,25 @@ def _summed(trace: Trace, dims: set[str], members: list[DensitySite]) -> Density
         **first.node,
         "is_observed": True,
         "cond_indep_stack": frames,
-        "log_prob": log_sum * _common_scale(first, members, frames),
+        "log_prob": log_sum * _common_scale(first, sites, frames),
         "unscaled_log_prob": log_sum,
     }
-    return DensitySite(first.program, first.name, node, plates_of(node), tuple(members))
+    return DensitySite("model", first.name, node, plates_of(node), tuple(sites))
+
+
+def _factor(site: DensitySite, symbols: set[str]) -> Tensor:
+    """Return the log of a factor of a sum: a density of the model, or the inverse of a proposal."""
+    log_prob = site.node["packed"]["unscaled_log_prob"]
+    num_draws = num_draws_of(site.node)
+    if site.program == "guide" and num_draws is not None:
+        own = site.node["infer"]["_enumerate_symbol"]
+        log_prob = log_proposal(log_prob, own, symbols, num_draws)
+    if not is_enumerated(site.node):
+        log_prob = packed.scale_and_mask(log_prob, mask=site.node["packed"]["mask"])
+    if site.program == "model":
+        return log_prob
+    factor = -log_prob if num_draws is None else -log_prob - math.log(num_draws)
+    return with_packed_dims(factor, packed_dims(log_prob))
 
 
 def _ordinal(trace: Trace, site: DensitySite) -> frozenset[str]:
@@ -173,9 +210,13 @@ def _common_scale(first: DensitySite, members: Iterable[DensitySite], frames: It
                 f"Sites '{first.name}' and '{site.name}' are summed out together, but have "
                 f"different scales: {_plates_or_scale(first)} and {_plates_or_scale(site)}. A "
                 "scale inside of a sum would change its meaning. Put them in the same subsampled "
-                "plates, use all rows, or draw the site in the guide."
+                f"plates, use all rows, or {_without_sum(first)}."
             )
     return scale
+
+
+def _without_sum(site: DensitySite) -> str:
+    return "draw the site in the guide" if is_enumerated(site.node) else "use num_particles=1"
 
 
 def _is_equal(x: Any, y: Any) -> bool:

@@ -46,6 +46,8 @@ class ParticleTraces:
     :ivar particle_dim: the dim of the particles, negative; None if they ran one after the other.
     :ivar records: a dict from a tuple of program and site name to the record of the site.
     :ivar draws: the draws that leaves replaced.
+    :ivar num_draws: the number of draws of each guide site along a dim of its own; None if the
+        sites have no such dims.
     """
 
     model_traces: tuple[Trace, ...]
@@ -54,6 +56,7 @@ class ParticleTraces:
     particle_dim: int | None
     records: dict[SiteKey, SiteRecord]
     draws: tuple[Draw, ...]
+    num_draws: int | None = None
 
     @property
     def are_vectorized(self) -> bool:
@@ -70,6 +73,11 @@ class ParticleTraces:
     @cached_property
     def density_sites(self) -> list[list[DensitySite]]:
         """The density sites of each model trace and its guide trace."""
+        if self.num_draws is not None:
+            (model_trace,), (guide_trace,) = self.model_traces, self.guide_traces
+            guide_trace.pack_tensors()
+            sites = density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            return [marginal_sites(model_trace, sites, guide_trace.plate_to_symbol)]
         return [
             marginal_sites(model_trace, density_sites("model", model_trace))
             + density_sites("guide", guide_trace)
@@ -173,10 +181,13 @@ def run_in_turn(
     leaves: Leaves,
     advice: Advice,
     enumerates: bool = False,
+    num_draws: int | None = None,
 ) -> ParticleTraces:
     """Trace model and guide once for each particle, all with the same minibatch.
 
     :param max_plate_nesting: the number of nested plates for Pyro's checks; may be infinite.
+    :param num_draws: the number of draws of each guide site along a dim of its own, for a single
+        particle; None for one draw without such a dim.
 
     See :func:`run_at_once` for the other arguments.
     """
@@ -190,7 +201,9 @@ def run_in_turn(
         in_model = SiteRecorder(None, advice, in_guide, enumerates=enumerates)
         with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
-            if enumerates:
+            if num_draws is not None:
+                recorded = recorded.combined(num_draws, -1 - int(max_plate_nesting))
+            elif enumerates:
                 recorded = recorded.enumerated(-1 - int(max_plate_nesting))
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
         model_traces.append(model_trace)
@@ -198,7 +211,13 @@ def run_in_turn(
         all_draws += draws
         records |= _by_program(in_model, in_guide)
     return ParticleTraces(
-        tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(all_draws)
+        tuple(model_traces),
+        tuple(guide_traces),
+        num_particles,
+        None,
+        records,
+        tuple(all_draws),
+        num_draws,
     )
 
 

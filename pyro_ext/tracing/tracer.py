@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from pyro_ext.tracing.provenance import Dependence, draws_leave_plates
 from pyro_ext.tracing.rewards import score_sites
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
 from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
-from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.sites import SiteError, lies_in
 from pyro_ext.tracing.vectorization_check import check_vectorization
 
 
@@ -78,6 +79,8 @@ class ParticleTracer:
     :ivar is_proposal: whether the guide counts only with the density of its draws. An ELBO also
         counts the sites that the guide observes.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
+    :ivar num_draws: the number of draws of each guide site, combined in all ways, for a single
+        particle; None for one draw.
     :ivar advice: the advice of error messages.
     :ivar memory: the facts found about the model and guide.
     """
@@ -90,6 +93,7 @@ class ParticleTracer:
     splits_rewards: bool = True
     is_proposal: bool = False
     has_dim_for_one: bool = False
+    num_draws: int | None = None
     advice: Advice = field(default_factory=Advice)
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
 
@@ -131,10 +135,11 @@ class ParticleTracer:
         if not self.is_linear:
             raise_for_handlers_of_linear_objectives()
         K = self.num_particles if num_particles is None else num_particles
-        run, nesting, enumerates = run_in_turn, self.max_plate_nesting, bool(self.memory.enumerates)
+        nesting, enumerates = self.max_plate_nesting, bool(self.memory.enumerates)
+        run: Any = partial(run_in_turn, num_draws=self.num_draws)
         if self.vectorize and (K > 1 or self.has_dim_for_one):
             run = run_at_once
-        if run is run_at_once or enumerates:
+        if run is run_at_once or enumerates or self.num_draws is not None:
             nesting = self.plate_nesting(programs, subsamples)
         return run(
             self._counted(programs),
@@ -181,6 +186,8 @@ class ParticleTracer:
         to_check = not memory.is_checked and is_validation_enabled()
         rows = SharedSubsamples() if to_check and subsamples is None else subsamples
         traces = self.run(programs, num_particles, rows, leaves)
+        if self.num_draws is not None:
+            _raise_for_score_sites(traces)
         local_plate = self._local_plate
         enumerated = self._enumerated(programs)
         depends = memory.dependence.within(traces, enumerated, subsamples, local_plate)
@@ -250,6 +257,15 @@ class ParticleTracer:
         if self.max_plate_nesting != math.inf:
             return int(self.max_plate_nesting)
         return self.run_first(programs, subsamples)
+
+
+def _raise_for_score_sites(traces: ParticleTraces) -> None:
+    for site, _ in score_sites(traces.guide_traces[0]):
+        raise SiteError(
+            f"Guide site '{site['name']}' is not reparameterised, so it has no pathwise gradient "
+            "for combinations of draws. Take it out of the guide and mark it in the model with "
+            "infer={'enumerate': 'parallel'}, which sums it out, or use ImportanceWeightedELBO."
+        )
 
 
 def _has_foreign_handlers() -> bool:
