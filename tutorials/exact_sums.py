@@ -368,3 +368,16 @@ if __name__ == "__main__":
     main()
 
 # sphinx_gallery_thumbnail_path = "images/thumbnails/exact_sums.png"
+
+# %%
+# Findings
+# --------
+#
+# - The HMM with 2 states is better than the mixture by 13 nats. Calm and turbulent months come in
+#   runs. A third state gains about 1 nat, and more states gain nothing.
+# - With 4 states or more, the Pareto k is above 0.7: the evidence there may be too low. More
+#   training steps or annealed importance sampling would check it.
+# - Exact sums have about a fifth of the gradient variance of drawn states at the same K, for about
+#   the same time. At K = 1 they take the time of ``TraceEnum_ELBO``.
+# - A guide that draws 390 states trains far worse, and it is useless as a proposal: its evidence is
+#   too low by more than 40 nats.

@@ -137,7 +137,7 @@ def _summed(trace: Trace, dims: set[str], members: Sequence[Member]) -> DensityS
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site, factor in members:
         ordinal = _ordinal(trace, site)
-        for symbol in dims.intersection(packed_dims(factor)):  # type: ignore[attr-defined]
+        for symbol in dims.intersection(packed_dims(factor)):
             if not _ordinal(trace, owners[symbol]) <= ordinal:
                 raise SiteError(
                     f"Site '{site.name}' depends on site '{owners[symbol].name}', but is outside "
