@@ -96,10 +96,16 @@ def marginal_sites(
 
     :param trace: the trace of a model that ran under :class:`ModelEnumeration`.
     :param sites: its density sites, and those of a guide that ran under :class:`CombinedDraws`.
-    :param plate_to_symbol: the symbols of the plates in the packed trace of this guide.
+    :param plate_to_symbol: the symbols of the plates in the packed trace of this guide. Without
+        them, the draws of its sites stay separate.
     :raises SiteError: if scales, masks or plates do not allow the sum.
     """
-    with_dims = [site for site in sites if "_enumerate_dim" in site.node["infer"]]
+    with_dims = [
+        site
+        for site in sites
+        if is_enumerated(site.node)
+        or (plate_to_symbol is not None and num_draws_of(site.node) is not None)
+    ]
     if not with_dims:
         return list(sites)
     trace.pack_tensors(plate_to_symbol)
@@ -128,12 +134,12 @@ def _summed(trace: Trace, dims: set[str], members: Sequence[Member]) -> DensityS
     sites = [site for site, _ in members]
     if is_validation_enabled():
         _check_masks(sites)
-    first = next(site for site in sites if "_enumerate_dim" in site.node["infer"])
     owners = {
         site.node["infer"]["_enumerate_symbol"]: site
-        for site in sites
+        for site in reversed(sites)
         if "_enumerate_dim" in site.node["infer"]
     }
+    first = next(site for site in sites if site.node["infer"].get("_enumerate_symbol") in dims)
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site, factor in members:
         ordinal = _ordinal(trace, site)

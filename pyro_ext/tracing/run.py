@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.advice import Advice
+from pyro_ext.tracing.combined_draws import num_draws_of
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.enumeration import NeedsEnumerationError, marginal_sites
 from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
@@ -60,8 +62,9 @@ class ParticleTraces:
 
     @property
     def are_vectorized(self) -> bool:
-        """Whether several particles ran at once."""
-        return self.particle_dim is not None and self.num_particles > 1
+        """Whether several particles, or several draws of the sites, ran at once."""
+        several = self.particle_dim is not None and self.num_particles > 1
+        return several or self.num_draws is not None
 
     def record(self, site: DensitySite) -> SiteRecord:
         """Return the record of a site.
@@ -84,6 +87,15 @@ class ParticleTraces:
             for model_trace, guide_trace in zip(self.model_traces, self.guide_traces, strict=True)
         ]
 
+    @cached_property
+    def sites_by_draw(self) -> list[DensitySite]:
+        """The density sites of the first traces, without sums over the draws of a site."""
+        if self.num_draws is None:
+            return self.density_sites[0]
+        model_trace, guide_trace = self.model_traces[0], self.guide_traces[0]
+        in_model = marginal_sites(model_trace, density_sites("model", model_trace))
+        return in_model + density_sites("guide", guide_trace)
+
     @torch.no_grad()
     def has_particle_dim(self, site: DensitySite) -> bool:
         """Return whether a site has the particle dim before the particle plate expands it.
@@ -103,13 +115,26 @@ class ParticleTraces:
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
         """Return one particle's entry of a log-probability or value from the first traces.
 
+        If sites have several draws, it is the entry of the draws with one index.
+
         :param x: the log-probability or value.
         :param event_dim: the number of event dims of ``x``.
         :param index: the index of the particle.
         """
-        if self.particle_dim is None or x.dim() < event_dim - self.particle_dim:
-            return x
-        return x.select(self.particle_dim - event_dim, index)
+        for dim in self._dims_of_draws:
+            if x.dim() >= event_dim - dim:
+                at = dim - event_dim
+                x = x.select(at, index if x.shape[at] > 1 else 0)
+        return x
+
+    @property
+    def _dims_of_draws(self) -> list[int]:
+        """The particle dim, or the dims of the draws of each site, from left to right."""
+        if self.num_draws is None:
+            return [] if self.particle_dim is None else [self.particle_dim]
+        nodes: Any = self.guide_traces[0].nodes.values()
+        drawn = [n for n in nodes if n["type"] == "sample" and num_draws_of(n) is not None]
+        return sorted(node["infer"]["_enumerate_dim"] for node in drawn)
 
 
 def run_at_once(

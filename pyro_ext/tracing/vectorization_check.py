@@ -102,7 +102,7 @@ def _densities_alone(
         model = poutine.trace(poutine.replay(programs.model, guide)).get_trace(
             *programs.args, **programs.kwargs
         )
-    known = {site.key for site in traces.density_sites[0]}
+    known = {site.key for site in traces.sites_by_draw}
     return {
         key: log_prob
         for program, trace in (("model", model), ("guide", guide))
@@ -130,7 +130,7 @@ def _densities(program: str, trace: Trace) -> Iterator[tuple[SiteKey, Tensor]]:
 
 
 def _found(traces: ParticleTraces, key: SiteKey) -> Tensor:
-    (site,) = (site for site in traces.density_sites[0] if site.key == key)
+    (site,) = (site for site in traces.sites_by_draw if site.key == key)
     return traces.one_particle(site.log_prob, index=_PARTICLE)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.tracing import ParticleTracer
+from pyro_ext.tracing.advice import Advice
 
 
 class TensorMonteCarloELBO(MultiSampleELBO):
@@ -86,7 +87,13 @@ class TensorMonteCarloELBO(MultiSampleELBO):
         tracer = super().tracer
         if self.num_particles == 1:
             return tracer
-        return replace(tracer, num_particles=1, is_linear=True, num_draws=self.num_particles)
+        return replace(
+            tracer,
+            num_particles=1,
+            is_linear=True,
+            num_draws=self.num_particles,
+            advice=Advice("use ImportanceWeightedELBO with vectorize_particles=False"),
+        )
 
     def bound(self, log_w: Float[Tensor, "1 *common"]) -> Float[Tensor, "*common"]:
         """Return the log weight itself, which is that of all combinations.

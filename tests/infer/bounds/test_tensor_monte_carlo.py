@@ -279,6 +279,24 @@ def test_compiled_steps_are_those_of_svi(guide):
     assert losses[0] == pytest.approx(losses[1], abs=1e-8)
 
 
+def test_programs_that_mix_draws_are_refused():
+    def model(x):
+        a = pyro.sample("a", Normal(tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Normal(a, 1.0))
+            d = pyro.sample("d", dist.Bernoulli(tensor(0.4)), infer={"enumerate": "parallel"})
+            pyro.sample("x", Normal(z - z.mean() * mixes + d, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    guide = independent_guide("a", "z")
+    mixes = 0.0
+    TensorMonteCarloELBO(4).check(model, guide, X)
+    mixes = 1.0
+    for method in ("check", "loss"):
+        with pytest.raises(ValueError, match="Site 'd' of the model has another log-probability"):
+            getattr(TensorMonteCarloELBO(4), method)(model, guide, X)
+
+
 def discrete_model(x):
     d = pyro.sample("d", dist.Bernoulli(tensor(0.4)))
     pyro.sample("x", Normal(d, 1.0), obs=x[0])
