@@ -176,7 +176,16 @@ def test_the_evidence_is_unbiased_if_the_guides_sites_depend_on_each_other():
     assert_mean((log_w - Normal(tensor(0.0), 3**0.5).log_prob(tensor(1.0))).exp(), 1.0)
 
 
-def test_one_site_is_the_importance_weighted_bound():
+@pytest.mark.parametrize(
+    "handler",
+    [
+        pyro.poutine.scale(scale=1.0),
+        pyro.poutine.scale(scale=0.3),
+        pyro.poutine.mask(mask=torch.tensor([True, False, True])),
+    ],
+    ids=["plain", "scaled", "masked"],
+)
+def test_one_site_is_the_importance_weighted_bound(handler):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", Normal(pyro.param("m", tensor(0.3)), 1.0))
@@ -184,7 +193,7 @@ def test_one_site_is_the_importance_weighted_bound():
 
     guide = independent_guide((), "z")
     found, expected = (
-        loss_and_grads(cls(5, max_plate_nesting=1), model, guide, X)
+        loss_and_grads(cls(5, max_plate_nesting=1), handler(model), handler(guide), X)
         for cls in (TensorMonteCarloELBO, ImportanceWeightedELBO)
     )
     assert_same(found, expected)
