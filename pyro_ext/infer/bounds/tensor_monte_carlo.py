@@ -18,11 +18,10 @@ class TensorMonteCarloELBO(MultiSampleELBO):
         \frac{p(x, z_1^{k_1}, \dots, z_n^{k_n})}{\prod_i q_i(z_i^{k_i})}, \qquad
         q_i(z) = \frac{1}{K} \sum_{k=1}^{K} q(z \mid z_1^k, \dots, z_{i-1}^k)
 
-    The expectation of the sum is the log evidence of n sites, each with K draws, so the negative
-    loss is a lower bound of the log evidence. With one site it is the importance-weighted bound.
-    With more sites, it has the :math:`K^n` weights of all combinations for n K draws. In a plate,
-    each element has its own combinations. The sums are contracted site by site, as the structure of
-    the model allows.
+    The mean over all combinations has the evidence as its expectation, so the negative loss is a
+    lower bound of the log evidence on average. With one site it is the importance-weighted bound.
+    With n sites it has :math:`K^n` weights from n K draws. In a plate, each element has its own
+    combinations. The sum is contracted site by site, as the structure of the model allows.
 
     A guide site that depends on earlier guide sites is drawn K times, the k-th time given their
     k-th draws. Its density in the weights is the mixture :math:`q_i`. Without such sites, the loss
