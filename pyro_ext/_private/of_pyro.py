@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyro.infer.discrete import _sample_posterior_from_trace as sample_posterior
 from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
@@ -18,6 +19,7 @@ __all__ = [
     "mask_of",
     "name_of",
     "packed_dims",
+    "sample_posterior",
     "samples_of",
     "set_waiting_states",
     "waiting_states",

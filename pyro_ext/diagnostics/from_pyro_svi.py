@@ -31,6 +31,7 @@ def from_pyro_svi(
     prior: bool | Mapping[str, Any] = True,
     posterior_predictive: bool | Mapping[str, Any] = True,
     log_likelihood: bool = True,
+    discrete_sites: bool = True,
     predictions: Sequence[Any] | Mapping[str, Any] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -130,6 +131,9 @@ def from_pyro_svi(
         if predictions is not None and not isinstance(predictions, Mapping):
             new = _with_arguments(programs, predictions)
             chain["predictions"] = draw_predictions(new, chain, source.chunk_size)
+        if not discrete_sites:
+            for name in source.summed_out:
+                del chain["posterior"][name]
         if prior is True:
             chain |= source.draw_prior(num_samples)
         chains.append(chain)
@@ -201,7 +205,7 @@ def _stack(
     groups: dict[str, dict[str, Any]] = {}
     names: dict[str, Sequence[str]] = dict(dims)
     for group, sites in chains[0].items():
-        if group in ("log_p", "log_q", "is_unmasked"):
+        if group in ("log_p", "log_q", "is_unmasked", "has_data"):
             continue
         groups[group] = {}
         for site, array in sites.items():

@@ -146,7 +146,7 @@ def _of_observations(
             f"{NAME}: var_name must be one of the observed sites ({names}), but it is "
             f"{describe(var_name)}."
         )
-    array = _without_masked(found[var_name], groups["is_unmasked"][var_name].values[0])
+    array = _without_masked(found[var_name], groups["has_data"][var_name].values[0])
     return sample_statistics(groups, source.common)["log_weight"].values, array
 
 

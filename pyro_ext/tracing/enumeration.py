@@ -113,7 +113,7 @@ def marginal_sites(
     rest: list[DensitySite] = []
     groups: list[tuple[set[str], list[Member]]] = []
     for site in sites:
-        factor = _factor(site, symbols)
+        factor = factor_of(site, symbols)
         dims = symbols.intersection(packed_dims(factor))
         if not dims:
             rest.append(site)
@@ -134,12 +134,57 @@ def _summed(trace: Trace, dims: set[str], members: Sequence[Member]) -> DensityS
     sites = [site for site, _ in members]
     if is_validation_enabled():
         _check_masks(sites)
+    first = next(site for site in sites if site.node["infer"].get("_enumerate_symbol") in dims)
+    ((ordinal, (log_sum,)),) = log_sums(trace, dims, members).items()
+    frames = tuple(
+        frame
+        for frame in first.node["cond_indep_stack"]
+        if not frame.vectorized or trace.plate_to_symbol[frame.name] in ordinal
+    )
+    node = {
+        **first.node,
+        "is_observed": True,
+        "cond_indep_stack": frames,
+        "log_prob": log_sum * _common_scale(first, sites, frames),
+        "unscaled_log_prob": log_sum,
+    }
+    return DensitySite("model", first.name, node, plates_of(node), tuple(sites))
+
+
+def factor_of(site: DensitySite, symbols: set[str]) -> Tensor:
+    """Return the log of a factor of a sum: a density of the model, or the inverse of a proposal.
+
+    :param site: the site, from a packed trace.
+    :param symbols: the symbols of the values to sum over.
+    """
+    log_prob = site.node["packed"]["unscaled_log_prob"]
+    num_draws = num_draws_of(site.node)
+    if site.program == "guide" and num_draws is not None:
+        own = site.node["infer"]["_enumerate_symbol"]
+        log_prob = log_proposal(log_prob, own, symbols, num_draws)
+    if not is_enumerated(site.node):
+        log_prob = packed.scale_and_mask(log_prob, mask=site.node["packed"]["mask"])
+    if site.program == "model":
+        return log_prob
+    factor = -log_prob if num_draws is None else -log_prob - math.log(num_draws)
+    return with_packed_dims(factor, packed_dims(log_prob))
+
+
+def log_sums(
+    trace: Trace, dims: set[str], members: Sequence[Member]
+) -> dict[frozenset[str], list[Tensor]]:
+    """Return the logs of the sums of the product of some factors, not scaled.
+
+    :param trace: the packed trace.
+    :param dims: the symbols of the values to sum over.
+    :param members: the sites with their factors.
+    :returns: the sums over connected sites, by the symbols of the plates that they keep.
+    """
     owners = {
         site.node["infer"]["_enumerate_symbol"]: site
-        for site in reversed(sites)
+        for site, _ in reversed(members)
         if "_enumerate_dim" in site.node["infer"]
     }
-    first = next(site for site in sites if site.node["infer"].get("_enumerate_symbol") in dims)
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site, factor in members:
         ordinal = _ordinal(trace, site)
@@ -156,39 +201,14 @@ def _summed(trace: Trace, dims: set[str], members: Sequence[Member]) -> DensityS
         with shared_intermediates() as cache:
             tree = contract_tensor_tree(factors, dims, ring=LogRing(cache))
     except (NotImplementedError, ValueError) as error:
+        name = next(reversed(owners.values())).name
         raise SiteError(
-            f"Site '{first.name}' cannot be summed out, because of its plates: {error}"
+            f"Site '{name}' cannot be summed out, because of its plates: {error}"
         ) from error
-    ((ordinal, (term,)),) = tree.items()
-    log_sum = packed.unpack(term, trace.symbol_to_dim)
-    frames = tuple(
-        frame
-        for frame in first.node["cond_indep_stack"]
-        if not frame.vectorized or trace.plate_to_symbol[frame.name] in ordinal
-    )
-    node = {
-        **first.node,
-        "is_observed": True,
-        "cond_indep_stack": frames,
-        "log_prob": log_sum * _common_scale(first, sites, frames),
-        "unscaled_log_prob": log_sum,
+    return {
+        ordinal: [packed.unpack(term, trace.symbol_to_dim) for term in terms]
+        for ordinal, terms in tree.items()
     }
-    return DensitySite("model", first.name, node, plates_of(node), tuple(sites))
-
-
-def _factor(site: DensitySite, symbols: set[str]) -> Tensor:
-    """Return the log of a factor of a sum: a density of the model, or the inverse of a proposal."""
-    log_prob = site.node["packed"]["unscaled_log_prob"]
-    num_draws = num_draws_of(site.node)
-    if site.program == "guide" and num_draws is not None:
-        own = site.node["infer"]["_enumerate_symbol"]
-        log_prob = log_proposal(log_prob, own, symbols, num_draws)
-    if not is_enumerated(site.node):
-        log_prob = packed.scale_and_mask(log_prob, mask=site.node["packed"]["mask"])
-    if site.program == "model":
-        return log_prob
-    factor = -log_prob if num_draws is None else -log_prob - math.log(num_draws)
-    return with_packed_dims(factor, packed_dims(log_prob))
 
 
 def _ordinal(trace: Trace, site: DensitySite) -> frozenset[str]:

@@ -15,7 +15,7 @@ from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import WidenedScales, prior_proposal
+from pyro_ext.infer.evidence.proposals import WidenedScales, PriorProposal
 from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
@@ -143,7 +143,7 @@ def estimate_evidence(
     state = EvidenceState() if state is None else state
     with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
-            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))

@@ -14,7 +14,7 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.expectation import Expectation, Mean, SelfNormalizedMean
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import prior_proposal
+from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.ops import accumulation_dtype
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
@@ -95,7 +95,7 @@ def estimate_expectation(
     stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
     with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
-            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         block = DataBlock(programs)
         if stream.chunk_size > 1:

@@ -1,5 +1,6 @@
 """Proposals made from a model or from a guide."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,12 +11,24 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing import Program
+from pyro_ext.tracing.enumeration import is_marked
 from pyro_ext.tracing.sites import SiteError, base_of, is_delta
 
 
-def prior_proposal(model: Program) -> Program:
-    """Return the prior of a model as a guide: its latent sites, without observed sites."""
-    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
+@dataclass(frozen=True)
+class PriorProposal:
+    """The prior of a model as a guide, without observed sites and sites that are summed out."""
+
+    model: Program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw from the prior."""
+        with poutine.block(hide_fn=_is_hidden):
+            return self.model(*args, **kwargs)
+
+
+def _is_hidden(msg: Message) -> bool:
+    return msg["type"] == "sample" and (msg["is_observed"] or is_marked(msg))
 
 
 class WidenedScales(Messenger):
