@@ -201,6 +201,7 @@ def diagnose(
         predictive_p_values={
             site: _p_values(groups, site, statistics or STATISTICS)
             for site in groups.get("posterior_predictive", {})
+            if groups["is_unmasked"][site].values[0].any()
         },
         points=tuple(source.points),
         has_draws=source.has_draws,

@@ -276,7 +276,7 @@ class DrawSource:
         if not discrete:
             return model, drawn
         for name in discrete:
-            node = drawn.nodes[name]
+            node: Any = drawn.nodes[name]
             if self.row_plate is not None and not lies_in(node, self.row_plate.name):
                 node["value"] = self._globals.setdefault(name, node["value"])
         found = self._run_model(self.programs.model, num_draws, rows, drawn)

@@ -15,7 +15,7 @@ from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import WidenedScales, PriorProposal
+from pyro_ext.infer.evidence.proposals import PriorProposal, WidenedScales
 from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
