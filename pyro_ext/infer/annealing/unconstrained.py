@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
 from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
-from pyro_ext.infer.evidence.proposals import PriorProposal
+from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.failures import data_points, warn_of_points
 from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
-from pyro_ext.tracing.sites import SiteError, is_delta
+from pyro_ext.tracing.sites import is_delta
 
 _ADVICE = replace(CHUNK_ADVICE, one_at_a_time="use estimate_evidence with chunk_size=1")
 
@@ -98,7 +98,7 @@ class UnconstrainedPrograms:
         self.plates = particles.plates
         self.outer = particles.unscaled_outer
         self._raise_for_scales(particles)
-        self._raise_for_dependent_prior(particles)
+        raise_for_dependent_prior(self.owner, self.programs, particles)
         log_w = particles.log_w
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))
@@ -119,19 +119,6 @@ class UnconstrainedPrograms:
                 "has a scale of its own, so q is not a density. Remove poutine.scale, or put one "
                 "scale around all of model and guide."
             )
-
-    def _raise_for_dependent_prior(self, particles: Particles) -> None:
-        """Raise a ValueError if the prior draws a site given a site that is summed out."""
-        if not isinstance(self.programs.guide, PriorProposal):
-            return
-        drawn = particles.guide_traces[0].nodes
-        for site in particles.density_sites[0]:
-            names = [member.name for member in site.members if member.name in drawn]
-            if names:
-                raise SiteError(
-                    f"{self.owner}: the prior of site '{names[0]}' depends on site '{site.name}', "
-                    "which is summed out, so chains cannot start there. Pass a guide."
-                )
 
     def __call__(self, positions: dict[str, Tensor]) -> Densities:
         """Return the densities at the given positions."""

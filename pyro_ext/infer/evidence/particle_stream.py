@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
 from pyro_ext.infer.evidence.data_blocks import DataBlock
+from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer
 from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.enumerated_draws import latent_draws
@@ -72,6 +73,7 @@ class ParticleStream:
             first += num_particles
             self._check(particles, block)
             if not self._was_looked_at:
+                raise_for_dependent_prior(self.owner, block.programs, particles)
                 warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
                 self._was_looked_at = True
             yield particles

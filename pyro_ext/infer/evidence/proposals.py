@@ -10,7 +10,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext._private.of_pyro import mask_of
-from pyro_ext.tracing import Program
+from pyro_ext.tracing import Particles, Program, Programs
 from pyro_ext.tracing.enumeration import is_marked
 from pyro_ext.tracing.sites import SiteError, base_of, is_delta
 
@@ -29,6 +29,27 @@ class PriorProposal:
 
 def _is_hidden(msg: Message) -> bool:
     return msg["type"] == "sample" and (msg["is_observed"] or is_marked(msg))
+
+
+def raise_for_dependent_prior(owner: str, programs: Programs, particles: Particles) -> None:
+    """Raise a SiteError if a prior draws a site given a site that is summed out.
+
+    The density of such draws would need the sum, too.
+
+    :param owner: the name of the calling function.
+    :param programs: the model and guide.
+    :param particles: their particles.
+    """
+    if not isinstance(poutine.unwrap(programs.guide), PriorProposal):
+        return
+    drawn = particles.guide_traces[0].nodes
+    for site in particles.density_sites[0]:
+        names = [member.name for member in site.members if member.name in drawn]
+        if names:
+            raise SiteError(
+                f"{owner}: the prior of site '{names[0]}' depends on site '{site.name}', which is "
+                "summed out, so the prior cannot be the guide. Pass a guide."
+            )
 
 
 class WidenedScales(Messenger):
