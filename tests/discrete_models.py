@@ -14,6 +14,8 @@ PROBS = torch.tensor([0.3, 0.7], dtype=F64)
 TRANSITIONS = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=F64)
 PRIOR = dist.Normal(torch.tensor([-1.0, 1.0], dtype=F64), 1.0)
 NOISE = 0.8
+#: It has wider tails than the posterior, so that the weights have a variance.
+PROPOSAL = dist.Normal(torch.tensor([-0.7, 1.2], dtype=F64), 1.1)
 
 
 def chosen(means, index):
@@ -52,7 +54,7 @@ def rows(x):
 
 
 def guide(*_):
-    pyro.sample("means", dist.Normal(torch.tensor([-0.7, 1.2]), 0.8).to_event(1))
+    pyro.sample("means", PROPOSAL.to_event(1))
 
 
 def guide_of_rows(x):
