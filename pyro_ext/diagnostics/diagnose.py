@@ -140,6 +140,9 @@ def diagnose(
     mean weight minus the mean log weight is a lower bound of
     :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
+    weights, and drawn for the predictions.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
     :param args: positional arguments of model and guide.

@@ -56,6 +56,9 @@ def simulation_based_calibration(
     are asymmetric. If a guide is too narrow, they lie near 0 and 1. If a guide is too wide, they
     lie near 1/2.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are drawn given the
+    draws of the guide, and ranked like the others.
+
     An interrupt (Ctrl-C) ends the fits after the current step or draw, with a warning. The result
     uses the draws so far, or with ``vectorize=False`` the simulations that were complete. A second
     interrupt ends the call at once.

@@ -52,6 +52,9 @@ def annealed_importance_sampling(
     number of temperatures. With many temperatures, the weights vary little even if the guide is far
     from the posterior. The estimate can therefore serve as a reference for other estimates.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out. The
+    chains then move on the marginal density of the other sites.
+
     Chains and data points run at once, and each transition is accepted separately. A first pass
     finds a step size for each temperature and data point. The chains of this pass are then
     discarded. Step sizes are relative to the spread of the guide's draws.

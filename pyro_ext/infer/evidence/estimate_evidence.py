@@ -60,7 +60,8 @@ def estimate_evidence(
     random numbers are drawn chunk by chunk. The result is the evidence of the data on which model
     and guide run. It does not include the subsampling scale. It does not include a user's scale
     either, if this scale is the same at every site. Sites that the guide observes do not count,
-    because the guide does not draw them.
+    because the guide does not draw them. Sites of the model that are marked for enumeration are
+    summed out of the weights, unless the guide draws them.
 
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is also given if a

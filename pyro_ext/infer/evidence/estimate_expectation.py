@@ -53,6 +53,9 @@ def estimate_expectation(
     plates. The first dim of the returned value must be the particle dim, so sum or average only
     over dims counted from the right. This does not apply with ``chunk_size=1``.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
+    weights. The model then runs again, with draws of these sites given the others, for the values.
+
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is given if a Pareto
     k is above 0.7. It is also given if all values were zero, because the error is then unknown.
