@@ -22,6 +22,7 @@ SUITES = (
     "bounds",
     "eager_step",
     "pyro_programs",
+    "exact_sums",
     "jackknife_orders",
     "discretized_logistic",
     "bayes_by_backprop",

@@ -11,6 +11,7 @@ ORDER = (
     "jackknife_training",
     "signal_to_noise",
     "discrete_latents",
+    "exact_sums",
     "bayes_by_backprop",
     "bayesian_modules",
     "discretized_logistic",

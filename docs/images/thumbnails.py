@@ -16,6 +16,7 @@ PANELS = {
     "diagnose_with_arviz": (0.0, 0.0, 0.52, 0.497),
     "discrete_latents": (0.0, 0.0, 0.55, 1.0),
     "discretized_logistic": (0.08, 0.0, 0.92, 0.535),
+    "exact_sums": (0.0, 0.0, 0.368, 1.0),
     "importance_sampling": (0.0, 0.0, 0.356, 1.0),
     "importance_weighted_autoencoders": (0.0, 0.0, 0.464, 0.487),
     "jackknife_bias": (0.336, 0.0, 0.68, 1.0),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyro.infer.discrete import _sample_posterior_from_trace as sample_posterior
 from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
@@ -17,9 +18,12 @@ __all__ = [
     "make_optimizer",
     "mask_of",
     "name_of",
+    "packed_dims",
+    "sample_posterior",
     "samples_of",
     "set_waiting_states",
     "waiting_states",
+    "with_packed_dims",
 ]
 
 #: The function of Pyro that returns the scale of all enumerated sites, and checks it.
@@ -34,6 +38,17 @@ def mask_of(fn: Any) -> Any:
 def name_of(module: PyroModule) -> str:
     """Return the name of a module inside of the module that holds it; empty if none does."""
     return module._pyro_name
+
+
+def packed_dims(x: Tensor) -> str:
+    """Return the names of the dims of a packed tensor."""
+    return x._pyro_dims  # type: ignore[attr-defined]
+
+
+def with_packed_dims(x: Tensor, dims: str) -> Tensor:
+    """Return a tensor with names for its dims, as a packed tensor."""
+    x._pyro_dims = dims  # type: ignore[attr-defined]
+    return x
 
 
 def samples_of(module: PyroModule) -> dict[str, Any]:

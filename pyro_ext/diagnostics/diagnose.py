@@ -140,6 +140,9 @@ def diagnose(
     mean weight minus the mean log weight is a lower bound of
     :math:`\mathrm{KL}(q \,\|\, p(\cdot \mid x))`.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
+    weights, and drawn for the predictions.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
     :param args: positional arguments of model and guide.
@@ -201,6 +204,7 @@ def diagnose(
         predictive_p_values={
             site: _p_values(groups, site, statistics or STATISTICS)
             for site in groups.get("posterior_predictive", {})
+            if groups["is_unmasked"][site].values[0].any()
         },
         points=tuple(source.points),
         has_draws=source.has_draws,

@@ -24,12 +24,14 @@ from pyro_ext.diagnostics.site_arrays import (
     is_unmasked,
     joined,
     log_density,
-    log_prob,
     site_arrays,
 )
+from pyro_ext.diagnostics.summed_sites import has_data, log_likelihood, with_sums
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
-from pyro_ext.tracing.density_sites import density_sites
+from pyro_ext.tracing.density_sites import Plate
+from pyro_ext.tracing.enumerated_draws import latent_draws
+from pyro_ext.tracing.enumeration import is_enumerated
 from pyro_ext.tracing.failures import warn_of_points, warn_of_single_draws
 from pyro_ext.tracing.matching import raise_for_handlers_of_linear_objectives
 from pyro_ext.tracing.particle_plate import plated
@@ -69,12 +71,13 @@ class DrawSource:
         self.nesting = self._tracer.plate_nesting(programs)
         self._constants: set[str] = set()
         self._data: dict[str, Tensor] = {}
+        self._globals: dict[str, Tensor] = {}
+        self.row_plate: Plate | None = None
         rows = SharedSubsamples()
         particles = self._tracer.trace(programs, min(2, chunk_size), rows)
-        (one, *_), (other, *_) = (
-            particles.model_traces,
-            self._tracer.run(programs, 3 if chunk_size > 1 else 1, rows).model_traces,
-        )
+        traces = self._tracer.run(programs, 3 if chunk_size > 1 else 1, rows)
+        one, _ = self._at_draws(particles, min(2, chunk_size), rows)
+        other, _ = self._at_draws(traces, traces.num_particles, rows)
         if chunk_size > 1:
             self._find_constants(one, other)
         self._varying = self._find_varying(one, other)
@@ -82,10 +85,10 @@ class DrawSource:
         self.points = warn_of_points(particles.guide_traces[0], programs, rows)
         self.common = tuple(plate.name for plate in particles.plates)
         self._common_dims = [plate.dim for plate in particles.plates if plate.dim is not None]
-        sites = [
-            *density_sites("model", particles.model_traces[0]),
-            *density_sites("guide", particles.guide_traces[0]),
-        ]
+        sites = particles.density_sites[0]
+        self.summed_out = {
+            member.name for s in sites for member in s.members if is_enumerated(member.node)
+        }
         subsampled = {p.name: p for s in sites for p in s.plates if p.subsampling_scale != 1}
         if len(subsampled) > 1:
             first, second, *_ = sorted(subsampled)
@@ -111,8 +114,9 @@ class DrawSource:
 
         :param num_draws: the number of draws.
         :param predictive: whether to draw observations as well.
-        :returns: the groups ``posterior``, ``log_likelihood``, ``observed_data``, ``is_unmasked``,
-            ``log_p`` and ``log_q``, and also ``posterior_predictive`` if ``predictive`` is True.
+        :returns: the groups ``posterior``, ``log_likelihood``, ``has_data`` (which elements of the
+            log-likelihood are not masked out), ``observed_data``, ``is_unmasked``, ``log_p`` and
+            ``log_q``, and also ``posterior_predictive`` if ``predictive`` is True.
         """
         return self._collect(num_draws, lambda n, rows: self._groups(n, rows, predictive))
 
@@ -120,7 +124,7 @@ class DrawSource:
         """Draw the groups ``prior`` and ``prior_predictive`` from the model alone."""
 
         def make(n: int, rows: SharedSubsamples) -> Groups:
-            trace = self._run_model(n, rows)
+            trace = self._run_model(free_model(self.programs.model), n, rows)
             return {
                 "prior": self._arrays(trace, n, is_latent),
                 "prior_predictive": self._arrays(trace, n, self._is_data),
@@ -185,6 +189,7 @@ class DrawSource:
     def _blocks(self, make: Callable[[SharedSubsamples], Groups]) -> Iterator[Groups]:
         """Yield the groups of one chunk of draws, for one block of rows at a time."""
         self._data = {}
+        self._globals = {}
         if self.row_plate is None:
             yield make(SharedSubsamples())
             return
@@ -205,22 +210,25 @@ class DrawSource:
 
     def _groups(self, num_draws: int, rows: SharedSubsamples, predictive: bool) -> Groups:
         traces: ParticleTraces = self._tracer.run(self.programs, num_draws, rows)
-        (model,), (guide,) = traces.model_traces, traces.guide_traces
+        (guide,), (row,) = traces.guide_traces, traces.density_sites
+        model, drawn = self._at_draws(traces, num_draws, rows)
+        sums = with_sums(traces.model_traces[0], row)
         self._check_rows(model)
-        records = [traces.record(site) for row in traces.density_sites for site in row]
+        records = [traces.record(site) for site in row]
         density = partial(log_density, user_scale=uniform_scale(records, self._common_dims))
         groups = {
             "posterior": self._arrays(model, num_draws, is_latent)
             | self._arrays(guide, num_draws, partial(_is_own, model=model)),
-            "log_likelihood": self._arrays(model, num_draws, is_observation, log_prob),
+            "log_likelihood": self._arrays(sums, num_draws, is_observation, log_likelihood),
             "observed_data": self._arrays(model, 1, self._is_data),
             "is_unmasked": self._arrays(model, num_draws, is_observation, is_unmasked),
-            "log_p": self._arrays(model, num_draws, has_density, density),
+            "has_data": self._arrays(sums, num_draws, is_observation, has_data),
+            "log_p": self._arrays(sums, num_draws, has_density, density),
             "log_q": self._arrays(guide, num_draws, has_density, density),
         }
         if predictive:
-            drawn = self._run_model(num_draws, rows, guide)
-            groups["posterior_predictive"] = self._arrays(drawn, num_draws, self._is_data)
+            free = self._run_model(free_model(self.programs.model), num_draws, rows, drawn)
+            groups["posterior_predictive"] = self._arrays(free, num_draws, self._is_data)
         for name, array in groups["posterior"].items():
             if np.isnan(array.values).any():
                 raise ValueError(
@@ -231,8 +239,7 @@ class DrawSource:
 
     def _check_given_rows(self, rows: SharedSubsamples, particles: Particles) -> None:
         """Raise a ValueError if the programs choose the rows of a subsampled plate themselves."""
-        traces = particles.model_traces + particles.guide_traces
-        plates = {p for trace in traces for s in density_sites("", trace) for p in s.plates}
+        plates = {plate for row in particles.density_sites for s in row for plate in s.plates}
         for plate in plates:
             if plate.name in rows.given and plate.subsampling_scale != 1:
                 raise ValueError(
@@ -259,13 +266,28 @@ class DrawSource:
                 "all rows and no subsample_size."
             )
 
-    def _run_model(self, num_draws: int, rows: SharedSubsamples, guide_trace: Any = None) -> Any:
-        """Return the trace of the model with nothing observed."""
-        model: Program = free_model(self.programs.model)
-        if guide_trace is not None:
-            drawn = guide_trace.copy()
-            for name in [n for n, node in drawn.nodes.items() if node.get("is_observed")]:
-                drawn.remove_node(name)  # the model draws what the guide only observes
+    def _at_draws(
+        self, traces: ParticleTraces | Particles, num_draws: int, rows: SharedSubsamples
+    ) -> tuple[Any, Any]:
+        """Return the trace of the model at the draws of all latent sites, and these draws."""
+        model = traces.model_traces[0]
+        drawn = latent_draws(traces.guide_traces[0], model)
+        discrete = [name for name in drawn.nodes if name not in traces.guide_traces[0].nodes]
+        if not discrete:
+            return model, drawn
+        for name in discrete:
+            node: Any = drawn.nodes[name]
+            if self.row_plate is not None and not lies_in(node, self.row_plate.name):
+                node["value"] = self._globals.setdefault(name, node["value"])
+        found = self._run_model(self.programs.model, num_draws, rows, drawn)
+        found.compute_log_prob()
+        return found, drawn
+
+    def _run_model(
+        self, model: Program, num_draws: int, rows: SharedSubsamples, drawn: Any = None
+    ) -> Any:
+        """Return the trace of a model at given draws of its latent sites, or at its own."""
+        if drawn is not None:
             model = poutine.replay(model, trace=drawn)
         handler = poutine.trace(plated(model, num_draws, self.nesting))
         try:

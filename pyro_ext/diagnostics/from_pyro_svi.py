@@ -31,6 +31,7 @@ def from_pyro_svi(
     prior: bool | Mapping[str, Any] = True,
     posterior_predictive: bool | Mapping[str, Any] = True,
     log_likelihood: bool = True,
+    discrete_sites: bool = True,
     predictions: Sequence[Any] | Mapping[str, Any] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -58,6 +59,11 @@ def from_pyro_svi(
     their elements. The dims have the names of the plates. If a plate is subsampled, its rows are
     visited block by block, so that its dim has all rows.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
+    weights and of the log-likelihood. ``posterior`` has draws of these sites given the draws of the
+    guide, and the predictions use them. Observed sites that share such a site, as in a hidden
+    Markov model, have one joint log-likelihood, with the name of the first of them.
+
     With ``resample="psis"``, the draws are resampled with their Pareto-smoothed importance weights.
     Each element of the common plates is resampled separately. Without common plates, the draws are
     resampled jointly. Resampling corrects the guide's error if the Pareto k is below 0.7. After
@@ -78,6 +84,7 @@ def from_pyro_svi(
     :param posterior_predictive: whether to draw observations; or a dict from site name to an array
         ``(draw, ...)``.
     :param log_likelihood: whether to export the log-likelihood.
+    :param discrete_sites: whether to export the draws of the sites that are summed out.
     :param predictions: the positional arguments of the model for new data. For other keyword
         arguments as well, pass a tuple of the positional arguments and a dict of the keyword
         arguments. For each posterior draw, the model draws new observations. It also draws the
@@ -133,7 +140,8 @@ def from_pyro_svi(
         if prior is True:
             chain |= source.draw_prior(num_samples)
         chains.append(chain)
-    groups, names = _stack(chains, dims or {})
+    left_out = set() if discrete_sites else source.summed_out
+    groups, names = _stack(chains, dims or {}, left_out)
     if not log_likelihood:
         groups.pop("log_likelihood")
     given = {
@@ -195,16 +203,18 @@ def _with_arguments(programs: Programs, predictions: Sequence[Any]) -> Programs:
 
 
 def _stack(
-    chains: Sequence[Groups], dims: Mapping[str, Sequence[str]]
+    chains: Sequence[Groups], dims: Mapping[str, Sequence[str]], left_out: set[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[str]]]:
-    """Return the arrays of all chains, and the names of their dims."""
+    """Return the arrays of all chains, without some sites, and the names of their dims."""
     groups: dict[str, dict[str, Any]] = {}
     names: dict[str, Sequence[str]] = dict(dims)
     for group, sites in chains[0].items():
-        if group in ("log_p", "log_q", "is_unmasked"):
+        if group in ("log_p", "log_q", "is_unmasked", "has_data"):
             continue
         groups[group] = {}
         for site, array in sites.items():
+            if group == "posterior" and site in left_out:
+                continue
             if group == "observed_data":
                 groups[group][site] = array.values[0]
             else:

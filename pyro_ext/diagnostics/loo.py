@@ -53,6 +53,10 @@ def loo(
     wrong, because :math:`z_n` was inferred from the point :math:`x_n` that is left out. The ratios
     would be unusable, and the result would be too high.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of
+    :math:`p(x_n \mid \theta)`. Observations that share such a site, as in a hidden Markov model,
+    count as one.
+
     Without global latent sites, there is nothing from which to leave out a point: parameters that
     were learnt as point estimates depend on all data. In this case, use
     :func:`pyro_ext.infer.estimate_evidence` on held-out data.
@@ -146,7 +150,7 @@ def _of_observations(
             f"{NAME}: var_name must be one of the observed sites ({names}), but it is "
             f"{describe(var_name)}."
         )
-    array = _without_masked(found[var_name], groups["is_unmasked"][var_name].values[0])
+    array = _without_masked(found[var_name], groups["has_data"][var_name].values[0])
     return sample_statistics(groups, source.common)["log_weight"].values, array
 
 

@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,8 +19,10 @@ from pyro_ext._interruption import Interrupts, postponed_interrupts
 from pyro_ext.diagnostics.calibration import Calibration, tested
 from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import is_unmasked
-from pyro_ext.tracing import Program, Programs
+from pyro_ext.tracing import ParticleTracer, Program, Programs
 from pyro_ext.tracing.arguments import check_program, read_programs
+from pyro_ext.tracing.enumerated_draws import latent_draws
+from pyro_ext.tracing.enumeration import is_marked
 from pyro_ext.tracing.sites import is_masked_out
 
 NAME = "simulation_based_calibration"
@@ -54,6 +56,9 @@ def simulation_based_calibration(
     are asymmetric. If a guide is too narrow, they lie near 0 and 1. If a guide is too wide, they
     lie near 1/2.
 
+    Sites of the model that are marked for enumeration, and not in the guide, are drawn given the
+    draws of the guide, and ranked like the others.
+
     An interrupt (Ctrl-C) ends the fits after the current step or draw, with a warning. The result
     uses the draws so far, or with ``vectorize=False`` the simulations that were complete. A second
     interrupt ends the call at once.
@@ -75,7 +80,8 @@ def simulation_based_calibration(
     :param num_steps: the number of SVI steps, >= 0; use 0 if the guide needs no training.
     :param optim: a Pyro optimiser. The default is :class:`pyro.optim.ClippedAdam` with a learning
         rate that falls from 0.05 to 0.005.
-    :param loss: an ELBO; :class:`pyro.infer.Trace_ELBO` by default.
+    :param loss: an ELBO. The default is :class:`pyro.infer.Trace_ELBO`, or
+        :class:`pyro.infer.TraceEnum_ELBO` if sites of the model are marked for enumeration.
     :param vectorize: whether to fit all guides at once, instead of one by one.
     :param progress_bar: whether to show a progress bar.
     :param kwargs: further keyword arguments of model and guide.
@@ -115,7 +121,7 @@ def simulation_based_calibration(
         if vectorize:
             free = _in_plate(free, num_simulations)
         bar = tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar)
-        fits = _Fits(free, make_guide, optim, loss or Trace_ELBO(), num_steps, interrupts, bar)
+        fits = _Fits(free, make_guide, optim, loss, num_steps, interrupts, bar)
         parts: list[dict[str, Tensor]] = []
         num_draws = 0
         try:
@@ -158,21 +164,22 @@ class _Fits:
         """
         free = self.programs
         with pyro.get_param_store().scope():
-            truth, observations = _simulate(free)
+            truth, observations, marked = _simulate(free)
             conditioned = poutine.condition(free.model, data=observations)
             guide = self.make_guide(conditioned, observations)
-            svi = SVI(conditioned, guide, self.optim, self.loss)
+            loss = self.loss or (TraceEnum_ELBO() if marked else Trace_ELBO())
+            svi = SVI(conditioned, guide, self.optim, loss)
             for _ in range(self.num_steps):
                 self.interrupts.deliver()
                 svi.step(*free.args, **free.kwargs)
                 self.bar.update()
-            ranks = _Ranks(truth)
+            ranks = _Ranks(truth, marked)
             while ranks.num_draws < num_samples:
                 if not (keeps_few_draws and ranks.num_draws):
                     self.interrupts.deliver()
                 elif self.interrupts:
                     break
-                ranks.add_draw(replace(free, guide=guide))
+                ranks.add_draw(replace(free, model=conditioned, guide=guide))
             return ranks
 
 
@@ -203,8 +210,8 @@ def _in_plate(programs: Programs, size: int) -> Programs:
     return replace(programs, model=plated)
 
 
-def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return latent values and observations that the model draws."""
+def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """Return latent values and observations that the model draws, and the sites that are marked."""
     with torch.no_grad():
         trace = poutine.trace(programs.model).get_trace(*programs.args, **programs.kwargs)
         trace.compute_log_prob()
@@ -235,7 +242,7 @@ def _simulate(programs: Programs) -> tuple[dict[str, Tensor], dict[str, Tensor]]
             truth[name] = value if mask.all() else value.double().where(mask, math.nan)
     if not observations:
         raise ValueError(f"{NAME}: the model has no observed site. Observe a site with obs=.")
-    return truth, observations
+    return truth, observations, {name for name in truth if is_marked(trace.nodes[name])}
 
 
 def _with_fixed_parameters(programs: Programs) -> Programs:
@@ -253,18 +260,24 @@ class _Ranks:
     """The ranks of the true values among the draws of each site.
 
     :param truth: a dict from site name to the true value.
+    :param marked: the sites that are summed out if the guide does not draw them.
     """
 
-    def __init__(self, truth: dict[str, Tensor]) -> None:
+    def __init__(self, truth: dict[str, Tensor], marked: set[str]) -> None:
         self._truth = truth
+        self._marked = marked
+        self._tracer = ParticleTracer(1, is_linear=True)
         self._below = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in truth.items()}
         self._ties = {name: torch.ones_like(count) for name, count in self._below.items()}
         self.num_draws = 0
 
     @torch.no_grad()
     def add_draw(self, programs: Programs) -> None:
-        """Add a draw from the guide."""
+        """Add a draw from the guide, and of the sites that the model sums out."""
         trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
+        if not self._marked <= trace.nodes.keys():
+            traces = self._tracer.run(programs)
+            trace = latent_draws(traces.guide_traces[0], traces.model_traces[0])
         for name, value in self._truth.items():
             draw = trace.nodes[name]["value"] if name in trace.nodes else None
             if draw is None:

@@ -9,6 +9,7 @@ from pyro_ext.infer.bounds.multi_sample_elbo import MultiSampleELBO
 from pyro_ext.infer.bounds.multilevel import MultilevelELBO
 from pyro_ext.infer.bounds.multiply_importance_weighted import MultiplyImportanceWeightedELBO
 from pyro_ext.infer.bounds.partially_importance_weighted import PartiallyImportanceWeightedELBO
+from pyro_ext.infer.bounds.tensor_monte_carlo import TensorMonteCarloELBO
 from pyro_ext.infer.bounds.thermodynamic import ThermodynamicELBO
 from pyro_ext.infer.bounds.variational_renyi import VariationalRenyiELBO
 from pyro_ext.infer.evidence.estimate_evidence import estimate_evidence
@@ -56,6 +57,7 @@ __all__ = [
     "MultiplyImportanceWeightedELBO",
     "PartiallyImportanceWeightedELBO",
     "Particles",
+    "TensorMonteCarloELBO",
     "ThermodynamicELBO",
     "TrainingHistory",
     "UniformKL",

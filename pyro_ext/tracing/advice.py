@@ -21,8 +21,9 @@ class Advice:
     )
     one_particle: str = ", or use num_particles=1"
     enumeration: str = (
-        "Remove infer={'enumerate': ...} or config_enumerate, and draw the site in the guide. To "
-        "sum it out, use pyro.infer.TraceEnum_ELBO."
+        "Take the site out of the guide and mark it in the model, which sums it out, or draw it in "
+        "the guide without infer={'enumerate': ...}. With num_particles=1, the sum over the guide "
+        "is exact."
     )
 
 
@@ -32,6 +33,7 @@ CHUNK_ADVICE = Advice(
     local_plate="Pass all rows of the plate, without subsample= or subsample_size=",
     one_particle="",
     enumeration=(
-        "Remove infer={'enumerate': ...} or config_enumerate, and draw the site in the guide."
+        "Take the site out of the guide and mark it in the model, which sums it out, or draw it in "
+        "the guide without infer={'enumerate': ...}."
     ),
 )

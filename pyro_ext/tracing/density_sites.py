@@ -32,12 +32,20 @@ class Plate(NamedTuple):
 
 
 class DensitySite(NamedTuple):
-    """A sample site that contributes to the density, and its plates without the particle plate."""
+    """A sample site that contributes to the density, or a sum over enumerated values.
+
+    :ivar program: ``"model"`` or ``"guide"``.
+    :ivar name: the name of the site. A sum has the name of the first enumerated site.
+    :ivar node: the node of the trace, or the node that stands for a sum.
+    :ivar plates: its plates, without the particle plate.
+    :ivar members: the sites of a sum.
+    """
 
     program: str
     name: str
     node: Any
     plates: frozenset[Plate]
+    members: tuple[Any, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:

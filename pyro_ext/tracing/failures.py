@@ -9,7 +9,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
-from pyro_ext.tracing.density_sites import density_sites
+from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.provenance import points_of
@@ -88,13 +88,19 @@ def warn_of_single_draws(owner: str, error: Exception) -> None:
 
 def _first_site(particles: Particles, is_bad: Callable[[Tensor], Tensor]) -> str | None:
     # The guide runs first, so a bad value there is the cause of bad values in the model.
-    programs = (("guide", particles.guide_traces), ("model", particles.model_traces))
-    for program, traces in programs:
-        for trace in traces:
-            for site in density_sites(program, trace):
-                if is_bad(site.log_prob).any():
-                    return f"'{site.name}' of the {program}"
+    sites = [site for row in particles.density_sites for site in row]
+    for site in sorted(sites, key=lambda site: site.program):
+        if is_bad(site.log_prob).any():
+            culprit = next((m for m in site.members if is_bad(_over_values(m)).any()), site)
+            return f"'{culprit.name}' of the {culprit.program}"
     return None
+
+
+def _over_values(site: DensitySite) -> Tensor:
+    """Return the log of the sum over the enumerated values; it is infinite if all of them are."""
+    plates = {frame.dim for frame in site.node["cond_indep_stack"]}
+    dims = [dim for dim in range(-site.log_prob.dim(), 0) if dim not in plates]
+    return site.log_prob.logsumexp(dims, keepdim=True) if dims else site.log_prob
 
 
 def data_points(chosen: Tensor, offset: tuple[int, ...] = (), most: int = 5) -> str:

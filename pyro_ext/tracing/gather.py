@@ -80,6 +80,7 @@ def gather_particles(
         global_draws=tuple(draw for draw in traces.draws if draw.is_global),
         model_traces=traces.model_traces,
         guide_traces=traces.guide_traces,
+        density_sites=rows,
     )
 
 

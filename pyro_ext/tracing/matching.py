@@ -16,8 +16,10 @@ from torch import Tensor
 from pyro_ext._arguments import abbreviate
 from pyro_ext._private.of_pyro import HANDLER_STACK, mask_of
 from pyro_ext.tracing.advice import Advice
+from pyro_ext.tracing.enumeration import NeedsEnumerationError, is_marked
 from pyro_ext.tracing.plate_sizes import UNKNOWN
 from pyro_ext.tracing.sites import (
+    EnumeratedGuideError,
     SiteError,
     global_site_error,
     has_dim,
@@ -55,6 +57,7 @@ class SiteRecorder(Messenger):
         guide, None.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
+    :param enumerates: whether a handler enumerates the marked sites of the model.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class SiteRecorder(Messenger):
         advice: Advice,
         guide: "SiteRecorder | None" = None,
         local_plate: str | None = None,
+        enumerates: bool = False,
     ) -> None:
         super().__init__()
+        self.enumerates = enumerates
         self.particle_dim = particle_dim
         self.advice = advice
         self.guide = guide
@@ -84,11 +89,7 @@ class SiteRecorder(Messenger):
             msg["mask"] = False  # no other site depends on it, so its density means nothing
             return
         name, infer = str(msg["name"]), msg["infer"] or {}
-        if infer.get("enumerate") and not msg["is_observed"]:
-            raise SiteError(
-                f"Site '{name}' is marked for enumeration, which multi-sample estimators do not "
-                f"support. {self.advice.enumeration}"
-            )
+        is_summed_out = is_marked(msg) and self._is_summed_out(name)
         if not msg["is_observed"] and not self._has_latent and self.particle_dim is not None:
             self._raise_for_batch_dim_without_plate(msg)
             self._has_latent = True
@@ -97,7 +98,7 @@ class SiteRecorder(Messenger):
             value=msg["value"],
             mask=msg["mask"],
             has_particle_dim=self._has_particle_dim(msg),
-            is_observed=msg["is_observed"],
+            is_observed=msg["is_observed"] or is_summed_out,
             is_auxiliary=bool(infer.get("is_auxiliary")) or is_deterministic(msg),
             plates={f.name: f for f in msg["cond_indep_stack"] if f.vectorized},
             user_scales=_user_scales(),
@@ -107,6 +108,19 @@ class SiteRecorder(Messenger):
         is_global = not has_particles(msg, self.local_plate)
         if is_global and self.particle_dim is not None and self.sites[name].has_particle_dim:
             raise global_site_error("guide" if self.guide is None else "model", name)
+
+    def _is_summed_out(self, name: str) -> bool:
+        """Return whether a marked site is summed out, and not drawn by the guide."""
+        if self.guide is None:
+            raise EnumeratedGuideError(
+                f"Site '{name}' of the guide is marked for enumeration. A bound of several "
+                f"particles has no exact sum over draws of the guide. {self.advice.enumeration}"
+            )
+        if name in self.guide.sites:
+            return False
+        if not self.enumerates:
+            raise NeedsEnumerationError
+        return True
 
     def _is_cut_off(self, msg: Any) -> bool:
         """Return whether a latent site of the model, without a guide, is left by poutine.do."""

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_ext.tracing.density_sites import Plate
+from pyro_ext.tracing.density_sites import DensitySite, Plate
 from pyro_ext.tracing.layout import OuterTerm
 from pyro_ext.tracing.leaves import Draw
 from pyro_ext.tracing.user_scales import divided
@@ -68,6 +68,8 @@ class Particles:
         one for each particle.
     :ivar guide_traces: the traces of the guide: a single one if the particles are vectorised, else
         one for each particle.
+    :ivar density_sites: the sites of each model trace and its guide trace, with sums in the place
+        of the sites that are summed out together.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import ImportanceWeightedELBO
@@ -97,6 +99,7 @@ class Particles:
     global_draws: tuple[Draw, ...]
     model_traces: tuple[Trace, ...]
     guide_traces: tuple[Trace, ...]
+    density_sites: list[list[DensitySite]]
 
     @property
     def log_w(self) -> Float[Tensor, "K *common"]:

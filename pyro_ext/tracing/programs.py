@@ -11,6 +11,8 @@ from pyro.infer.enum import get_importance_trace
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
+from pyro_ext.tracing.combined_draws import CombinedDraws
+from pyro_ext.tracing.enumeration import ModelEnumeration
 from pyro_ext.tracing.plate_sizes import set_plate_sizes
 
 #: A callable with Pyro primitives.
@@ -51,6 +53,25 @@ class Programs:
         :param for_guide: the handler of the guide.
         """
         return Programs(for_model(self.model), for_guide(self.guide), self.args, self.kwargs)
+
+    def enumerated(self, first_available_dim: int) -> "Programs":
+        """Return a copy whose model enumerates the sites that are marked for it.
+
+        :param first_available_dim: the dim to the left of all plates, negative.
+        """
+        model = ModelEnumeration(first_available_dim)(self.model)
+        return Programs(model, self.guide, self.args, self.kwargs)
+
+    def combined(self, num_draws: int, first_available_dim: int) -> "Programs":
+        """Return a copy whose guide draws each site several times, along a dim of its own.
+
+        The model enumerates the sites that are marked for it.
+
+        :param num_draws: the number of draws of each site.
+        :param first_available_dim: the dim to the left of all plates, negative.
+        """
+        guide = CombinedDraws(num_draws, first_available_dim)(self.guide)
+        return Programs(ModelEnumeration()(self.model), guide, self.args, self.kwargs)
 
     @torch.no_grad()
     def run(self) -> dict[str, Trace]:

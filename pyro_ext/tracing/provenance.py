@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
+from pyro_ext.tracing.enumeration import is_enumerated
 from pyro_ext.tracing.plates import Depends
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.run import ParticleTraces, SiteKey
@@ -66,6 +67,8 @@ class Dependence:
             if key not in self.seen:
                 self._track(with_one_minibatch(programs, subsamples), local_plate)
                 self.seen.add(key)
+            if not self.dependent.isdisjoint(member.key for member in site.members):
+                self.dependent.add(key)
             if key not in self.dependent and is_validation_enabled():
                 same = [other for row in by_particle for other in row if other.key == key]
                 if len(same) < len(by_particle) or not all(
@@ -94,7 +97,8 @@ class Dependence:
                     continue
                 self.seen.add((program, name))
                 # Latent sites that have particles are the source of the dependence.
-                if (site["is_observed"] or not has_particles(site, local_plate)) and (
+                has_draw = not site["is_observed"] and not is_enumerated(site)
+                if not (has_draw and has_particles(site, local_plate)) and (
                     _provenance(site) & latent or _differs(site, other[program].nodes.get(name))
                 ):
                     self.dependent.add((program, name))

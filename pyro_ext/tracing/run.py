@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.tracing.advice import Advice
+from pyro_ext.tracing.combined_draws import num_draws_of
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
+from pyro_ext.tracing.enumeration import NeedsEnumerationError, marginal_sites
 from pyro_ext.tracing.leaves import Draw, LeafDraws, Leaves
 from pyro_ext.tracing.matching import (
     SiteRecord,
@@ -45,6 +48,8 @@ class ParticleTraces:
     :ivar particle_dim: the dim of the particles, negative; None if they ran one after the other.
     :ivar records: a dict from a tuple of program and site name to the record of the site.
     :ivar draws: the draws that leaves replaced.
+    :ivar num_draws: the number of draws of each guide site along a dim of its own; None if the
+        sites have no such dims.
     """
 
     model_traces: tuple[Trace, ...]
@@ -53,11 +58,13 @@ class ParticleTraces:
     particle_dim: int | None
     records: dict[SiteKey, SiteRecord]
     draws: tuple[Draw, ...]
+    num_draws: int | None = None
 
     @property
     def are_vectorized(self) -> bool:
-        """Whether several particles ran at once."""
-        return self.particle_dim is not None and self.num_particles > 1
+        """Whether several particles, or several draws of the sites, ran at once."""
+        several = self.particle_dim is not None and self.num_particles > 1
+        return several or self.num_draws is not None
 
     def record(self, site: DensitySite) -> SiteRecord:
         """Return the record of a site.
@@ -69,10 +76,25 @@ class ParticleTraces:
     @cached_property
     def density_sites(self) -> list[list[DensitySite]]:
         """The density sites of each model trace and its guide trace."""
+        if self.num_draws is not None:
+            (model_trace,), (guide_trace,) = self.model_traces, self.guide_traces
+            guide_trace.pack_tensors()
+            sites = density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            return [marginal_sites(model_trace, sites, guide_trace.plate_to_symbol)]
         return [
-            density_sites("model", model_trace) + density_sites("guide", guide_trace)
+            marginal_sites(model_trace, density_sites("model", model_trace))
+            + density_sites("guide", guide_trace)
             for model_trace, guide_trace in zip(self.model_traces, self.guide_traces, strict=True)
         ]
+
+    @cached_property
+    def sites_by_draw(self) -> list[DensitySite]:
+        """The density sites of the first traces, without sums over the draws of a site."""
+        if self.num_draws is None:
+            return self.density_sites[0]
+        model_trace, guide_trace = self.model_traces[0], self.guide_traces[0]
+        in_model = marginal_sites(model_trace, density_sites("model", model_trace))
+        return in_model + density_sites("guide", guide_trace)
 
     @torch.no_grad()
     def has_particle_dim(self, site: DensitySite) -> bool:
@@ -81,53 +103,76 @@ class ParticleTraces:
         A transform of the distribution may have the dim although the batch shape lacks it. So the
         shape of the log-probability is checked too.
         """
+        if site.members:
+            return any(map(self.has_particle_dim, site.members))
         record = self.record(site)
         if record.has_particle_dim or self.particle_dim is None:
             return True
+        if record.value is None:  # enumerated after the record
+            return False
         return has_dim(record.fn.log_prob(record.value).shape, self.particle_dim)
 
     def one_particle(self, x: Tensor, event_dim: int = 0, index: int = 0) -> Tensor:
         """Return one particle's entry of a log-probability or value from the first traces.
 
+        If sites have several draws, it is the entry of the draws with one index.
+
         :param x: the log-probability or value.
         :param event_dim: the number of event dims of ``x``.
         :param index: the index of the particle.
         """
-        if self.particle_dim is None or x.dim() < event_dim - self.particle_dim:
-            return x
-        return x.select(self.particle_dim - event_dim, index)
+        for dim in self._dims_of_draws:
+            if x.dim() >= event_dim - dim:
+                at = dim - event_dim
+                x = x.select(at, index if x.shape[at] > 1 else 0)
+        return x
+
+    @property
+    def _dims_of_draws(self) -> list[int]:
+        """The particle dim, or the dims of the draws of each site, from left to right."""
+        if self.num_draws is None:
+            return [] if self.particle_dim is None else [self.particle_dim]
+        nodes: Any = self.guide_traces[0].nodes.values()
+        drawn = [n for n in nodes if n["type"] == "sample" and num_draws_of(n) is not None]
+        return sorted(node["infer"]["_enumerate_dim"] for node in drawn)
 
 
 def run_at_once(
     programs: Programs,
     num_particles: int,
-    particle_dim: int,
+    max_plate_nesting: float,
     subsamples: SharedSubsamples | None,
     local_plate: str | None,
     leaves: Leaves,
     advice: Advice,
+    enumerates: bool = False,
 ) -> ParticleTraces:
     """Trace model and guide with the K particles in a plate to the left of all others.
 
     :param programs: the model and guide.
     :param num_particles: the number of particles K.
-    :param particle_dim: the dim of the particle plate, negative.
+    :param max_plate_nesting: the number of nested plates.
     :param subsamples: the minibatch indices to use, or to record.
     :param local_plate: the name of the plate whose sites are drawn once for each particle; None if
         all sites are.
     :param leaves: the places where leaves replace the reparameterised draws.
     :param advice: the advice of error messages.
+    :param enumerates: whether to enumerate the marked sites of the model.
+    :raises NeedsEnumerationError: if a site is marked, and ``enumerates`` is False.
     :raises ValueError: if the model or guide fails with K particles but runs with one, or if a site
         does not match between model and guide.
     """
+    particle_dim = -1 - int(max_plate_nesting)
     in_guide = SiteRecorder(particle_dim, advice, local_plate=local_plate)
-    in_model = SiteRecorder(particle_dim, advice, in_guide, local_plate)
+    in_model = SiteRecorder(particle_dim, advice, in_guide, local_plate, enumerates)
     plate = ParticlePlate(num_particles, particle_dim, local_plate)
     recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
+    if enumerates:
+        recorded = recorded.enumerated(particle_dim - 1)
     with _leaf_draws(leaves, local_plate, programs) as draws, subsamples or nullcontext():
         try:
             model_trace, guide_trace = recorded.importance_traces(-particle_dim)
-        except (SiteError, torch.OutOfMemoryError):
+        except (SiteError, NeedsEnumerationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _runs_alone(programs, subsamples):
@@ -160,10 +205,14 @@ def run_in_turn(
     local_plate: str | None,
     leaves: Leaves,
     advice: Advice,
+    enumerates: bool = False,
+    num_draws: int | None = None,
 ) -> ParticleTraces:
     """Trace model and guide once for each particle, all with the same minibatch.
 
     :param max_plate_nesting: the number of nested plates for Pyro's checks; may be infinite.
+    :param num_draws: the number of draws of each guide site along a dim of its own, for a single
+        particle; None for one draw without such a dim.
 
     See :func:`run_at_once` for the other arguments.
     """
@@ -174,16 +223,26 @@ def run_in_turn(
     records: dict[SiteKey, SiteRecord] = {}
     for _ in range(num_particles):
         in_guide = SiteRecorder(None, advice)
-        in_model = SiteRecorder(None, advice, in_guide)
+        in_model = SiteRecorder(None, advice, in_guide, enumerates=enumerates)
         with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
+            if num_draws is not None:
+                recorded = recorded.combined(num_draws, -1 - int(max_plate_nesting))
+            elif enumerates:
+                recorded = recorded.enumerated(-1 - int(max_plate_nesting))
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
         model_traces.append(model_trace)
         guide_traces.append(guide_trace)
         all_draws += draws
         records |= _by_program(in_model, in_guide)
     return ParticleTraces(
-        tuple(model_traces), tuple(guide_traces), num_particles, None, records, tuple(all_draws)
+        tuple(model_traces),
+        tuple(guide_traces),
+        num_particles,
+        None,
+        records,
+        tuple(all_draws),
+        num_draws,
     )
 
 
@@ -223,6 +282,7 @@ def _check_dims(program: str, trace: Trace, particle_dim: int) -> None:
             continue
         shape = node["log_prob"].shape
         dims = {frame.dim for frame in node["cond_indep_stack"]}
+        dims |= (node["infer"] or {}).get("_dim_to_id", {}).keys()
         stray = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
         if particle_dim in stray:
             raise global_site_error(program, name)

@@ -14,6 +14,10 @@ class SiteError(ValueError):
     """An error about a site that does not match between model and guide, or is not supported."""
 
 
+class EnumeratedGuideError(SiteError):
+    """An error about a site of a guide that is marked for enumeration."""
+
+
 class ParticleDimError(SiteError):
     """An error about programs that run with one particle, but not with several at once."""
 

@@ -1,5 +1,7 @@
 import math
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -9,8 +11,10 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
+from pyro_ext._random_states import random_states, set_random_states
 from pyro_ext.tracing.advice import Advice
 from pyro_ext.tracing.density_sites import DensitySite, plates_of
+from pyro_ext.tracing.enumeration import NeedsEnumerationError
 from pyro_ext.tracing.explanations import explained
 from pyro_ext.tracing.gather import gather_particles
 from pyro_ext.tracing.leaves import Leaves
@@ -28,7 +32,7 @@ from pyro_ext.tracing.provenance import Dependence, draws_leave_plates
 from pyro_ext.tracing.rewards import score_sites
 from pyro_ext.tracing.run import ParticleTraces, run_at_once, run_in_turn
 from pyro_ext.tracing.shared_values import SharedSubsamples, with_one_minibatch
-from pyro_ext.tracing.sites import lies_in
+from pyro_ext.tracing.sites import SiteError, lies_in
 from pyro_ext.tracing.vectorization_check import check_vectorization
 
 
@@ -38,6 +42,10 @@ class TracerMemory:
 
     pair: Programs | None = None
     plate_nesting: int | None = None
+    #: Whether the model has sites that are marked for enumeration and not in the guide.
+    enumerates: bool | None = None
+    #: The ELBO that sums over the guide, if the guide has marked sites and one particle is used.
+    trace_enum_elbo: Any = None
     dependence: Dependence = field(default_factory=Dependence)
     is_checked: bool = False
     is_checked_for_nan: bool = False
@@ -71,6 +79,8 @@ class ParticleTracer:
     :ivar is_proposal: whether the guide counts only with the density of its draws. An ELBO also
         counts the sites that the guide observes.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
+    :ivar num_draws: the number of draws of each guide site, combined in all ways, for a single
+        particle; None for one draw.
     :ivar advice: the advice of error messages.
     :ivar memory: the facts found about the model and guide.
     """
@@ -83,6 +93,7 @@ class ParticleTracer:
     splits_rewards: bool = True
     is_proposal: bool = False
     has_dim_for_one: bool = False
+    num_draws: int | None = None
     advice: Advice = field(default_factory=Advice)
     memory: TracerMemory = field(default_factory=TracerMemory, repr=False)
 
@@ -102,7 +113,16 @@ class ParticleTracer:
         :raises ValueError: if sites do not match between model and guide, if a site is marked for
             enumeration, or if model and guide cannot take the particle dim.
         """
+        memory = self.memory.recall(programs)
         with explained(programs):
+            states = random_states() if memory.enumerates is None else None
+            memory.enumerates = bool(memory.enumerates)
+            try:
+                return self._run(programs, num_particles, subsamples, leaves)
+            except NeedsEnumerationError:
+                memory.enumerates = True
+            if states is not None:
+                set_random_states(states)
             return self._run(programs, num_particles, subsamples, leaves)
 
     def _run(
@@ -114,21 +134,22 @@ class ParticleTracer:
     ) -> ParticleTraces:
         if not self.is_linear:
             raise_for_handlers_of_linear_objectives()
-        counted = self._counted(programs)
         K = self.num_particles if num_particles is None else num_particles
+        nesting, enumerates = self.max_plate_nesting, bool(self.memory.enumerates)
+        run: Any = partial(run_in_turn, num_draws=self.num_draws)
         if self.vectorize and (K > 1 or self.has_dim_for_one):
-            particle_dim = -1 - self.plate_nesting(programs, subsamples)
-            return run_at_once(
-                counted, K, particle_dim, subsamples, self._local_plate, leaves, self.advice
-            )
-        return run_in_turn(
-            counted,
+            run = run_at_once
+        if run is run_at_once or enumerates or self.num_draws is not None:
+            nesting = self.plate_nesting(programs, subsamples)
+        return run(
+            self._counted(programs),
             K,
-            self.max_plate_nesting,
+            nesting,
             subsamples,
             self._local_plate,
             leaves,
             self.advice,
+            enumerates,
         )
 
     def check(self, programs: Programs) -> None:
@@ -144,7 +165,9 @@ class ParticleTracer:
         rows = SharedSubsamples()
         with poutine.block(), torch.no_grad():
             traces = self.run(programs, subsamples=rows)
-        check_vectorization(traces, programs, rows, self.advice.one_at_a_time, is_strict=True)
+        check_vectorization(
+            traces, self._enumerated(programs), rows, self.advice.one_at_a_time, is_strict=True
+        )
 
     def trace(
         self,
@@ -163,8 +186,11 @@ class ParticleTracer:
         to_check = not memory.is_checked and is_validation_enabled()
         rows = SharedSubsamples() if to_check and subsamples is None else subsamples
         traces = self.run(programs, num_particles, rows, leaves)
+        if self.num_draws is not None:
+            _raise_for_score_sites(traces)
         local_plate = self._local_plate
-        depends = memory.dependence.within(traces, programs, subsamples, local_plate)
+        enumerated = self._enumerated(programs)
+        depends = memory.dependence.within(traces, enumerated, subsamples, local_plate)
         by_particle = traces.density_sites
         sites = [site for row in by_particle for site in row]
         if local_plate is not None:
@@ -185,7 +211,7 @@ class ParticleTracer:
         if to_check and rows is not None and traces.are_vectorized:
             # Handlers around the step would not reach a run of one particle.
             if not _has_foreign_handlers() and not programs.guide_runs_model:
-                counted, remedy = self._counted(programs), self.advice.one_at_a_time
+                counted, remedy = self._counted(enumerated), self.advice.one_at_a_time
                 check_vectorization(traces, counted, rows, remedy, is_strict=False)
             memory.is_checked = True
         splits_rewards = self.is_linear and self.splits_rewards
@@ -194,6 +220,12 @@ class ParticleTracer:
                 memory.leaves_plates = draws_leave_plates(with_one_minibatch(programs, rows))
             splits_rewards = not memory.leaves_plates
         return gather_particles(traces, common, outside, local_plate, splits_rewards)
+
+    def _enumerated(self, programs: Programs) -> Programs:
+        """Return programs that enumerate along the dims of vectorised particles, if they do."""
+        if not self.memory.enumerates:
+            return programs
+        return programs.enumerated(-2 - self.plate_nesting(programs))
 
     def _counted(self, programs: Programs) -> Programs:
         return with_proposal(programs) if self.is_proposal else programs
@@ -212,7 +244,8 @@ class ParticleTracer:
         if memory.plate_nesting is None:
             # A run is hidden from the handlers around it, so the handler goes inside.
             in_guide = SiteRecorder(None, self.advice)
-            recorded = programs.each_under(SiteRecorder(None, self.advice, in_guide), in_guide)
+            in_model = SiteRecorder(None, self.advice, in_guide, enumerates=True)
+            recorded = programs.each_under(in_model, in_guide)
             with explained(programs):
                 memory.plate_nesting = _guess_plate_nesting(
                     with_one_minibatch(recorded, subsamples)
@@ -224,6 +257,15 @@ class ParticleTracer:
         if self.max_plate_nesting != math.inf:
             return int(self.max_plate_nesting)
         return self.run_first(programs, subsamples)
+
+
+def _raise_for_score_sites(traces: ParticleTraces) -> None:
+    for site, _ in score_sites(traces.guide_traces[0]):
+        raise SiteError(
+            f"Guide site '{site['name']}' is not reparameterised, so it has no pathwise gradient "
+            "for combinations of draws. Take it out of the guide and mark it in the model with "
+            "infer={'enumerate': 'parallel'}, which sums it out, or use ImportanceWeightedELBO."
+        )
 
 
 def _has_foreign_handlers() -> bool:

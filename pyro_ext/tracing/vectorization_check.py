@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states, random_states, set_random_states
 from pyro_ext.tracing.density_sites import density_sites
+from pyro_ext.tracing.enumeration import is_enumerated, marginal_sites
 from pyro_ext.tracing.module_calls import kept_buffers
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.provenance import is_same_up_to_rounding
@@ -101,17 +102,24 @@ def _densities_alone(
         model = poutine.trace(poutine.replay(programs.model, guide)).get_trace(
             *programs.args, **programs.kwargs
         )
-    of_program = {"model": model, "guide": guide}
+    known = {site.key for site in traces.sites_by_draw}
     return {
         key: log_prob
-        for program, trace in of_program.items()
+        for program, trace in (("model", model), ("guide", guide))
         for key, log_prob in _densities(program, trace)
-        if key[1] in _vectorized(traces, program).nodes
+        if key in known
     }
 
 
 def _densities(program: str, trace: Trace) -> Iterator[tuple[SiteKey, Tensor]]:
-    for site in density_sites(program, trace):
+    sites = density_sites(program, trace)
+    if any(is_enumerated(site.node) for site in sites):
+        trace.compute_log_prob()
+        sites = marginal_sites(trace, sites)
+    for site in sites:
+        if site.members:
+            yield site.key, site.log_prob
+            continue
         fn, value = site.node["fn"], site.node["value"]
         try:
             log_prob = fn.log_prob(value)
@@ -121,13 +129,9 @@ def _densities(program: str, trace: Trace) -> Iterator[tuple[SiteKey, Tensor]]:
             yield site.key, scale_and_mask(log_prob, site.node["scale"], site.node["mask"])
 
 
-def _vectorized(traces: ParticleTraces, program: str) -> Trace:
-    return (traces.model_traces if program == "model" else traces.guide_traces)[0]
-
-
 def _found(traces: ParticleTraces, key: SiteKey) -> Tensor:
-    node: Any = _vectorized(traces, key[0]).nodes[key[1]]
-    return traces.one_particle(node["log_prob"], index=_PARTICLE)
+    (site,) = (site for site in traces.sites_by_draw if site.key == key)
+    return traces.one_particle(site.log_prob, index=_PARTICLE)
 
 
 class _OneParticle(Messenger):

@@ -67,14 +67,14 @@ MISTAKES: dict[str, Mistake] = {
         "'x_unobserved' has another mask .* obs_mask=",
     ),
     "a site marked for enumeration": (
-        lambda: ELBO_3.loss(config_enumerate(discrete_model, "parallel"), discrete_guide, X),
+        lambda: ELBO_3.loss(discrete_model, config_enumerate(discrete_guide, "parallel"), X),
         ValueError,
-        "Site 'z' is marked for enumeration.*TraceEnum_ELBO",
+        "Site 'z' of the guide is marked for enumeration.*mark it in the model.*num_particles=1",
     ),
     "evidence of a site marked for enumeration": (
         lambda: estimate_evidence(discrete_model, config_enumerate(discrete_guide, "parallel"), X),
         ValueError,
-        "Site 'z' is marked for enumeration.*draw the site in the guide",
+        "Site 'z' of the guide is marked for enumeration.*draw it in the guide",
     ),
     # Plates and minibatches.
     "a subsampled plate beside a global site": (

@@ -14,7 +14,7 @@ from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
-from pyro_ext.infer.evidence.proposals import prior_proposal
+from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 
@@ -51,6 +51,9 @@ def annealed_importance_sampling(
     leaves :math:`p(x, z)^{\beta_t} q(z)^{1 - \beta_t}` invariant, so :math:`E w = p(x)` for any
     number of temperatures. With many temperatures, the weights vary little even if the guide is far
     from the posterior. The estimate can therefore serve as a reference for other estimates.
+
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out. The
+    chains then move on the marginal density of the other sites.
 
     Chains and data points run at once, and each transition is accepted separately. A first pass
     finds a step size for each temperature and data point. The chains of this pass are then
@@ -131,7 +134,7 @@ def annealed_importance_sampling(
     total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
     with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
-            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar)

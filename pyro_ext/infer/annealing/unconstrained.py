@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
 from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
+from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
 from pyro_ext.tracing.density_sites import DensitySite, density_sites
@@ -97,6 +98,7 @@ class UnconstrainedPrograms:
         self.plates = particles.plates
         self.outer = particles.unscaled_outer
         self._raise_for_scales(particles)
+        raise_for_dependent_prior(self.owner, self.programs, particles)
         log_w = particles.log_w
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))

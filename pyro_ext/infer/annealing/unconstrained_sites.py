@@ -80,8 +80,8 @@ class UnconstrainedSites(Messenger):
         except NotImplementedError:
             raise SiteError(
                 f"{self.owner}: site '{msg['name']}' ({type(base_of(msg['fn'])).__name__}) is "
-                "discrete, or has no map to unconstrained space. Sum it out of the model, or use "
-                "estimate_evidence."
+                "discrete, or has no map to unconstrained space. Mark a discrete site of the model "
+                "with infer={'enumerate': 'parallel'}, without the guide, or use estimate_evidence."
             ) from None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_ext._deprecated import keep_old_methods
 from pyro_ext._private.of_torch import outside_of_dynamo
+from pyro_ext.infer.bounds.guide_sums import or_trace_enum_elbo
 from pyro_ext.infer.bounds.options import check_options
 from pyro_ext.infer.gradients.rules import GRADIENT_RULES, GradientRule, bound_value
 from pyro_ext.infer.gradients.two_pass import TwoPass, linearize
@@ -32,16 +33,18 @@ class MultiSampleELBO(ELBO):
         \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
 
     A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
-    :meth:`learning_signal`, :attr:`guide_bound` and :attr:`is_linear`. It must not override any
-    other method, such as :meth:`loss` or :meth:`trace_particles`. The gradient rules, particle
-    chunks and compiled steps combine these five members in different ways. Another override would
-    therefore change only some of the results.
+    :meth:`learning_signal`, :attr:`guide_bound` and :attr:`is_linear`. The gradient rules, particle
+    chunks and compiled steps combine these five members in different ways. An override of another
+    method, such as :meth:`loss`, would therefore change only some of the results.
 
     A common plate encloses every site that depends on the particle. Each element of the common
     plates has its own log weights and its own bound. The subsampling scale N / B multiplies f
     itself. It is not part of the log weights. All particles have the same minibatch, also if they
     run one at a time. The user's scales and masks are part of the weights, with one exception: a
     scale that is the same at every site multiplies f itself.
+
+    Sites of the model that are marked for enumeration are summed out for each particle, unless the
+    guide has them. Marked sites of the guide need one particle.
 
     :param num_particles: the number of particles K >= 1.
     :param gradient: the gradient rule. ``"pathwise"`` is the exact gradient of the bound for fixed
@@ -52,17 +55,15 @@ class MultiSampleELBO(ELBO):
         sites whose support does not depend on parameters. With each rule, non-reparameterised guide
         sites add a score-function term with a baseline. Pyro's ``infer={"baseline": ...}`` is not
         used.
-    :param vectorize_particles: whether the K particles run at once, in a plate to the left of all
-        others. Model and guide then have an extra dim on the left of every sample.
+    :param vectorize_particles: whether the K particles run at once, in an extra dim on the left of
+        every sample.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of each new
         model and guide finds it.
-    :param strict_enumeration_warning: accepted for compatibility with the ELBOs of Pyro. Sites that
-        are marked for enumeration always raise an error.
+    :param strict_enumeration_warning: accepted for compatibility with Pyro, without an effect.
     :param retain_graph: whether :meth:`loss_and_grads` keeps the autograd graph.
     :param particle_chunk_size: the largest number of particles, >= 1, whose graph is in memory at
-        once. By default, there is no limit. With chunks, model and guide run twice. The gradients
-        are those of the bound with all K particles. This applies to :meth:`loss` and
-        :meth:`loss_and_grads`, and therefore to ``SVI``.
+        once, in :meth:`loss` and :meth:`loss_and_grads`. By default, there is no limit. With
+        chunks, model and guide run twice. The gradients are those of all K particles.
     :param local_plate: the name of a plate, for models with global latent variables and with local
         latent variables in that plate. Sites outside the plate are drawn once. Sites inside it are
         drawn K times. Each element of the plate has its own bound, and the plate may be subsampled.
@@ -71,15 +72,15 @@ class MultiSampleELBO(ELBO):
         Hierarchical Models.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range. A run raises it if sites or plates do not
-        match between model and guide, if their masks or rows differ, if a site is marked for
-        enumeration, if a plate is subsampled inside a nonlinear bound, if the model cannot take the
+        match between model and guide, if their masks or rows differ, if a marked site cannot be
+        summed out, if a plate is subsampled inside a nonlinear bound, if the model cannot take the
         extra dim or mixes particles (see :meth:`check`), or if the loss is NaN. A
         run with gradients also raises it if the loss is infinite. Parameters and gradients keep
         their values after an error. A NaN gradient of a finite loss is detected in the first run
         only, and only if it comes from NaN under a mask.
     :raises NotImplementedError: if both ``local_plate`` and ``particle_chunk_size`` are given.
 
-    A bound of your own, here the mean of the log weights:
+    A bound of your own:
 
     >>> import pyro, pyro.distributions as dist
     >>> class MeanELBO(MultiSampleELBO):
@@ -226,6 +227,7 @@ class MultiSampleELBO(ELBO):
     ) -> Float[Tensor, "K *common"]:
         return self.bound(log_w) - baseline.where(baseline.isfinite(), 0.0)
 
+    @or_trace_enum_elbo
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return an estimate of the loss (the negative bound) from one trace of K particles.
@@ -248,6 +250,7 @@ class MultiSampleELBO(ELBO):
             self._raise_for_loss(loss, particles)
         return loss
 
+    @or_trace_enum_elbo
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return an estimate of the loss, and add its gradients to the parameters' ``.grad``.
 
@@ -270,6 +273,7 @@ class MultiSampleELBO(ELBO):
             differentiable_loss.backward(retain_graph=self.retain_graph)
         return loss
 
+    @or_trace_enum_elbo
     @outside_of_dynamo
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

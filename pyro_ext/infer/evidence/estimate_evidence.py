@@ -15,7 +15,7 @@ from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import WidenedScales, prior_proposal
+from pyro_ext.infer.evidence.proposals import PriorProposal, WidenedScales
 from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing import Program
@@ -60,7 +60,8 @@ def estimate_evidence(
     random numbers are drawn chunk by chunk. The result is the evidence of the data on which model
     and guide run. It does not include the subsampling scale. It does not include a user's scale
     either, if this scale is the same at every site. Sites that the guide observes do not count,
-    because the guide does not draw them.
+    because the guide does not draw them. Sites of the model that are marked for enumeration are
+    summed out of the weights, unless the guide draws them.
 
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is also given if a
@@ -143,7 +144,7 @@ def estimate_evidence(
     state = EvidenceState() if state is None else state
     with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
-            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))

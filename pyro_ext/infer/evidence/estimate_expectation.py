@@ -1,10 +1,11 @@
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.infer import SVI
+from pyro.poutine import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,7 +15,7 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.expectation import Expectation, Mean, SelfNormalizedMean
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
-from pyro_ext.infer.evidence.proposals import prior_proposal
+from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.ops import accumulation_dtype
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
@@ -51,6 +52,9 @@ def estimate_expectation(
     if the guide draws the event often. Each draw has one weight for all sites together, also under
     plates. The first dim of the returned value must be the particle dim, so sum or average only
     over dims counted from the right. This does not apply with ``chunk_size=1``.
+
+    Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
+    weights. The model then runs again, with draws of these sites given the others, for the values.
 
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is given if a Pareto
@@ -95,7 +99,7 @@ def estimate_expectation(
     stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
     with postponed_interrupts() as interrupts, torch.no_grad():
         programs = read_programs(
-            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=prior_proposal
+            NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         block = DataBlock(programs)
         if stream.chunk_size > 1:
@@ -105,9 +109,10 @@ def estimate_expectation(
         try:
             with bar:
                 for particles in stream.draw(block, bar=bar):
-                    log_w, value = _weights_and_values(particles)
+                    traces = stream.model_traces(particles, block)
+                    log_w, value = _weights_and_values(particles, _returned(traces))
                     has_observations = _has_observations(particles)
-                    del particles
+                    del particles, traces
                     if estimate is None:
                         kind = SelfNormalizedMean if has_observations else Mean
                         estimate = kind(num_samples, value)
@@ -131,7 +136,8 @@ def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
     shapes = []
     with kept_random_states():
         for size in (2, 3):
-            shapes.append(_returned(stream.run(block, size))[0].shape)
+            particles = stream.run(block, size)
+            shapes.append(_returned(stream.model_traces(particles, block))[0].shape)
             if stream.chunk_size == 1:
                 return  # the programs cannot take several particles at once
     if [shape[:1] for shape in shapes] != [(2,), (3,)] or shapes[0][1:] != shapes[1][1:]:
@@ -143,9 +149,9 @@ def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:
         )
 
 
-def _returned(particles: Particles) -> list[Tensor]:
+def _returned(traces: Iterable[Trace]) -> list[Tensor]:
     """Return the values that the model returned: one if vectorised, else one per particle."""
-    returned: list[Any] = [trace.nodes["_RETURN"]["value"] for trace in particles.model_traces]
+    returned: list[Any] = [trace.nodes["_RETURN"]["value"] for trace in traces]
     for value in returned:
         check_type(NAME, "the value that the model returns", value, Tensor, "a real tensor")
         if value.is_complex():
@@ -155,14 +161,13 @@ def _returned(particles: Particles) -> list[Tensor]:
     return returned
 
 
-def _weights_and_values(particles: Particles) -> tuple[Tensor, Tensor]:
+def _weights_and_values(particles: Particles, returned: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return one log weight for each particle, and the values that the model returned.
 
     Both are in float64.
     """
     wide = accumulation_dtype(particles.log_w.device)
     log_w = particles.log_w.to(wide).reshape(len(particles.log_w), -1).sum(1)
-    returned = _returned(particles)
     if len(returned) == len(log_w):  # the particles ran one after the other
         value = torch.stack(torch.broadcast_tensors(*returned))
     else:

@@ -1,21 +1,27 @@
 """A stream of particles in chunks, none of which is kept."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pyro import poutine
+from pyro.poutine import Trace
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
 from pyro_ext.infer.evidence.data_blocks import DataBlock
+from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer
 from pyro_ext.tracing.advice import CHUNK_ADVICE
+from pyro_ext.tracing.enumerated_draws import latent_draws
 from pyro_ext.tracing.failures import (
     data_points,
     raise_not_finite,
     warn_of_points,
     warn_of_single_draws,
 )
+from pyro_ext.tracing.particle_plate import plated
+from pyro_ext.tracing.shared_values import with_one_minibatch
 from pyro_ext.tracing.sites import ParticleDimError
 
 
@@ -67,6 +73,7 @@ class ParticleStream:
             first += num_particles
             self._check(particles, block)
             if not self._was_looked_at:
+                raise_for_dependent_prior(self.owner, block.programs, particles)
                 warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
                 self._was_looked_at = True
             yield particles
@@ -88,6 +95,24 @@ class ParticleStream:
             warn_of_single_draws(self.owner, error)
             self.chunk_size = 1
             return self.run(block, 1)
+
+    def model_traces(self, particles: Particles, block: DataBlock) -> Sequence[Trace]:
+        """Return the traces of the model, at draws of the sites that it sums out.
+
+        :param particles: the particles.
+        :param block: the block of data of these particles.
+        """
+        if not any(site.members for site in particles.density_sites[0]):
+            return particles.model_traces
+        programs = with_one_minibatch(block.programs, block.subsamples)
+        num_particles = len(particles.log_w) // len(particles.model_traces)
+        nesting = self._tracer.plate_nesting(block.programs)
+        found = []
+        for traces in zip(particles.guide_traces, particles.model_traces, strict=True):
+            replayed = poutine.replay(programs.model, trace=latent_draws(*traces))
+            handler = poutine.trace(plated(replayed, num_particles, nesting))
+            found.append(handler.get_trace(*programs.args, **programs.kwargs))
+        return found
 
     def _check(self, particles: Particles, block: DataBlock) -> None:
         log_w = particles.log_w

@@ -1,5 +1,6 @@
 """Proposals made from a model or from a guide."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -9,13 +10,46 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 
 from pyro_ext._private.of_pyro import mask_of
-from pyro_ext.tracing import Program
+from pyro_ext.tracing import Particles, Program, Programs
+from pyro_ext.tracing.enumeration import is_marked
 from pyro_ext.tracing.sites import SiteError, base_of, is_delta
 
 
-def prior_proposal(model: Program) -> Program:
-    """Return the prior of a model as a guide: its latent sites, without observed sites."""
-    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
+@dataclass(frozen=True)
+class PriorProposal:
+    """The prior of a model as a guide, without observed sites and sites that are summed out."""
+
+    model: Program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw from the prior."""
+        with poutine.block(hide_fn=_is_hidden):
+            return self.model(*args, **kwargs)
+
+
+def _is_hidden(msg: Message) -> bool:
+    return msg["type"] == "sample" and (msg["is_observed"] or is_marked(msg))
+
+
+def raise_for_dependent_prior(owner: str, programs: Programs, particles: Particles) -> None:
+    """Raise a SiteError if a prior draws a site given a site that is summed out.
+
+    The density of such draws would need the sum, too.
+
+    :param owner: the name of the calling function.
+    :param programs: the model and guide.
+    :param particles: their particles.
+    """
+    if not isinstance(poutine.unwrap(programs.guide), PriorProposal):
+        return
+    drawn = particles.guide_traces[0].nodes
+    for site in particles.density_sites[0]:
+        names = [member.name for member in site.members if member.name in drawn]
+        if names:
+            raise SiteError(
+                f"{owner}: the prior of site '{names[0]}' depends on site '{site.name}', which is "
+                "summed out, so the prior cannot be the guide. Pass a guide."
+            )
 
 
 class WidenedScales(Messenger):

@@ -70,7 +70,7 @@ def enumerated_guide(x):
 def enumerated_model(x):
     model(x)
     with pyro.plate("data2", N):
-        pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("k", dist.Poisson(2.0), infer={"enumerate": "parallel"})
 
 
 def model_for_one_particle(x):
@@ -94,7 +94,12 @@ RUNS = {
     ),
     "plate of another size": (model, guide_of_another_size, X, "z"),
     "event dims": (model, guide_without_event_dim, X, "at site .z"),
-    "enumerated in the guide": (model, enumerated_guide, X, "'z' is marked for enumeration"),
+    "enumerated in the guide": (
+        model,
+        enumerated_guide,
+        X,
+        "'z' of the guide is marked for enumeration",
+    ),
     "enumerated in the model": (enumerated_model, guide, X, "'k' is marked for enumeration"),
     "NaN in the data": (model, guide, NAN, "site 'x'"),
     "data of the wrong shape": (model, guide, torch.zeros(N + 1), "x"),
