@@ -116,6 +116,28 @@ def test_predictions_and_deterministic_sites_have_the_discrete_draws(chunk_size)
     torch.testing.assert_close(drawn, loc, rtol=0, atol=6e-3)
 
 
+def test_sites_in_a_plate_are_drawn_jointly_with_a_site_outside():
+    transitions = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+
+    @config_enumerate
+    def model(x):
+        means = pyro.sample("means", PRIOR.to_event(1))
+        a = pyro.sample("a", dist.Categorical(PROBS))
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Categorical(transitions[a]))
+            pyro.sample("x", dist.Normal(chosen(means, b), NOISE), obs=x)
+
+    found = from_pyro_svi(model, guide, X, num_samples=4000, prior=False)
+    points, log_prior = grid()
+    of_b = dist.Normal(points[:, None, None], NOISE).log_prob(X[:, None, None]) + transitions.log()
+    of_a = of_b.logsumexp(-1).sum(1) + PROBS.log() + log_prior[:, None]  # (points, a)
+    weight = of_a.flatten().softmax(0).reshape(of_a.shape)
+    expected = (weight.unsqueeze(1) * of_b.softmax(-1)[..., 1]).sum((0, 2))
+    assert_weighted_mean(found, tensor(found, "posterior", "a"), weight[:, 1].sum())
+    assert_weighted_mean(found, tensor(found, "posterior", "b"), expected)
+    assert found["log_likelihood"]["x"].dims == ("chain", "draw")
+
+
 def test_discrete_sites_can_be_left_out():
     found = from_pyro_svi(mixture, guide, X, num_samples=10, discrete_sites=False)
     assert set(found["posterior"]) == {"means", "loc"}
