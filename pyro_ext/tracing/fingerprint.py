@@ -29,7 +29,7 @@ from torch.distributions import Distribution, Transform
 from pyro_ext._digest import digest
 from pyro_ext._private.of_pyro import samples_of
 from pyro_ext._private.of_torch import buffers_of, children_of, parameters_of
-from pyro_ext.tracing.names_in_code import LIBRARIES, loaded_names, slots_of
+from pyro_ext.tracing.names_in_code import LIBRARIES, names_in, slots_of
 from pyro_ext.tracing.programs import Programs
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
@@ -154,7 +154,7 @@ class _Search:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # an empty cell
                 self._add(label, [(f".{name}", cell.cell_contents)])
-        global_names, attribute_names = loaded_names(code)
+        global_names, attribute_names, _ = names_in(code)
         named = sorted(global_names & function.__globals__.keys())
         self._add(label, [(f".{name}", function.__globals__[name]) for name in named])
         defaults = (function.__defaults__, function.__kwdefaults__)

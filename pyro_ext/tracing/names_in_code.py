@@ -3,17 +3,29 @@
 import dis
 import sys
 from types import CodeType
+from typing import NamedTuple
 
 #: Packages whose code is not searched for values of the user.
 LIBRARIES = {"numpy", "pyro", "torch", "pyro_ext", "tqdm", *sys.stdlib_module_names} - {"__main__"}
 
 
-def loaded_names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of globals and of attributes that code loads, also in nested code.
+class Names(NamedTuple):
+    """The names in code.
 
-    A string may be the name of an attribute, too, as in ``getattr``.
+    :ivar loaded_globals: the globals that it loads.
+    :ivar loaded_attributes: the attributes that it loads. A string may be the name of an attribute,
+        too, as in ``getattr``.
+    :ivar stored: the globals and attributes that it sets.
     """
-    global_names, attribute_names, codes = set(), set(), [code]
+
+    loaded_globals: set[str]
+    loaded_attributes: set[str]
+    stored: set[str]
+
+
+def names_in(code: CodeType) -> Names:
+    """Return the names of globals and of attributes in code, also in nested code."""
+    global_names, attribute_names, stored, codes = set(), set(), set(), [code]
     for part in codes:  # the loop also visits the codes that it appends
         codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
         attribute_names |= {x for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
@@ -22,7 +34,9 @@ def loaded_names(code: CodeType) -> tuple[set[str], set[str]]:
                 global_names.add(instruction.argval)
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 attribute_names.add(instruction.argval)
-    return global_names, attribute_names
+            elif instruction.opname in ("STORE_ATTR", "STORE_GLOBAL"):
+                stored.add(instruction.argval)
+    return Names(global_names, attribute_names, stored)
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

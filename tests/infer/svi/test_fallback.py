@@ -106,3 +106,40 @@ def test_sparse_gradients_and_arguments_end_in_eager_steps():
     with pytest.warns(UserWarning, match="an argument is a sparse tensor"):
         svi.step(torch.ones(2).to_sparse())
     svi.step(torch.ones(2).to_sparse())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_errors_that_the_programs_handle_end_in_eager_steps():
+    def retry(x):
+        covariance = x.sum() * torch.eye(2)
+        try:
+            factor = torch.linalg.cholesky(covariance)
+        except RuntimeError:
+            factor = torch.linalg.cholesky(covariance + 100 * torch.eye(2))
+        observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x * factor.sum())
+
+    svi = still(retry)
+    for i in range(12):
+        assert_follows(svi, X - 5 if i < 5 else X + i)
+
+    def branch(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        try:
+            scale = 2.0 if z.min() > -100 else 1.0
+        except Exception:
+            scale = 2.0
+        observe(z, x * scale)
+
+    svi = still(branch)
+    svi.step(X)
+    assert svi._graphs.count == 0
+    assert any("handles this error" in event for _, event in svi.capture_report().events)
+
+
+def test_arguments_may_have_nan():
+    def model(x):
+        observe(pyro.sample("z", dist.Normal(0.0, 1.0)), x.nan_to_num())
+
+    svi = still(model, fallback=False)
+    for i in range(4):
+        assert_follows(svi, torch.where(X > 1, torch.nan, X + i))

@@ -1,6 +1,7 @@
 """Captures, checks and compiles a step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -103,11 +104,10 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
     try:
         with lifted.in_place():
             log, roots, reachable, externals, outcome, recorder = _log_twice(
-                step, arguments, aliases, lifted, ignored
+                step, arguments, aliases, lifted, ignored, before
             )
             inputs = [*aliases.tensors, *externals]
-            outputs = [*outcome.tensors, *(place.get() for place in reachable.kept)]
-            graph, data = recorder.finish(outputs, inputs)
+            graph, data = recorder.finish([*outcome.tensors, *outcome.kept], inputs)
             if data is not None:
                 data.graph = _outside_of_autocast(data.graph)
                 inputs += data.start(inputs)
@@ -167,6 +167,7 @@ def _log_twice(
     aliases: Arguments,
     lifted: LiftedFloats,
     ignored: list[Place],
+    before: ReachableState,
 ) -> tuple[
     OperationLog, list[tuple[str, Any]], ReachableState, list[Tensor], Outcome, GraphRecorder
 ]:
@@ -177,10 +178,11 @@ def _log_twice(
     :raises CaptureError: if the runs differ, or if the programs change values that they reach.
     :raises NeedsEagerStepError: if the programs create parameters.
     """
-    run, given = partial(step.compute, aliases), aliases.tensors
     known = set(step.params())
+    # Other views, so that an argument that a run leaves in an attribute is another tensor, too.
+    others = aliases.aliases
     with kept_random_states(_SEED):
-        first, *_ = log_operations(run, given)
+        first, *_ = log_operations(partial(step.compute, others), others.tensors)
     if step.params().keys() - known:
         raise NeedsEagerStepError
     opaque = [("argument", leaf) for leaf in aliases.leaves if not isinstance(leaf, Tensor)]
@@ -193,9 +195,9 @@ def _log_twice(
         if isinstance(alias, Tensor) and type(leaf) in FLOATS
     ]
     with kept_random_states(_SEED + 1), lifted.nudged(floats):
-        second, outcome, recorder = log_operations(run, given)
-    read = set(second.externals)
-    reachable.keep(lambda tensor, now: tensor not in read and step.keeps(now, recorder))
+        second, outcome, recorder = log_operations(partial(step.compute, aliases), aliases.tensors)
+    is_kept = _can_be_kept(step, recorder, set(second.externals), lifted, floats, before)
+    outcome = replace(outcome, kept=reachable.keep(is_kept))
     changed = reachable.changed_by_programs()
     reachable.large.clear()
     if changed is not None:
@@ -205,15 +207,39 @@ def _log_twice(
     if first.difference(second) is not None:
         # Programs may initialise themselves in a first run, for example by counting plates.
         with kept_random_states(_SEED):
-            first, *_ = log_operations(run, given)
-    reason = first.difference(second) or first.difference_of_externals(second)
+            first, *_ = log_operations(partial(step.compute, others), others.tensors)
+    reason = first.difference(second) or first.difference_of_externals(second, recorder.given)
     if reason is not None:
         raise CaptureError(reason)
     _check_gradients(step, second)
     externals = zip(first.externals, second.externals, strict=True)
     # Tensors that differ between the runs, though with equal values, are constants of the graph.
-    lasting = [x for other, x in externals if x is other and x not in set(given)]
+    lasting = [x for other, x in externals if x is other]
     return second, roots, reachable, lasting, outcome, recorder
+
+
+def _can_be_kept(
+    step: Step,
+    recorder: GraphRecorder,
+    read: set[Tensor],
+    lifted: LiftedFloats,
+    floats: list[Tensor],
+    before: ReachableState,
+) -> Callable[[Place, Tensor, Any], bool]:
+    """Return a function that tells whether a graph can leave a tensor at a place.
+
+    :param read: the tensors that the programs read.
+    :param floats: the tensors in place of floats among the arguments.
+    """
+    # In place of lifted floats, the programs leave tensors where they otherwise leave floats.
+    has_tensors = not (floats or lifted.attributes)
+    known = {(id(place.holder), place.key) for place, _ in before.tensors}
+
+    def is_kept(place: Place, tensor: Tensor, now: Any) -> bool:
+        was_tensor = has_tensors or (id(place.holder), place.key) in known
+        return was_tensor and step.keeps(now, recorder) and tensor not in read
+
+    return is_kept
 
 
 def _check_gradients(step: Step, log: OperationLog) -> None:

@@ -156,6 +156,10 @@ class CompiledStep:
         :returns: the difference of programs and graph; None if there is none beyond rounding.
         :raises CompileError: if only the compiled graph differs.
         """
+        with self.reachable.without_effect_on_kept():
+            return self._verify(arguments, inputs)
+
+    def _verify(self, arguments: Arguments, inputs: Sequence[Tensor]) -> str | None:
         aliases = self.lifted.lift(arguments).aliases
         tensors = [*aliases.tensors, *inputs]
         written = [tensors[index] for index in self.written]

@@ -1,7 +1,7 @@
 """Logs one run of a step: its operations, and the tensors that it reads from outside."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,8 @@ class Outcome:
     loss: Tensor
     gradients: dict[str, Tensor | None]
     params: dict[str, Tensor]
+    #: The tensors that the run has left where the programs never read them.
+    kept: Sequence[Tensor] = ()
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -91,6 +93,10 @@ class TensorsForNumbers(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self.logger.noted_errors(CaptureError):
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         x: Any = args[0] if args else None
         if isinstance(x, Tensor):
             x = detach_provenance(x)
@@ -109,7 +115,7 @@ class TensorsForNumbers(TorchFunctionMode):
                 raise CaptureError(
                     f"Tensor.{func.__name__} copies values out of the graph (use torch instead)"
                 )
-        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return REPLACEMENTS.get(func, func)(*args, **kwargs)
 
     def _stays_tensor(self, x: Tensor) -> bool:
         """Return whether ``item()`` of a tensor returns a tensor."""
@@ -155,6 +161,8 @@ class OperationLog:
     param_names: tuple[str, ...] = ()
     #: Generators that the run used, with their states before it.
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
+    #: The first error of an operation, and its place.
+    error: str | None = None
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -191,10 +199,20 @@ class OperationLog:
             return f"one of two runs of the same step has more operations: {first} {first.place}"
         return None
 
-    def difference_of_externals(self, other: "OperationLog") -> str | None:
-        """Return a difference between the external tensors of two runs, or None."""
+    def difference_of_externals(
+        self, other: "OperationLog", given: Container[Tensor] = ()
+    ) -> str | None:
+        """Return a difference between the external tensors of two runs, or None.
+
+        :param other: the log of the other run.
+        :param given: the tensors among its arguments.
+        """
         for mine, theirs in zip(self.externals, other.externals, strict=True):
-            is_same = mine is theirs or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+            is_same = (
+                mine is theirs
+                or theirs in given
+                or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+            )
             if not is_same:
                 return (
                     f"a tensor of shape {tuple(mine.shape)} is made outside of torch in each run, "
@@ -217,8 +235,20 @@ class _Logger(TorchDispatchMode):
         self.touched = WeakTensorKeyDictionary()
         self.owner_of_storage: dict[int, Tensor] = {}
 
+    @contextmanager
+    def noted_errors(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Note the first error of some kinds, because the programs may handle it."""
+        try:
+            yield
+        except kinds as error:
+            self.log.error = self.log.error or f"{_reason_of(error)}, {self.site.place}"
+            raise
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with self.noted_errors(Exception):
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         flat = pytree.tree_leaves((args, kwargs))
         if func is torch.ops.aten.lift_fresh.default:
             with DisableTorchFunction():
@@ -316,6 +346,8 @@ def log_operations(
     ):
         outcome = run()
     log = logger.log
+    if log.error is not None:  # a graph would not test whether the operation still fails
+        raise CaptureError(f"{log.error}, and the model or guide handles this error")
     for module, state in _states_beside_torch().items():
         if state != before[module]:
             raise CaptureError(

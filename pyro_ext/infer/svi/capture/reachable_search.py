@@ -41,7 +41,7 @@ from pyro_ext.infer.svi.capture.reachable_state import (
     Snapshot,
     printable,
 )
-from pyro_ext.tracing.names_in_code import LIBRARIES, loaded_names, slots_of
+from pyro_ext.tracing.names_in_code import LIBRARIES, names_in, slots_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
 #: Objects of libraries that hold values of the user.
@@ -93,6 +93,8 @@ class _Search:
     seen: dict[int, Any] = field(default_factory=dict)  # by identity, kept alive
     places: set[tuple[int, Any]] = field(default_factory=set)
     attribute_names: set[str] = field(default_factory=lambda: {"forward"})
+    #: Names of attributes that code sets. They matter if they hold tensors, which users may read.
+    stored_names: set[str] = field(default_factory=set)
     #: Methods, attributes and entries of modules. They are followed once code uses their name.
     waiting: dict[str, list[tuple[Place, int]]] = field(default_factory=dict)
 
@@ -171,13 +173,17 @@ class _Search:
             self._add(Place(function.__defaults__, i, f"default {i} of {name}"), depth)
         for key in ("__code__", "__defaults__", "__kwdefaults__"):
             self._add(Place(function, key, f"{name}.{key}", is_attribute=True), depth)
-        global_names, attribute_names = loaded_names(code)
-        for variable in sorted(global_names & function.__globals__.keys()):
-            self._add(Place(function.__globals__, variable, variable), depth)
-        for key in sorted(attribute_names - self.attribute_names):
-            self.attribute_names.add(key)
+        global_names, attribute_names, stored = names_in(code)
+        for variable in sorted((global_names | stored) & function.__globals__.keys()):
+            place = Place(function.__globals__, variable, variable)
+            if variable in global_names or _holds_tensors(place):
+                self._add(place, depth)
+        for key in sorted((attribute_names | stored) - self.attribute_names):
+            if key in attribute_names:
+                self.attribute_names.add(key)
+            self.stored_names.add(key)
             for place, depth_of_place in self.waiting.pop(key, ()):
-                self._add(place, depth_of_place)
+                self._add_once_named(place, depth_of_place)
 
     def _look_at_container(self, label: str, value: Any, depth: int) -> None:
         is_frozen = isinstance(value, (tuple, frozenset))
@@ -294,7 +300,8 @@ class _Search:
         self._add(Place(module, "__class__", f"{label}.__class__", is_attribute=True), depth)
 
     def _add_once_named(self, place: Place, depth: int) -> None:
-        if place.key in self.attribute_names:
+        is_stored = place.key in self.stored_names and _holds_tensors(place)
+        if is_stored or place.key in self.attribute_names:
             self._add(place, depth)
         else:
             self.waiting.setdefault(place.key, []).append((place, depth))
@@ -335,6 +342,11 @@ class _Search:
             into.append(Snapshot(place.label, place.get, copy, put_back))
         else:
             into.append(Snapshot(place.label, lambda: digest(place.get()), digest(array)))
+
+
+def _holds_tensors(place: Place) -> bool:
+    value = place.get()
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and not _is_plain(value))
 
 
 def _library(module: Any) -> str:

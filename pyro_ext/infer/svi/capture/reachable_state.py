@@ -1,8 +1,8 @@
 """Records the values on which a captured graph depends, and the places of its tensors."""
 
 from collections import deque
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import is_
@@ -167,19 +167,32 @@ class ReachableState:
                 return label
         return None
 
-    def keep(self, is_kept: Callable[[Tensor, Any], bool]) -> None:
+    def keep(self, is_kept: Callable[[Place, Tensor, Any], bool]) -> list[Tensor]:
         """Take the places whose tensor has been replaced out of those that must not change.
 
-        :param is_kept: a function of the last tensor and the value now at its place.
+        :param is_kept: a function of a place, the last tensor and the value now there.
+        :returns: the values now there.
         """
-        others = []
+        others, kept = [], []
         for place, tensor in self.tensors:
             now = place.get()
-            if now is not tensor and is_kept(tensor, now):
+            if now is not tensor and is_kept(place, tensor, now):
                 self.kept.append(place)
+                kept.append(now)
             else:
                 others.append((place, tensor))
         self.tensors = others
+        return kept
+
+    @contextmanager
+    def without_effect_on_kept(self) -> Iterator[None]:
+        """Restore what runs of the programs in a block leave at the places of ``kept``."""
+        before = [(place, place.get()) for place in self.kept]
+        try:
+            yield
+        finally:
+            for place, value in before:
+                place.put_back(value)
 
     @property
     def has_other_entries(self) -> bool:

@@ -2,7 +2,7 @@
 
 import enum
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class GraphRecorder:
     :param given: the tensors that are the first inputs of the graph.
     """
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Collection[Tensor]) -> None:
         self.graph = Graph()
         self.constants = nn.Module()
         self.nodes = WeakTensorKeyDictionary()
@@ -60,6 +60,7 @@ class GraphRecorder:
         self._num_constants = 0
         self._origins: dict[int, Origin] = {}
         self._storages: set[int] = set()
+        self.given = set(given)
         for tensor in given:
             self.add_input(tensor)
 
@@ -199,8 +200,10 @@ class GraphRecorder:
         return self.node_of(x) if isinstance(x, Tensor) else x
 
     def knows(self, x: Any) -> bool:
-        """Return whether a value is an input of the graph, or a result of an operation."""
-        return isinstance(x, Tensor) and x in self.nodes
+        """Return whether a value is one of the given tensors, or a result of an operation."""
+        if not isinstance(x, Tensor) or x not in self.nodes:
+            return False
+        return x in self.given or self.nodes[x].op != "placeholder"
 
     def node_of(self, x: Tensor) -> Node:
         """Return the node of a tensor. A tensor that no operation has made is a constant."""

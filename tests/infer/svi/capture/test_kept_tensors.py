@@ -10,6 +10,7 @@ from torch import nn
 from pyro_ext.infer import CompiledSVI, compile_elbo
 
 X = torch.linspace(-1.0, 2.0, 4)
+KEPT = torch.zeros(())
 
 
 class Programs(nn.Module):
@@ -80,3 +81,159 @@ def test_a_loop_may_differentiate_a_draw_that_is_kept():
         losses = [elbo(X) for _ in range(3)]
     assert all(loss.isfinite() for loss in losses)
     assert [graph.has_gradients for graph in elbo.capture_report().graphs] == [False]
+
+
+class Base(nn.Module):
+    """A model and guide. Subclasses leave something in the attribute ``kept``."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = torch.zeros(())
+        self.cache = {}
+
+    def model(self, x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        return pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.5))
+
+
+class DrawForTheUser(Base):
+    def guide(self, x):
+        self.kept = super().guide(x)
+
+
+class GlobalForTheUser(Base):
+    def guide(self, x):
+        global KEPT
+        KEPT = super().guide(x)
+
+    def __getattribute__(self, name):
+        return KEPT if name == "kept" else super().__getattribute__(name)
+
+
+class Argument(Base):
+    def guide(self, x):
+        self.kept = x
+        super().guide(x)
+
+    def model(self, x):
+        super().model(self.kept)
+
+
+class ViewOfArgument(Base):
+    def guide(self, x):
+        self.kept = x[1:]
+        super().guide(x)
+
+
+class ReassignedBuffer(Base):
+    def __init__(self):
+        super().__init__()
+        del self.kept
+        self.register_buffer("kept", torch.zeros(()))
+
+    def guide(self, x):
+        self.kept = super().guide(x) * 2
+
+
+class ViewOfWrittenBuffer(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def guide(self, x):
+        self.kept = self.mean.mul_(0.9).add_(x.mean())[1:]
+        super().guide(x)
+
+
+class FilledCache(Base):
+    """The first run with a shape has more operations than the later ones."""
+
+    def guide(self, x):
+        if len(x) not in self.cache:
+            self.cache[len(x)] = torch.arange(len(x)) * 2.0
+        self.kept = super().guide(x) + self.cache[len(x)].sum()
+
+
+class PreviousArgument(Base):
+    def guide(self, x):
+        loc = pyro.param("loc", torch.tensor(0.3)) + self.kept.mean()
+        self.kept = x
+        pyro.sample("z", dist.Normal(loc, 0.5))
+
+
+class ShiftedDraws(Base):
+    def guide(self, x):
+        self.cache["last"] = self.kept
+        self.kept = super().guide(x)
+
+
+class Pair(Base):
+    def guide(self, x):
+        self.kept = (super().guide(x), x.mean())
+
+
+KEPT_BY_GRAPHS = [
+    DrawForTheUser,
+    GlobalForTheUser,
+    Argument,
+    ViewOfArgument,
+    ReassignedBuffer,
+    ViewOfWrittenBuffer,
+    FilledCache,
+]
+NEEDING_EAGER_STEPS = [PreviousArgument, ShiftedDraws, Pair]
+
+
+def leaves(kept):
+    return kept if isinstance(kept, tuple) else (kept,)
+
+
+def losses_and_kept(cls, programs, **options):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = cls(
+        programs.model, programs.guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), **options
+    )
+    seen = []
+    for i in range(20):
+        seen.append(torch.tensor(svi.step(X[i // 10 :] + i)))
+        seen += [x.detach().clone() for x in leaves(programs.kept)]
+    if cls is CompiledSVI:
+        svi.audit()
+    seen += leaves(programs.kept)
+    return seen, svi
+
+
+@pytest.mark.filterwarnings("ignore:CompiledSVI takes eager steps")
+@pytest.mark.parametrize("cls", KEPT_BY_GRAPHS + NEEDING_EAGER_STEPS)
+def test_attributes_are_those_of_pyro_after_each_step_and_audit(cls):
+    expected, _ = losses_and_kept(SVI, cls())
+    found, svi = losses_and_kept(CompiledSVI, cls(), backend="eager")
+    torch.testing.assert_close(found, expected)
+    assert bool(svi.capture_report().graphs) == (cls in KEPT_BY_GRAPHS)
+
+
+class KeptFloat(Base):
+    def guide(self, x, scale):
+        self.kept = scale
+        super().guide(x)
+
+    def model(self, x, scale):
+        super().model(x * self.kept)
+
+
+def test_a_float_in_an_attribute_stays_a_float():
+    programs = KeptFloat()
+    pyro.clear_param_store()
+    svi = CompiledSVI(
+        programs.model, programs.guide, pyro.optim.Adam({}), Trace_ELBO(), backend="eager"
+    )
+    for i in range(6):
+        scale = 1.0 + i % 2
+        svi.step(X, scale)
+        assert type(programs.kept) is float
+        assert programs.kept == scale
