@@ -142,6 +142,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         ignored=ignored,
         record=runs.record(step.has_gradients, graph, perf_counter() - started),
         eps=eps,
+        reuses_memory=backend.reuses_memory,
     )
 
 

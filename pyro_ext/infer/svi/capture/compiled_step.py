@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ext._private.of_torch import storage_of
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import CompileError
@@ -51,6 +52,7 @@ class CompiledStep:
     :ivar ignored: the places of values that are inputs of the graph.
     :ivar record: its cost, and the step at which it was captured.
     :ivar eps: the coarsest rounding error of its operations.
+    :ivar reuses_memory: whether a run on a GPU overwrites the outputs of the run before.
     :ivar num_runs: the number of steps that ran it.
     :ivar checked_at: the number of steps of the loop when the graph was last compared with the
         programs.
@@ -76,6 +78,7 @@ class CompiledStep:
     ignored: list[Place]
     record: GraphRecord
     eps: float
+    reuses_memory: bool
     audit_times: AuditTimes = field(default_factory=AuditTimes)
     num_runs: int = 0
     checked_at: int = 0
@@ -86,10 +89,17 @@ class CompiledStep:
     def __call__(self, arguments: Arguments, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Return the loss, then the gradients in the order of ``names``."""
         self.lifted.update()
+        tensors = [*self.lifted.lift(arguments).tensors, *inputs]
         with torch.no_grad():
-            outputs = self.run(*self.lifted.lift(arguments).tensors, *inputs)
-        for place, value in zip(self.reachable.kept, outputs[1 + len(self.names) :], strict=False):
-            place.put_back(value)
+            outputs = self.run(*tensors)
+        if self.reachable.kept:
+            of_inputs = {storage_of(x) for x in tensors}
+            found: Sequence[Any] = outputs[1 + len(self.names) :]
+            for place, value in zip(self.reachable.kept, found, strict=False):
+                # A CUDA graph would be recorded again while a result of its last run is alive.
+                is_reused = self.reuses_memory and value.is_cuda
+                is_copied = is_reused and storage_of(value) not in of_inputs
+                place.put_back(value.clone() if is_copied else value)
         return outputs
 
     def params(self) -> dict[str, Tensor]:
