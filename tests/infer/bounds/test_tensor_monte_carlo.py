@@ -283,7 +283,8 @@ def test_compiled_steps_are_those_of_svi(guide):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         elbo = TensorMonteCarloELBO(3, max_plate_nesting=0)
-        svi = cls(chain_model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        options = {} if cls is SVI else {"backend": "eager"}
+        svi = cls(chain_model, guide, pyro.optim.Adam({"lr": 0.01}), elbo, **options)
         losses.append([svi.step(X) for _ in range(8)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-8)
 

@@ -31,9 +31,18 @@ def _double():
     torch.set_default_dtype(torch.float32)
 
 
+IN_CHUNKS = pytest.mark.parametrize(
+    ("num", "chunk"),
+    [
+        pytest.param(4000, None, id="at once"),
+        pytest.param(200, 1, id="in turn", marks=pytest.mark.slow),
+    ],
+)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("proposal", [guide, None], ids=["guide", "prior"])
-@pytest.mark.parametrize(("num", "chunk"), [(4000, None), (200, 1)], ids=["at once", "in turn"])
+@IN_CHUNKS
 def test_the_evidence_is_that_of_the_sums(name, proposal, num, chunk):
     found = estimate_evidence(MODELS[name], proposal, X, num_samples=num, chunk_size=chunk)
     assert abs(found.log_evidence - log_evidence(name)) < 4.5 * found.std_error
@@ -55,7 +64,7 @@ def test_rows_in_a_common_plate_have_evidences_of_their_own(data):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize(("num", "chunk"), [(4000, None), (200, 1)], ids=["at once", "in turn"])
+@IN_CHUNKS
 def test_an_expectation_of_discrete_sites_is_one_over_their_draws(name, num, chunk):
     found = estimate_expectation(MODELS[name], guide, X, num_samples=num, chunk_size=chunk)
     assert abs(found.value - exact_discrete(name).sum()) < 4.5 * found.std_error

@@ -35,7 +35,7 @@ def train(cls, model, vectorize, gradient, **options):
 
 @pytest.mark.filterwarnings("ignore:Plate 'data' holds")
 @VECTORIZE
-@pytest.mark.parametrize("gradient", ["pathwise", "dreg"])
+@pytest.mark.parametrize("gradient", [pytest.param("pathwise", marks=pytest.mark.slow), "dreg"])
 @pytest.mark.parametrize("name", MODELS)
 def test_graph_steps_equal_eager_steps(name, gradient, vectorize):
     expected, expected_params = train(SVI, MODELS[name], vectorize, gradient)
