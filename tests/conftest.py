@@ -47,6 +47,14 @@ def clean_state():
 
 
 @pytest.fixture
+def float64():
+    """The default dtype in a test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def python_handles_interrupts():
     """A process in the background of a plain shell inherits that they are ignored."""
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,10 +8,9 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import config_enumerate
 
+from tests.tracing.enumerated import PROBS, TRANSITIONS, X
+
 F64 = torch.float64
-X = torch.tensor([-1.3, 0.4, 1.7, 2.2, -0.6], dtype=F64)
-PROBS = torch.tensor([0.3, 0.7], dtype=F64)
-TRANSITIONS = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=F64)
 PRIOR = dist.Normal(torch.tensor([-1.0, 1.0], dtype=F64), 1.0)
 NOISE = 0.8
 #: It has wider tails than the posterior, so that the weights have a variance.

@@ -37,14 +37,7 @@ from tests.tracing.enumerated import (
     second_order,
 )
 
-pytestmark = pytest.mark.usefixtures("_double")
-
-
-@pytest.fixture
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 PAIRS = {

@@ -6,17 +6,12 @@ import pytest
 import torch
 
 from pyro_ext.infer import annealed_importance_sampling
-from tests.discrete_models import F64, MODELS, X, guide, log_evidence
+from tests.discrete_models import MODELS, X, guide, log_evidence
 
-pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' holds")
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Plate 'data' holds"),
+    pytest.mark.usefixtures("float64"),
+]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -82,14 +82,6 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture
-def float64():
-    """The default dtype in which Pyro's class has its log K."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class ByHand:
     """The loss from a sum over each combination of the draws, one at a time."""
 

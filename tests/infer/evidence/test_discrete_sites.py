@@ -7,7 +7,6 @@ import torch
 
 from pyro_ext.infer import ImportanceWeightedELBO, estimate_evidence, estimate_expectation
 from tests.discrete_models import (
-    F64,
     MODELS,
     PROBS,
     X,
@@ -19,16 +18,11 @@ from tests.discrete_models import (
     rows,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' holds")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Plate 'data' holds"),
+    pytest.mark.usefixtures("float64"),
+]
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 IN_CHUNKS = pytest.mark.parametrize(

@@ -64,13 +64,9 @@ AUTOGUIDES = {
 @pytest.mark.long
 @pytest.mark.parametrize(("model", "make_guide"), AUTOGUIDES.values(), ids=AUTOGUIDES)
 @pytest.mark.parametrize(("make", "K"), [(ImportanceWeightedELBO, 3), (PublishedJackknife, 4)])
+@pytest.mark.usefixtures("float64")
 def test_autoguides(model, make_guide, make, K):
-    torch.set_default_dtype(torch.float64)
-    try:
-        guide = make_guide(model)
-        assert_same_mean(make, K, model, guide, max_plate_nesting=1, num_seeds=250)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    assert_same_mean(make, K, model, make_guide(model), max_plate_nesting=1, num_seeds=250)
 
 
 @pytest.mark.long
@@ -118,18 +114,15 @@ def test_flows_without_an_inverse_are_refused_by_name(rule, vectorize):
 
 @pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
 @pytest.mark.parametrize(("model", "make_guide"), AUTOGUIDES.values(), ids=AUTOGUIDES)
+@pytest.mark.usefixtures("float64")
 def test_a_guide_with_a_bound_of_its_own_has_the_gradient_of_this_bound(model, make_guide, rule):
     """Also where its parameters reach the model through a Delta."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        guide = make_guide(model)
-        options = {"gradient": rule, "max_plate_nesting": 1}
-        own = JackknifeELBO(4, 1, weights="nonnegative", **options)
-        plain = ImportanceWeightedELBO(4, **options)
-        stored_parameters(plain, model, guide)
-        parameters = list(guide.parameters())
-        for seed in range(3):
-            found, expected = (gradient(e, model, guide, parameters, seed) for e in (own, plain))
-            torch.testing.assert_close(found, expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    guide = make_guide(model)
+    options = {"gradient": rule, "max_plate_nesting": 1}
+    own = JackknifeELBO(4, 1, weights="nonnegative", **options)
+    plain = ImportanceWeightedELBO(4, **options)
+    stored_parameters(plain, model, guide)
+    parameters = list(guide.parameters())
+    for seed in range(3):
+        found, expected = (gradient(e, model, guide, parameters, seed) for e in (own, plain))
+        torch.testing.assert_close(found, expected)

@@ -6,15 +6,10 @@ import torch
 from pyro.infer import SVI
 
 from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO
-from tests.discrete_models import F64, MODELS, PRIOR, X
+from tests.discrete_models import MODELS, PRIOR, X
 from tests.registry import VECTORIZE
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def guide(*_):
