@@ -42,7 +42,8 @@ class TracerMemory:
 
     pair: Programs | None = None
     plate_nesting: int | None = None
-    #: Whether the model has sites that are marked for enumeration and not in the guide.
+    #: Whether the model has sites that are marked for enumeration and not in the guide; None
+    #: before the first run.
     enumerates: bool | None = None
     #: The ELBO that sums over the guide, if the guide has marked sites and one particle is used.
     trace_enum_elbo: Any = None
@@ -110,8 +111,8 @@ class ParticleTracer:
         :param num_particles: the number of particles, instead of the tracer's own.
         :param subsamples: the minibatch indices to use, or to record.
         :param leaves: the places where leaves replace the reparameterised draws.
-        :raises ValueError: if sites do not match between model and guide, if a site is marked for
-            enumeration, or if model and guide cannot take the particle dim.
+        :raises ValueError: if sites do not match between model and guide, if a marked site cannot
+            be summed out, or if model and guide cannot take the particle dim.
         """
         memory = self.memory.recall(programs)
         with explained(programs):

@@ -10,8 +10,8 @@ class GraphRecord(NamedTuple):
     :ivar step: the number of steps before its capture.
     :ivar has_gradients: whether it computes gradients.
     :ivar num_operations: the number of tensor operations that were captured.
-    :ivar num_kernels: the number of kernels that the compiler generated. Calls of libraries, such
-        as matrix products, come on top. None without a compiler, or if it is not known.
+    :ivar num_kernels: the number of kernels that the compiler generated; None without a compiler.
+        Calls of libraries, such as matrix products, come on top.
     :ivar capture_seconds: the time of the capture and its checks.
     :ivar compile_seconds: the time of the compiler.
     :ivar num_runs: the number of steps that ran it.
@@ -45,6 +45,12 @@ class CaptureReport:
     :ivar num_eager_steps: the number of those without a graph. It includes the first step.
     :ivar events: captures, evictions, and reasons for eager steps. Each entry is a number of steps
         and a text.
+
+    >>> graph = GraphRecord(1, True, 125, 6, 0.056, 3.4, num_runs=99, last_used_at=100)
+    >>> print(CaptureReport([graph], 8, 100, 1, [(1, "captured a graph")]))
+    1 of at most 8 graphs; 1 of 100 steps without a graph
+    graph after step 1: 125 operations, 6 kernels, captured in 0.056 s, compiled in 3.4 s; 99 runs
+    after step 1: captured a graph
     """
 
     graphs: list[GraphRecord]
