@@ -36,12 +36,13 @@ import torch
 from figure_style import use_style
 from matplotlib.cbook import get_sample_data
 from pyro import poutine
-from pyro.infer import ELBO, SVI, TraceEnum_ELBO, config_enumerate, infer_discrete
+from pyro.infer import ELBO, SVI, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_ext.diagnostics import from_pyro_svi
 from pyro_ext.infer import (
     Evidence,
     ImportanceWeightedELBO,
@@ -253,18 +254,25 @@ def gradient_ratios(
 # The states of the months
 # ------------------------
 #
-# ``infer_discrete`` draws the states given the continuous draws of the guide. Their frequencies
-# over 200 draws are the state probabilities.
+# ``from_pyro_svi`` draws the states given the draws of the guide. Their frequencies over 200 draws
+# are the state probabilities.
 
 
 def state_probabilities(continuous: AutoNormal, x: Tensor, num_states: int) -> Tensor:
     """Return the probability of each state of the HMM, of shape (months, states)."""
-    draws = pyro.plate("draws", 200, dim=-2)
-    guide_trace = poutine.trace(draws(continuous)).get_trace(x, num_states)
-    model = poutine.replay(draws(config_enumerate(hidden_markov)), guide_trace)
-    drawn = poutine.trace(infer_discrete(model, first_available_dim=-3)).get_trace(x, num_states)
-    states = [drawn.nodes[f"state_{t}"]["value"].expand(200, len(x)) for t in range(x.shape[1])]
-    one_hot = torch.nn.functional.one_hot(torch.stack(states, -1), num_states)
+    data = from_pyro_svi(
+        config_enumerate(hidden_markov),
+        continuous,
+        x,
+        num_states,
+        num_samples=200,
+        resample="psis",
+        prior=False,
+        posterior_predictive=False,
+    )
+    posterior = data["posterior"]
+    states = np.stack([posterior[f"state_{t}"].values[0] for t in range(x.shape[1])], -1)
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(states).long(), num_states)
     return one_hot.double().mean(0).flatten(0, 1)
 
 
