@@ -273,8 +273,8 @@ class MultiSampleELBO(ELBO):
             differentiable_loss.backward(retain_graph=self.retain_graph)
         return loss
 
-    @or_trace_enum_elbo
     @outside_of_dynamo
+    @or_trace_enum_elbo
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:

@@ -34,7 +34,7 @@ class TrainingHistory:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     is_converged: bool = False
     num_eager_steps: int = 0
-    events: list[tuple[int, str]] = field(default_factory=list)
+    events: list[tuple[int, str]] = field(default_factory=list, compare=False)  # with durations
 
     @property
     def is_epoch_end(self) -> bool:
