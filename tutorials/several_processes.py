@@ -26,6 +26,7 @@ It uses NCCL if there is a GPU for each process, and gloo on the CPU otherwise.
 
 # %%
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -171,6 +172,8 @@ def train_in_group(num_steps: int, hide_bar: bool, result: str) -> None:
     found = train(num_steps, hide_bar)
     if distributed.get_rank() == 0:
         torch.save(found, result)
+    gc.collect()  # a module that outlives the group would end the process with an abort
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
