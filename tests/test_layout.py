@@ -47,14 +47,15 @@ ARROWS = {
     "ops": {"_private"},
     "distributions": {"ops", *BASE},
     "nn": {"ops", *BASE},
+    "distributed": {"ops", *BASE},
     "tracing": {"ops", *BASE},
     "infer.gradients": {"tracing", "ops", *BASE},
     "infer.bounds": {"infer.gradients", "tracing", "ops", *BASE},
     "infer.kl": {"infer.bounds", "tracing", "ops", *BASE},
-    "infer.evidence": {"tracing", "ops", *BASE},
-    "infer.annealing": {"infer.evidence", "tracing", "ops", *BASE},
-    "infer.svi": {"infer.kl", "tracing", "ops", *BASE},
-    "diagnostics": {"infer", "tracing", "ops", *BASE},
+    "infer.evidence": {"distributed", "tracing", "ops", *BASE},
+    "infer.annealing": {"infer.evidence", "distributed", "tracing", "ops", *BASE},
+    "infer.svi": {"infer.kl", "distributed", "tracing", "ops", *BASE},
+    "diagnostics": {"infer", "distributed", "tracing", "ops", *BASE},
 }
 
 

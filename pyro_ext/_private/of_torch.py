@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._C import DisableTorchFunction
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.distributions.transforms import _InverseTransform as InverseTransform
@@ -23,6 +23,7 @@ __all__ = [
     "TorchDispatchMode",
     "buffers_of",
     "children_of",
+    "default_store",
     "global_hooks",
     "has_gradient_hooks",
     "hooks_of",
@@ -30,6 +31,7 @@ __all__ = [
     "inductor_with_checks",
     "is_check",
     "is_in_transform",
+    "is_nccl",
     "mark_as_stepped",
     "outside_of_dynamo",
     "parameters_of",
@@ -46,6 +48,16 @@ PACK_SEQUENCE = torch.ops.aten._pack_padded_sequence.default
 def is_in_transform(x: Tensor) -> bool:
     """Return whether a tensor belongs to a ``torch.func`` transform or to batched gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group have met."""
+    return distributed.distributed_c10d._get_default_store()
+
+
+def is_nccl() -> bool:
+    """Return whether the default group sends tensors on GPUs only."""
+    return distributed.get_backend() == "nccl"
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+import os
+import random
+import signal
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from pyro_ext.distributed.processes import current_processes
+from pyro_ext.distributed.streams import own_random_numbers
+
+pytestmark = pytest.mark.long
+
+
+def exchange():
+    processes = current_processes()
+    x = torch.full((2,), float(processes.rank))
+    processes.copy_from_first(x)
+    parts = processes.gather({"rank": processes.rank, "x": torch.ones(processes.rank)})
+    return processes.add(torch.tensor([1.0, processes.rank])).tolist(), x.tolist(), parts
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_processes_have_the_same_sum_copy_and_parts(pools, size):
+    for total, copy, parts in pools(size).results(exchange):
+        assert total == [size, size * (size - 1) / 2]
+        assert copy == [0.0, 0.0]
+        assert [part["rank"] for part in parts] == list(range(size))
+        assert [part["x"].tolist() for part in parts] == [[1.0] * rank for rank in range(size)]
+
+
+def share_a_failure():
+    processes = current_processes()
+    return processes.share(lambda: 1 // (1 - processes.rank), "estimate_nothing")
+
+
+def test_an_error_of_one_process_is_an_error_of_all(pools):
+    first, second = pools(2).errors(share_a_failure)
+    assert "estimate_nothing: rank 1 of 2 failed with ZeroDivisionError: " in first
+    assert second.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+
+
+def draw():
+    with own_random_numbers(current_processes()):
+        inside = [*torch.rand(3).tolist(), random.random(), np.random.rand()]
+    return inside, torch.rand(()).item()
+
+
+def test_each_process_has_its_own_random_numbers_in_a_block(pools):
+    found = pools(4).results(draw)
+    assert found == pools(4).results(draw)
+    for numbers in zip(*(inside for inside, _ in found), strict=True):
+        assert len(set(numbers)) == 4
+    assert len({after for _, after in found}) == 1
+
+
+def lose_rank_1(rank, size, folder, is_killed):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=5),
+    )
+    processes = current_processes()
+    if rank == 1:
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+    try:
+        processes.add(torch.zeros(3))
+    except RuntimeError as error:
+        text = str(error)
+    with open(f"{folder}/{rank}.txt", "w") as file:
+        file.write(text)
+    os._exit(0)  # the group cannot end in order
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_lost_process_is_named_by_all_others(tmp_path, is_killed):
+    started = time.monotonic()
+    context = multiprocessing.start_processes(
+        lose_rank_1, (3, str(tmp_path), is_killed), nprocs=3, join=False
+    )
+    for rank in (0, 2):
+        context.processes[rank].join(60)
+    context.processes[1].kill()
+    assert time.monotonic() - started < 60
+    for rank in (0, 2):
+        assert (tmp_path / f"{rank}.txt").read_text().startswith("pyro_ext: rank 1 has ended, or")
