@@ -11,6 +11,10 @@ import torch
 
 RandomStates = dict[str, Any]
 
+#: Streams of random numbers beside the generators, such as those of active effect handlers. They
+#: have the methods ``state``, ``set_state`` and ``set_seed``.
+kept_streams: list[Any] = []
+
 _MAX_DEPTH = 4
 _WITHOUT = (torch.Tensor, torch.nn.Module, type, ModuleType)  # hold no generator of a loader
 
@@ -24,8 +28,8 @@ def random_states(data: Any = None) -> RandomStates:
     :param data: a ``DataLoader``, or None.
     """
     return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        **torch_states(),
+        "streams": [stream.state() for stream in kept_streams],
         "random": random.getstate(),
         "numpy": np.random.get_state(),
         "data": [_read(generator) for generator in generators_of(data)],
@@ -38,14 +42,43 @@ def set_random_states(states: RandomStates, data: Any = None) -> None:
     :param states: the states, also after a file has held them.
     :param data: the ``DataLoader`` that was passed to :func:`random_states`, or None.
     """
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"]:
-        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-            torch.cuda.set_rng_state(state, device)
+    set_torch_states(states)
+    for stream, state in zip(kept_streams, states.get("streams", []), strict=False):
+        stream.set_state(state)
     random.setstate(_as_python(states["random"]))
     np.random.set_state(_as_numpy(states["numpy"]))
     for generator, state in zip(generators_of(data), states["data"], strict=False):
         _write(generator, state)
+
+
+def torch_states() -> RandomStates:
+    """Return the states of torch's generators on the CPU and, once it is in use, on CUDA."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_torch_states(states: RandomStates) -> None:
+    """Restore the states that :func:`torch_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"]:
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+            torch.cuda.set_rng_state(state, device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators on the CPU and, once it is in use, on CUDA."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
@@ -59,9 +92,9 @@ def kept_random_states(seed: int | None = None, data: Any = None) -> Iterator[No
     states = random_states(data)
     try:
         if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
+            seed_all(seed)
+            for stream in kept_streams:
+                stream.set_seed(seed)
         yield
     finally:
         set_random_states(states, data)

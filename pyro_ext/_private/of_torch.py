@@ -32,6 +32,7 @@ __all__ = [
     "is_check",
     "is_in_transform",
     "is_nccl",
+    "is_random",
     "mark_as_stepped",
     "outside_of_dynamo",
     "parameters_of",
@@ -122,6 +123,11 @@ def storage_of(x: Tensor) -> int:
 def schema_of(operator: Any) -> Any:
     """Return the signature of an operator, with the arguments that it reads and writes."""
     return operator._schema
+
+
+def is_random(operator: Any) -> bool:
+    """Return whether an operator draws from a random generator of torch."""
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
 
 
 def is_check(operator: Any) -> bool:

@@ -65,14 +65,36 @@ class Processes:
         :param value: the value of this process, which must be picklable. Tensors come back on
             their device, if this process has it.
         """
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        mine = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        mine = _packed(value)
         sizes = self._gather_equal(torch.tensor([len(mine)])).flatten().tolist()
         padded = mine.new_zeros(max(sizes))
         padded[: len(mine)] = mine
         rows = self._gather_equal(padded)
-        return [self._loaded(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+        return [_loaded(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+    def result_of_first(self, compute: Callable[[], T], owner: str) -> T:
+        """Return the result of a computation that only rank 0 makes.
+
+        :param compute: the computation. Its result must be picklable.
+        :param owner: the name of the caller, for messages.
+        :raises RuntimeError: if the computation fails. On rank 0, its own error is raised.
+        """
+        error, content = None, torch.empty(0, dtype=torch.uint8)
+        if self.rank == 0:
+            try:
+                content = _packed(compute())
+            except BaseException as caught:
+                error, content = caught, _packed(describe_error(caught))
+        header = torch.tensor([error is not None, len(content)])
+        self.copy_from_first(header)
+        has_failed, length = header.tolist()
+        content = content if self.rank == 0 else content.new_empty(length)
+        self.copy_from_first(content)
+        if error is not None:
+            raise error
+        found: Any = _loaded(content)
+        self.raise_for([found if has_failed else None], owner)
+        return found
 
     def share(self, compute: Callable[[], T], owner: str) -> list[T]:
         """Return the results of a computation in all processes, by rank.
@@ -102,12 +124,6 @@ class Processes:
         for rank, text in enumerate(errors):
             if text is not None:
                 raise RuntimeError(f"{owner}: rank {rank} of {self.size} failed with {text}")
-
-    def _loaded(self, row: Tensor) -> Any:
-        # Every process runs the same program, so its pickles are those of this program.
-        return torch.load(
-            io.BytesIO(row.numpy().tobytes()), map_location=_own_device, weights_only=False
-        )
 
     def _gather_equal(self, x: Tensor) -> Tensor:
         """Return the tensors of all processes, which have equal shapes, stacked on the CPU."""
@@ -184,6 +200,20 @@ def describe_error(error: BaseException | None) -> str | None:
         return None
     line = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _packed(value: Any) -> Tensor:
+    """Return a value as bytes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _loaded(content: Tensor) -> Any:
+    """Return the value that :func:`_packed` made into bytes."""
+    # Every process runs the same program, so its pickles are those of this program.
+    file = io.BytesIO(content.numpy().tobytes())
+    return torch.load(file, map_location=_own_device, weights_only=False)
 
 
 def _own_device(storage: Any, location: str) -> Any:

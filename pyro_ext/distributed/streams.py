@@ -39,6 +39,5 @@ def own_random_numbers(processes: Processes | None) -> Iterator[None]:
         yield
         return
     seed = agreed_seed(processes)
-    # NumPy takes 32 bits.
-    with kept_random_states(seed_of(seed, processes.rank) % 2**32):
+    with kept_random_states(seed_of(seed, processes.rank)):
         yield

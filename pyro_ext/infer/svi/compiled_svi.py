@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -142,18 +141,10 @@ class CompiledSVI(Front, EagerSVI):
     def _end_run(self) -> None:
         self.audit()
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a step, like ``SVI.step``.
-
-        :param args: positional arguments of model and guide.
-        :param kwargs: keyword arguments of model and guide.
-        :returns: the loss before the step.
-        :raises ValueError: if the loss is not finite.
-        :raises RuntimeError: as for the class.
-        """
+    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with held_level(self.objective):
             if self._called is None:
-                loss = super().step(*args, **kwargs)
+                loss = super()._take_step(args, kwargs)
                 self._count(num_eager=1)
                 self._ready(True, args, kwargs)
                 return loss
@@ -201,19 +192,36 @@ class CompiledSVI(Front, EagerSVI):
             return loss
 
     def _finish(
-        self, params: list[Tensor], names: Iterable[str], gradients: Iterable[Tensor | None]
-    ) -> None:
-        """Add the gradients to those of the user, and update the parameters."""
+        self,
+        loss: float,
+        params: dict[str, Tensor],
+        gradients: dict[str, Tensor | None],
+        graph: Any,
+    ) -> float:
+        """Add the gradients to those of the user, and update the parameters.
+
+        :param loss: the loss.
+        :param params: the parameters by name.
+        :param gradients: their gradients by name.
+        :param graph: the graph of the step.
+        :returns: the loss; its mean over processes if there are several.
+        """
+        if self._group is not None:
+            rows = self._group.rows_of(graph)
+            (loss,), params, gradients = self._group.mean((loss,), params, gradients, rows)
         seen = self._with_gradients
-        for name, param, gradient in zip(names, params, gradients, strict=False):
+        for name, gradient in gradients.items():
+            param = params[name]
             if gradient is not None:
                 param.grad = gradient if param.grad is None else param.grad + gradient
                 seen.add(name)
             elif param.grad is None and name in seen:
                 param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
-        self._update(params)
-        for param in params:
+        used = list(params.values())
+        self._update(used)
+        for param in used:
             param.grad = None
+        return loss
 
     def _graph_step(self, ready: ReadyGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outputs = self._try(ready.graph, ready)
@@ -223,7 +231,7 @@ class CompiledSVI(Front, EagerSVI):
         loss = loss.item()
         if not math.isfinite(loss):
             self._raise_for(loss, args, kwargs)
-        self._finish([ready.params[name] for name in ready.names], ready.names, gradients)
+        loss = self._finish(loss, *ready.named(gradients), ready.graph)
         if isinstance(self.objective, KLWeightedELBO):
             self.objective.note_loss()
         return loss
@@ -252,12 +260,12 @@ class CompiledSVI(Front, EagerSVI):
             self._raise_for(loss, args, kwargs)
         of_names = [gradients.get(ready.params[name]) for name in ready.graph.names]
         if self._passes(ready, [as_tensor(loss), *of_names], found, used):
-            params = [ready.params[name] for name in ready.names]
-            self._finish(params, ready.names, found.tensors[1:])
-            return as_tensor(found.tensors[0]).item()
+            loss = as_tensor(found.tensors[0]).item()
+            return self._finish(loss, *ready.named(found.tensors[1:]), ready.graph)
         first_names = {param: name for name, param in reversed(used.items())}
-        self._finish(list(first_names), first_names.values(), map(gradients.get, first_names))
-        return loss
+        params = {name: param for param, name in first_names.items()}
+        by_name = {name: gradients.get(param) for name, param in params.items()}
+        return self._finish(loss, params, by_name, ready.graph)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take Pyro's step, with the optimiser that compiled steps use."""
@@ -266,6 +274,8 @@ class CompiledSVI(Front, EagerSVI):
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         used = params_of(trace.trace)
+        if self._group is not None:
+            loss, used = self._mean_in_place(loss, used)
         for name, param in used.items():
             if param.grad is None and name in self._with_gradients:
                 param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step

@@ -1,40 +1,33 @@
-import itertools
-import math
-import signal
-import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection
 from copy import copy
-from pathlib import Path
 from typing import Any
 
+from pyro import poutine
 from pyro.infer import SVI
+from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from pyro_ext._arguments import check_integer, describe
-from pyro_ext._files import StrPath, check_writable
-from pyro_ext._interruption import NestedInterrupt, postponed_interrupts
+from pyro_ext._files import StrPath
 from pyro_ext._private.of_pyro import set_waiting_states
-from pyro_ext._random_states import kept_random_states, random_states, set_random_states
+from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.processes import current_processes
+from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.minibatches import (
     Data,
     arguments_of,
-    length_of,
     loader_settings,
     minibatches,
 )
 from pyro_ext.infer.svi.optimizer_states import optimizer_states
+from pyro_ext.infer.svi.run_loop import Callback, RunLoop, check_run
 from pyro_ext.infer.svi.saved_run import check_state, load_run, save_run, schedule_of
 from pyro_ext.infer.svi.scheduler_steps import SchedulerSteps
+from pyro_ext.infer.svi.training_group import TrainingGroup
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.module_calls import called_modules
-
-Callback = Callable[[TrainingHistory], Any]
-
-_WINDOW = 50  # steps that the loss of the progress bar averages
 
 
 class EagerSVI(SVI):
@@ -80,13 +73,14 @@ class EagerSVI(SVI):
         self._run_settings: dict[str, Any] = {}
         self._scheduler_steps: SchedulerSteps | None = None
         self._checks_state = False
+        self._group: TrainingGroup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters of Pyro's optimisers cannot be pickled, but the optimisers' states can.
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
         set_waiting_states(optim, optimizer_states(self.optim))
-        return {**self.__dict__, "optim": optim, "_bar": None}
+        return {**self.__dict__, "optim": optim, "_bar": None, "_group": None}
 
     @property
     def objective(self) -> Any:
@@ -100,6 +94,14 @@ class EagerSVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :returns: the loss before the step.
         """
+        group = self._find_group()
+        if group is None:
+            return self._take_step(args, kwargs)
+        group.start(self, args, kwargs)
+        with group.step():
+            return self._take_step(args, kwargs)
+
+    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._called is not None:
             return self._eager_step(*args, **kwargs)
         with called_modules() as called:
@@ -107,8 +109,56 @@ class EagerSVI(SVI):
         self._called = called
         return loss
 
+    def _find_group(self) -> TrainingGroup | None:
+        processes = current_processes()
+        if processes is None:
+            self._group = None
+        elif self._group is None:
+            self._group = TrainingGroup(processes, type(self).__name__)
+        return self._group
+
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
-        return super().step(*args, **kwargs)
+        if self._group is None:
+            return super().step(*args, **kwargs)
+        with poutine.trace(param_only=True) as trace:
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        loss, params = self._mean_in_place(loss, params_of(trace.trace))
+        with_gradients = {param for param in params.values() if param.grad is not None}
+        self.optim(with_gradients)
+        zero_grads(with_gradients)
+        return loss
+
+    def _mean_in_place(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Replace gradients by their means over processes.
+
+        :param loss: the loss, or several losses.
+        :param params: the parameters that this process has used, by name.
+        :returns: the mean loss, and the parameters that any process has used.
+        """
+        assert self._group is not None
+        losses = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else (torch_item(loss),)
+        gradients = {name: param.grad for name, param in params.items()}
+        means, params, gradients = self._group.mean(losses, params, gradients)
+        for name, gradient in gradients.items():
+            params[name].grad = gradient
+        return type(loss)(means) if isinstance(loss, tuple) else means[0], params
+
+    def _rest(self) -> float | None:
+        """Take part in a step without data, and return the loss; None if nobody has data."""
+        assert self._group is not None
+        found = self._group.rest()
+        if found is None:
+            return None
+        loss, params, gradients = found
+        with_gradients = [params[name] for name, x in gradients.items() if x is not None]
+        for name, gradient in gradients.items():
+            params[name].grad = gradient
+        self._update(with_gradients)
+        zero_grads(with_gradients)
+        return loss
+
+    def _update(self, params: list[Tensor]) -> None:
+        self.optim(params)
 
     def run(
         self,
@@ -171,48 +221,29 @@ class EagerSVI(SVI):
         :raises OSError: if ``resume`` cannot be read, or ``checkpoint`` cannot be written.
         :raises KeyboardInterrupt: after an interrupt.
         """
-        self._check(data, num_epochs, checkpoint, checkpoint_every)
+        owner = f"{type(self).__name__}.run"
+        check_run(owner, data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
-        scheduler_steps = SchedulerSteps(f"{type(self).__name__}.run", step_scheduler)
+        scheduler_steps = SchedulerSteps(owner, step_scheduler)
+        group = self._find_group()
+        if group is not None:
+            data = group.data_of_process(owner, data)
         settings = loader_settings(data) | scheduler_steps.settings(self.optim)
         comparison = Comparison(resume, allow_changes)
-        if resume is None:
-            self.history, self._epoch_start = TrainingHistory(), None
-        else:
+        is_resumed = resume is not None
+        if group is not None:
+            is_resumed = group.processes.result_of_first(lambda: is_resumed, owner)
+        if is_resumed:
             self._resume(resume, comparison, data, args, kwargs, settings)
+            data = data if group is None else group.data_of_process(owner, data)
+        else:
+            self.history, self._epoch_start = TrainingHistory(), None
         self._run_settings, self._scheduler_steps = settings, scheduler_steps
         if checkpoint is not None:
             check_state(self)
         self._checks_state = checkpoint is not None
-        length = length_of(data)
-        bar = self._bar = tqdm(
-            total=None if length is None else num_epochs * length,
-            initial=len(self.history.losses),
-            disable=not progress_bar,
-            unit="step",
-        )
-        with postponed_interrupts(signal.SIGINT, signal.SIGTERM) as interrupts, bar:
-            try:
-                for _ in self._steps(data, num_epochs, args, kwargs, bar):
-                    wants_stop = callback is not None and bool(callback(self.history))
-                    is_due = self.history.is_epoch_end or wants_stop
-                    if checkpoint_every is not None:
-                        is_due = is_due or len(self.history.losses) % checkpoint_every == 0
-                    is_interrupted = bool(interrupts)
-                    if checkpoint is not None and (is_due or is_interrupted):
-                        save_run(self, checkpoint, data)
-                    if is_interrupted:
-                        interrupts.deliver()
-                    if wants_stop:
-                        break
-            except (Exception, NestedInterrupt) as error:
-                if not interrupts:
-                    raise
-                # The workers of the loader got the signal, too, and failed. Save no half step.
-                if checkpoint is not None and not _is_in_step(error):
-                    save_run(self, checkpoint, data)
-                interrupts.deliver()
-                raise
+        loop = RunLoop(self, data, num_epochs, args, kwargs, callback, checkpoint, checkpoint_every)
+        loop.run(progress_bar)
         self._end_run()
         return self.history
 
@@ -221,7 +252,7 @@ class EagerSVI(SVI):
 
     def _resume(
         self,
-        path: StrPath,
+        path: Any,
         comparison: Comparison,
         data: Data,
         args: tuple[Any, ...],
@@ -267,113 +298,3 @@ class EagerSVI(SVI):
     @property
     def _schedule(self) -> Any:
         return schedule_of(self.objective)
-
-    def _check(
-        self, data: Data, num_epochs: int, checkpoint: Any, checkpoint_every: int | None
-    ) -> None:
-        owner = f"{type(self).__name__}.run"
-        if isinstance(data, int):
-            check_integer(owner, "data (a number of steps)", data, 1)
-        elif isinstance(data, Tensor) or not isinstance(data, Iterable):
-            raise TypeError(
-                f"{owner}: data must be a number of steps or an iterable of minibatches, but it "
-                f"is {describe(data)}. If each step uses all data, pass the number of steps, and "
-                "the data as args=(x,)."
-            )
-        check_integer(owner, "num_epochs", num_epochs, 1)
-        if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-            raise ValueError(
-                f"{owner}: the folder of checkpoint='{checkpoint}' does not exist. Create it first."
-            )
-        if checkpoint is not None:
-            check_writable(checkpoint)
-        if checkpoint_every is not None:
-            check_integer(owner, "checkpoint_every", checkpoint_every, 1)
-            if checkpoint is None:
-                raise ValueError(
-                    f"{owner}: checkpoint_every needs a checkpoint. Pass the path of a file as "
-                    "checkpoint=."
-                )
-
-    def _steps(
-        self,
-        data: Data,
-        num_epochs: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        bar: Any,
-    ) -> Iterator[None]:
-        """Take steps. Pause after each step, and after an epoch that ends without a step."""
-        history = self.history
-        if history.is_converged:
-            return
-        while len(history.epoch_ends) < num_epochs:
-            length = length_of(data)
-            for batch in self._batches(data, length):
-                batch_args, batch_kwargs = arguments_of(batch)
-                loss = float(self.step(*batch_args, *args, **batch_kwargs, **kwargs))
-                self._after_step(loss, length, bar)
-                yield
-                if history.is_epoch_end:
-                    break
-            else:  # the data has no length, or ends before it
-                history.epoch_ends.append(len(history.losses))
-                self._step_scheduler("epoch", history.last_epoch_loss)
-                yield
-
-    def _batches(self, data: Data, length: int | None) -> Iterator[Any]:
-        """Yield the remaining minibatches of an epoch."""
-        done = self.history.steps_of_epoch
-        now = random_states(data)
-        if done and self._epoch_start is not None:
-            set_random_states(self._epoch_start, data)  # for the same order of minibatches
-        else:
-            self._epoch_start = now
-        batches = minibatches(data)
-        num_skipped = sum(1 for _ in itertools.islice(batches, done))
-        if done:
-            set_random_states(now, data)
-        has_any = done > 0 and num_skipped == done and length is None
-        for batch in batches:
-            has_any = True
-            yield batch
-        if not has_any:
-            raise ValueError(
-                f"{type(self).__name__}.run: data has {num_skipped} minibatches in epoch "
-                f"{len(self.history.epoch_ends) + 1}, but it must have at least {done + 1}. A "
-                "generator can be used once only, so pass a list or a DataLoader that is not empty."
-            )
-
-    def _after_step(self, loss: float, length: int | None, bar: Any) -> None:
-        history = self.history
-        if math.isnan(loss):
-            raise ValueError(
-                f"{type(self).__name__}.run: the loss of step {len(history.losses) + 1} is NaN. "
-                "Check the data, the parameters and the learning rate. If there is a checkpoint, "
-                "it is from an earlier step."
-            )
-        history.losses.append(loss)
-        if history.steps_of_epoch == length:
-            history.epoch_ends.append(len(history.losses))
-        if self._schedule is not None:
-            self._schedule.step()
-        self._step_scheduler("step", loss)
-        if history.is_epoch_end:
-            self._step_scheduler("epoch", history.last_epoch_loss)
-        if self._checks_state:
-            check_state(self)  # some states exist only after a step
-            self._checks_state = False
-        if not bar.disable:
-            recent = history.losses[-_WINDOW:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
-            bar.update()
-
-    def _step_scheduler(self, time: str, loss: float) -> None:
-        if self._scheduler_steps is not None:
-            self._scheduler_steps.at(time, self.optim, loss)
-
-
-def _is_in_step(error: BaseException) -> bool:
-    """Return whether an exception came up inside of a step, and not between two steps."""
-    steps = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
-    return "step" in steps or "_after_step" in steps

@@ -32,12 +32,19 @@ def save_run(svi: Any, path: StrPath, data: Any = None) -> None:
     names = [store.param_name(param) for param in svi.optim.optim_objs]
     content = _program_state(svi, svi._called).content() | {
         "settings": _settings(svi, filter(None, names)) | svi._run_settings,
-        "random": compact_random_states(random_states(data)),
-        "epoch_start": svi._epoch_start and compact_random_states(svi._epoch_start),
         "schedule": None if schedule is None else schedule.state_dict(),
         "history": svi.history.state_dict(),
     }
-    write(content, path)
+    own = {
+        "random": compact_random_states(random_states(data)),
+        "epoch_start": svi._epoch_start and compact_random_states(svi._epoch_start),
+    }
+    group = svi._group
+    if group is None:
+        write(content | own | {"group": None}, path)
+        return
+    content |= own | {"group": group.state(own)}
+    group.processes.result_of_first(lambda: write(content, path), f"{group.owner}.save")
 
 
 def load_run(
@@ -59,7 +66,11 @@ def load_run(
     :param data: the data of the run, for the states of its own generators.
     :param settings: the settings of the run, to be compared as well.
     """
-    content = read(path)
+    group = svi._find_group()
+    if group is None:
+        content = read(path)
+    else:
+        content = group.processes.result_of_first(lambda: read(path), f"{group.owner}.load")
     # An interrupt waits until all is restored.
     with postponed_interrupts(), new_params_removed_on_error():
         # A first run of the programs may initialise state, so it must come before loading.
@@ -77,9 +88,12 @@ def load_run(
         if schedule is not None and step is not None:
             schedule.load_state_dict(step)
         svi.history = history
-        svi._epoch_start = content["epoch_start"]
         svi._called = called
-        set_random_states(content["random"], data)
+        own = {key: content[key] for key in ("random", "epoch_start")}
+        if group is not None:
+            own = group.load(content.get("group"), own)
+        svi._epoch_start = own["epoch_start"]
+        set_random_states(own["random"], data)
 
 
 def check_state(svi: Any) -> None:

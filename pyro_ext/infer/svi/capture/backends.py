@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import inductor, inductor_with_checks
-from pyro_ext.infer.svi.capture.recorder import is_random
+from pyro_ext._private.of_torch import inductor, inductor_with_checks, is_random
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -121,7 +121,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
             results = rehearse(of_run, len(names), log.originals, _SEED + 3)
             return difference(expected, results, names, eps)
 
-        runs = _compile(graph, inputs, backend, difference_of)
+        runs = _compile(graph, inputs, recorder.draws, backend, difference_of)
     finally:
         before.restore()
     params = step.params()
@@ -257,15 +257,17 @@ def _check_gradients(step: Step, log: OperationLog) -> None:
 def _compile(
     graph: GraphModule,
     inputs: Sequence[Tensor],
+    draws: Sequence[Callable[[], Tensor]],
     backend: Backend,
     difference_of: Callable[[Run], str | None],
 ) -> _Runs:
     """Compile a graph, and compare its outputs with those of the programs before and after.
 
+    :param draws: the functions that make the last inputs of the graph.
     :param difference_of: a function that returns the first difference between the outputs of a
         graph and those of the programs, or None.
     """
-    plain = _outside_of_autocast(graph)
+    plain = _with_draws(_outside_of_autocast(graph), draws)
     reason = difference_of(plain)
     if reason is not None:
         advice = (
@@ -278,10 +280,10 @@ def _compile(
         return _Runs(plain, plain)
     started = perf_counter()
     with without_autocast():
-        compiled = compile_graph(graph, inputs, backend)
+        compiled = compile_graph(graph, [*inputs, *(draw() for draw in draws)], backend)
     runs = _Runs(
         plain,
-        _outside_of_autocast(compiled.run),
+        _with_draws(_outside_of_autocast(compiled.run), draws),
         compiled.num_kernels,
         perf_counter() - started,
     )
@@ -296,6 +298,11 @@ def _compile(
             f"{reason}"
         )
     return runs
+
+
+def _with_draws(run: Run, draws: Sequence[Callable[[], Tensor]]) -> Run:
+    """Return a graph that makes the draws that are its last inputs."""
+    return (lambda *tensors: run(*tensors, *(draw() for draw in draws))) if draws else run
 
 
 def _outside_of_autocast(run: Run) -> Run:

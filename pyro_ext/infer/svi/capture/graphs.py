@@ -37,6 +37,13 @@ class ReadyGraph(NamedTuple):
         """The names of the parameters whose gradients the graph returns."""
         return self.graph.names
 
+    def named(
+        self, gradients: Iterable[Tensor | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Return these parameters and their gradients by name."""
+        params = {name: self.params[name] for name in self.names}
+        return params, dict(zip(params, gradients, strict=False))
+
 
 class Graphs:
     """The graphs of a training loop.

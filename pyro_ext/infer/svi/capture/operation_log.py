@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +22,8 @@ from pyro_ext._private.of_torch import (
     storage_of,
 )
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.noise import Draw, Redirected
+from pyro_ext.infer.svi.capture.current_site import CurrentSite, reason_of
 from pyro_ext.infer.svi.capture.recorder import CaptureError, GraphRecorder, Origin
 from pyro_ext.infer.svi.capture.replacements import REPLACEMENTS
 from pyro_ext.tracing.module_calls import called_modules
@@ -45,36 +45,6 @@ class Outcome:
     def tensors(self) -> list[Tensor | None]:
         """The loss and gradients, in the order in which a graph returns them."""
         return [self.loss, *self.gradients.values()]
-
-
-class CurrentSite(Messenger):
-    """An effect handler that records the last sample site of a run."""
-
-    name: str | None = None
-
-    def _pyro_sample(self, msg: Message) -> None:
-        self.name = msg["name"]
-
-    @property
-    def place(self) -> str:
-        """The current place in the program, in words."""
-        return "before the first site" if self.name is None else f"at or after site '{self.name}'"
-
-    @contextmanager
-    def named_in_errors(self) -> Iterator[None]:
-        """Turn an error into a :class:`CaptureError` that names the place in the program."""
-        try:
-            yield
-        except Exception as error:
-            raise CaptureError(f"{_reason_of(error)}, {self.place}") from error
-
-
-def _reason_of(error: Exception) -> str:
-    """Return the reason why a step cannot be captured, in one line."""
-    if isinstance(error, CaptureError):
-        return str(error)
-    line = str(error).partition("\n")[0].rstrip(".")
-    return f"the step raises {type(error).__name__} ({line})"
 
 
 class TensorsForNumbers(TorchFunctionMode):
@@ -234,6 +204,7 @@ class _Logger(TorchDispatchMode):
         self.known = WeakTensorKeyDictionary()
         self.touched = WeakTensorKeyDictionary()
         self.owner_of_storage: dict[int, Tensor] = {}
+        self.is_paused = False
 
     @contextmanager
     def noted_errors(self, *kinds: type[Exception]) -> Iterator[None]:
@@ -241,12 +212,29 @@ class _Logger(TorchDispatchMode):
         try:
             yield
         except kinds as error:
-            self.log.error = self.log.error or f"{_reason_of(error)}, {self.site.place}"
+            self.log.error = self.log.error or f"{reason_of(error)}, {self.site.place}"
             raise
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         with self.noted_errors(Exception):
             return self._run(func, args, kwargs or {})
+
+    def log_draw(self, func: Any, args: Any, kwargs: Any, draw: Draw) -> Any:
+        """Make a draw from a stream that is not torch's generator, and log it as one operation."""
+        with self.noted_errors(Exception), DisableTorchFunction():
+            self.is_paused = True
+            try:
+                out = draw(func, args, kwargs)
+            finally:
+                self.is_paused = False
+            numbers = repr([x for x in args if not isinstance(x, Tensor)])
+            self.log.operations.append(Operation(self.site.place, f"draw of {func}", numbers))
+            self.known[out] = True
+            if self.recorder is not None:
+                self.recorder.record_draw(func, args, lambda *x: draw(func, x, kwargs), out)
+            return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         flat = pytree.tree_leaves((args, kwargs))
@@ -322,7 +310,11 @@ def _logged(site: CurrentSite, recorder: GraphRecorder | None = None) -> Iterato
     """Log all operations, and undo changes in place at the end."""
     log = OperationLog()
     with log.undone(), called_modules() as log.modules, _Logger(log, site, recorder) as logger:
-        yield logger
+        Redirected.listener = logger.log_draw
+        try:
+            yield logger
+        finally:
+            Redirected.listener = None
 
 
 def log_operations(
@@ -368,14 +360,15 @@ def _states_beside_torch() -> dict[str, Any]:
     return {"random": random.getstate(), "numpy.random": (keys.tolist(), others)}
 
 
-def set_up(run: Callable[[], Any]) -> tuple[list[nn.Module], list[str]]:
+def set_up(run: Callable[[], Any], seed: int | None = 0) -> tuple[list[nn.Module], list[str]]:
     """Run programs once so that they initialise themselves, and undo changes in place.
 
     :param run: the run.
+    :param seed: the seed of its random numbers; None for those that come next.
     :returns: the modules that the run calls, and the names of the parameters that it uses.
     """
     with (
-        kept_random_states(0),
+        kept_random_states(seed),
         poutine.trace(param_only=True) as trace,
         _logged(CurrentSite()) as logger,
     ):

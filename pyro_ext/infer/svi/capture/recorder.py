@@ -2,7 +2,7 @@
 
 import enum
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import has_side_effect
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_ext._private.of_torch import PACK_SEQUENCE, is_check, pytree, storage_of
+from pyro_ext._private.of_torch import (
+    PACK_SEQUENCE,
+    is_check,
+    is_random,
+    pytree,
+    schema_of,
+    storage_of,
+)
 from pyro_ext.infer.svi.capture.data_program import DataProgram
 
 _MAX_READ = 10_000  # entries of a tensor that a program reads at once
@@ -57,6 +64,9 @@ class GraphRecorder:
         self.reads: list[Node] = []
         #: Nodes of data with a result whose shape depends on values.
         self.variable: list[Node] = []
+        #: The draws that no operation of the graph makes.
+        self.draws: list[Callable[[], Tensor]] = []
+        self._draw_nodes: list[Node] = []
         self._num_constants = 0
         self._origins: dict[int, Origin] = {}
         self._storages: set[int] = set()
@@ -142,6 +152,32 @@ class GraphRecorder:
         self._add_results(node, out, set() if is_literal else before)
         if deciding and not origin & ~Origin.DATA:
             self.variable.append(node)
+
+    def record_draw(
+        self, func: Any, args: tuple[Any, ...], draw: Callable[..., Any], out: Tensor
+    ) -> None:
+        """Add a draw from a stream that is not torch's generator. It is an input of the graph.
+
+        :param func: the random operator.
+        :param args: its arguments.
+        :param draw: a function that returns its result for other tensors in the place of ``args``.
+        :param out: its result.
+        :raises CaptureError: if the draw depends on more than constants.
+        """
+        is_filled = schema_of(func).is_mutable
+        for x in args[is_filled:]:
+            if isinstance(x, Tensor) and self.origin_of(x) != Origin.CONSTANT:
+                raise CaptureError(
+                    "the random numbers of a site that all processes share, or of rows with "
+                    "streams of their own, depend on parameters or data. Use a reparameterised "
+                    "distribution whose noise does not, such as Normal"
+                )
+        given = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
+        node = self.graph.call_function(draw, (len(self.draws),))
+        self.draws.append(lambda: draw(*map(_copy, given)))
+        self._draw_nodes.append(node)
+        self._set(out, node, Origin.NOISE)
+        self._origins[storage_of(out)] = Origin.NOISE
 
     def _without_constant_masks(self, indices: Iterable[Any]) -> list[Any]:
         """Return indices in the place of constant masks, of which compilers know the shapes."""
@@ -272,6 +308,9 @@ class GraphRecorder:
                 self.graph.erase_node(node)
         self.graph.output([None if x is None else self.node_of(x) for x in outputs])
         data = self._data_program()
+        for index, node in enumerate(self._draw_nodes):
+            node.replace_all_uses_with(self._placeholder(f"draw_{index}"))
+            self.graph.erase_node(node)
         for node in self.graph.nodes:
             target: Any = node.target
             if is_check(target) and not node.is_impure():
@@ -334,6 +373,5 @@ def _is_mask(x: Tensor) -> bool:
     return x.dtype in (torch.bool, torch.uint8)
 
 
-def is_random(func: Any) -> bool:
-    """Return whether an operator draws from a random generator of torch."""
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x

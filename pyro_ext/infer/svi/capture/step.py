@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import storage_of
+from pyro_ext.distributed.noise import DistributedNoise
 from pyro_ext.infer.svi.capture.graph_inputs import (
     Arguments,
     OwnParams,
@@ -185,7 +186,11 @@ class Step(ABC):
     @property
     def roots(self) -> list[tuple[str, Any]]:
         """The objects that determine the operations of a step, with their names."""
-        handlers = [(type(handler).__name__, handler) for handler in self.handlers]
+        handlers = [
+            (type(handler).__name__, handler)
+            for handler in self.handlers
+            if not isinstance(handler, DistributedNoise)  # its streams are no settings
+        ]
         return [("model", self.model), ("guide", self.guide), *self.objectives, *handlers]
 
 

@@ -1,0 +1,91 @@
+"""Data loaders of processes that have a share of the rows each."""
+
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from pyro_ext.distributed.processes import Processes
+
+_SETTINGS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+def loader_like(loader: "DataLoader[Any]", **settings: Any) -> "DataLoader[Any]":
+    """Return a loader with the data set and settings of another one, but other batches.
+
+    :param loader: the other loader.
+    :param settings: the settings that say which batches it has.
+    """
+    kept = {name: getattr(loader, name) for name in _SETTINGS}
+    return DataLoader(loader.dataset, **kept, **settings)
+
+
+def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -> Any:
+    """Return data whose minibatches hold the rows of this process.
+
+    A plain ``DataLoader`` gets a ``DistributedSampler``. Data of another kind stay as they are.
+
+    :param owner: the name of the caller, for messages.
+    :param data: a loader, or other data.
+    :param processes: the processes.
+    :param seed: the seed of the order of the rows.
+    :raises ValueError: if the loader has a ``DistributedSampler`` for another process.
+    """
+    if not isinstance(data, DataLoader):
+        return data
+    sampler = sampler_of(data)
+    if isinstance(sampler, DistributedSampler):
+        found, here = (sampler.rank, sampler.num_replicas), (processes.rank, processes.size)
+        if found != here:
+            raise ValueError(
+                f"{owner}: the DistributedSampler of data is for rank {found[0]} of {found[1]}, "
+                f"but this process has rank {here[0]} of {here[1]}. Make it after "
+                "init_process_group, without rank= and num_replicas=."
+            )
+        return data
+    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
+    is_plain = type(data) is DataLoader and type(data.batch_sampler) is BatchSampler
+    if not (is_plain and (is_shuffled or type(sampler) is SequentialSampler)):
+        return data
+    dataset: Any = data.dataset
+    own = DistributedSampler[Any](
+        dataset,
+        processes.size,
+        processes.rank,
+        shuffle=is_shuffled,
+        seed=seed,
+        drop_last=data.drop_last,
+    )
+    return loader_like(data, batch_size=data.batch_size, sampler=own, drop_last=data.drop_last)
+
+
+def sampler_of(loader: "DataLoader[Any]") -> Any:
+    """Return the sampler of a loader, also if it is inside of a batch sampler."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def set_epoch(data: Any, epoch: int) -> None:
+    """Tell the sampler or the data set of a loader the number of the epoch, if it wants to know.
+
+    :param data: a loader, or other data.
+    :param epoch: the number of the epoch, from 0.
+    """
+    if isinstance(data, DataLoader):
+        for part in (sampler_of(data), data.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)

@@ -1,0 +1,222 @@
+"""What several processes do together while each trains the same model and guide."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from pyro_ext._private.of_pyro import HANDLER_STACK
+from pyro_ext._random_states import kept_random_states, random_states, seed_all
+from pyro_ext.distributed.gradients import Contribution, GradientExchange, Gradients, Total
+from pyro_ext.distributed.loaders import with_share_of_rows
+from pyro_ext.distributed.noise import DistributedNoise
+from pyro_ext.distributed.processes import Processes, describe_error
+from pyro_ext.distributed.streams import agreed_seed, seed_of
+from pyro_ext.infer.svi.capture.graph_inputs import current_params
+from pyro_ext.infer.svi.equal_programs import SharedParams, divided_plates
+
+Losses = tuple[float, ...]
+
+
+class TrainingGroup:
+    """The processes that train together. Each has a share of the rows of a minibatch.
+
+    In a mean over processes, the weight of a process is its number of rows.
+
+    :param processes: the processes.
+    :param owner: the name of the SVI class, for messages.
+    """
+
+    def __init__(self, processes: Processes, owner: str) -> None:
+        self.processes = processes
+        self.owner = owner
+        self.exchange = GradientExchange(processes)
+        self._noise: DistributedNoise | None = None
+        self._shared_params = SharedParams(processes)
+        self._saved: dict[str, Any] | None = None
+        #: Returns whether this process has received a signal to end.
+        self.has_signal: Callable[[], bool] = lambda: False
+        #: Whether a process had received a signal to end before the latest step.
+        self.is_interrupted = False
+        self._is_awaited = False
+        self._num_steps = 0
+        self._rows_of_graph: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+
+    def start(self, svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make sure that all processes train the same, and give them equal parameters.
+
+        :param svi: the SVI.
+        :param args: positional arguments of model and guide, for the first step.
+        :param kwargs: keyword arguments of model and guide.
+        :raises ValueError: if the processes differ, or if the rows of a process are not those of a
+            plate that has a size.
+        """
+        if self._noise is not None:
+            return
+        plates = divided_plates(svi, self.processes, self.owner, args, kwargs)
+        self._noise = DistributedNoise(plates, self.seed)
+        if self._saved is None:
+            seed_all(seed_of(self.seed, self.processes.rank))
+        elif self._saved["noise"] is not None:
+            self._noise.set_state(self._saved["noise"])
+
+    @cached_property
+    def seed(self) -> int:
+        """The seed of all streams of random numbers, and of the order of the rows."""
+        if self._saved is not None:
+            return int(self._saved["seed"])
+        with kept_random_states():  # new parameters get the values of a run of one process
+            return agreed_seed(self.processes)
+
+    def state(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the state of rank 0.
+
+        :param own: the random states of this process.
+        """
+        return {
+            "seed": self.seed,
+            "noise": self._noise and self._noise.state(),
+            "ranks": self.processes.gather(own),
+        }
+
+    def load(self, state: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:
+        """Continue from a checkpoint.
+
+        :param state: the result of :meth:`state`; None if one process has saved the checkpoint.
+        :param own: the random states of the process that has saved it.
+        :returns: the random states of this process. If there were more processes or fewer, they
+            come from those of rank 0.
+        """
+        self._saved = state
+        if state is not None and len(state["ranks"]) == self.processes.size:
+            return dict(state["ranks"][self.processes.rank])
+        with kept_random_states():
+            seed_all(seed_of(int(own["random"]["cpu"].long().sum()), self.processes.rank))
+            return {**own, "random": random_states()}
+
+    def data_of_process(self, owner: str, data: Any) -> Any:
+        """Return data whose minibatches hold the rows of this process."""
+        return with_share_of_rows(owner, data, self.processes, self.seed % 2**32)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Take a step. If it fails in one process, it fails in all of them."""
+        self._num_steps += 1
+        with self.awaited(), self._active_noise(), self._shared_params:
+            yield
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Tell the other processes, which wait in the next exchange, if a block fails."""
+        self._is_awaited = True
+        try:
+            yield
+        except BaseException as error:
+            if self._is_awaited:
+                self._is_awaited = False
+                self.exchange.add(Contribution(has_failed=True), {})
+                self.processes.gather(describe_error(error))
+            raise
+        finally:
+            self._is_awaited = False
+
+    @contextmanager
+    def _active_noise(self) -> Iterator[None]:
+        if self._given_noise is None and self._noise is not None:
+            with self._noise:
+                yield
+        else:
+            yield
+
+    @property
+    def _given_noise(self) -> DistributedNoise | None:
+        """The handler of the user around the step, if there is one."""
+        return next((x for x in HANDLER_STACK if isinstance(x, DistributedNoise)), None)
+
+    def rows_of(self, graph: Any) -> list[int]:
+        """Return the numbers of rows with which a graph was captured."""
+        if graph not in self._rows_of_graph:
+            self._rows_of_graph[graph] = self._rows
+        return self._rows_of_graph[graph]
+
+    @property
+    def _rows(self) -> list[int]:
+        """The numbers of rows in the divided plates, in the latest run of the programs."""
+        noise = self._given_noise
+        assert noise is not None  # inside of a step
+        return [num_rows for num_rows, _ in noise.rows.values()]
+
+    def mean(
+        self,
+        losses: Losses,
+        params: dict[str, Tensor],
+        gradients: Gradients,
+        rows: list[int] | None = None,
+    ) -> tuple[Losses, dict[str, Tensor], dict[str, Tensor | None]]:
+        """Return the mean losses, the parameters with gradients in any process, and their means.
+
+        :param losses: the losses of this process.
+        :param params: the parameters that this process has used, by name.
+        :param gradients: their gradients in this process, by name.
+        :param rows: the numbers of rows in the divided plates. With None, those of the latest run.
+        :raises RuntimeError: if the step has failed in another process.
+        :raises ValueError: if a loss is not finite.
+        """
+        rows = self._rows if rows is None else rows
+        mine = Contribution(float(sum(rows)) if rows else 1.0, losses)
+        total = self._exchange(mine, gradients)
+        self._check_rows(total, len(rows))
+        means = total.losses[: len(losses)]
+        if not all(map(math.isfinite, means)):
+            found = self.processes.gather(losses)
+            bad = [r for r, x in enumerate(found) if not all(map(math.isfinite, x))]
+            raise ValueError(
+                f"{self.owner}: the loss of step {self._num_steps} is {means[0]}, because of rank "
+                f"{', '.join(map(str, bad or [0]))} of {self.processes.size}. Check the data of "
+                "this rank, the parameters and the learning rate; this step has not changed the "
+                "parameters."
+            )
+        if not params.keys() >= total.gradients.keys():
+            params = {**current_params(), **params}
+        used = {name: params[name] for name, x in total.gradients.items() if x is not None}
+        return means, {**params, **used}, total.gradients
+
+    def rest(self) -> tuple[float, dict[str, Tensor], dict[str, Tensor | None]] | None:
+        """Take part in a step without data of this process.
+
+        :returns: the loss, parameters and gradients of the others; None if none has data.
+        """
+        self._num_steps += 1
+        total = self._exchange(Contribution(has_ended=True), {})
+        if total.num_ended == self.processes.size:
+            return None
+        params = current_params()
+        gradients = {
+            name: x if x is None else x.to(params[name].device)
+            for name, x in total.gradients.items()
+        }
+        return total.losses[0], params, gradients
+
+    def _exchange(self, mine: Contribution, gradients: Gradients) -> Total:
+        self._is_awaited = False
+        mine = replace(mine, is_interrupted=self.has_signal())
+        total = self.exchange.add(mine, gradients)
+        if total.num_failed:
+            self.processes.raise_for(self.processes.gather(None), self.owner)
+        self.is_interrupted = total.num_interrupted > 0
+        return total
+
+    def _check_rows(self, total: Total, num_plates: int) -> None:
+        """Raise a ValueError if no weight of a process is right for all plates."""
+        num_active = self.processes.size - total.num_ended
+        is_even = math.isclose(num_active * total.squares, total.weight**2, rel_tol=1e-4)
+        if num_plates > 1 and not is_even:
+            raise ValueError(
+                f"{self.owner}: several plates are divided over processes, and the processes have "
+                "different numbers of rows. Give each process equally many rows (drop_last=True)."
+            )
