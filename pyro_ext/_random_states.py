@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-RandomStates = dict[str, Any]
+from pyro_ext._private.of_pyro import HANDLER_STACK
 
-#: Streams of random numbers beside the generators, such as those of active effect handlers. They
-#: have the methods ``state``, ``set_state`` and ``set_seed``.
-kept_streams: list[Any] = []
+RandomStates = dict[str, Any]
 
 _MAX_DEPTH = 4
 _WITHOUT = (torch.Tensor, torch.nn.Module, type, ModuleType)  # hold no generator of a loader
@@ -29,7 +27,7 @@ def random_states(data: Any = None) -> RandomStates:
     """
     return {
         **torch_states(),
-        "streams": [stream.state() for stream in kept_streams],
+        "streams": [stream.stream_state() for stream in _streams()],
         "random": random.getstate(),
         "numpy": np.random.get_state(),
         "data": [_read(generator) for generator in generators_of(data)],
@@ -43,12 +41,17 @@ def set_random_states(states: RandomStates, data: Any = None) -> None:
     :param data: the ``DataLoader`` that was passed to :func:`random_states`, or None.
     """
     set_torch_states(states)
-    for stream, state in zip(kept_streams, states.get("streams", []), strict=False):
-        stream.set_state(state)
+    for stream, state in zip(_streams(), states.get("streams", []), strict=False):
+        stream.set_stream_state(state)
     random.setstate(_as_python(states["random"]))
     np.random.set_state(_as_numpy(states["numpy"]))
     for generator, state in zip(generators_of(data), states["data"], strict=False):
         _write(generator, state)
+
+
+def _streams() -> list[Any]:
+    """Return the active effect handlers that have a stream of random numbers of their own."""
+    return [handler for handler in HANDLER_STACK if hasattr(handler, "seed_stream")]
 
 
 def torch_states() -> RandomStates:
@@ -93,8 +96,8 @@ def kept_random_states(seed: int | None = None, data: Any = None) -> Iterator[No
     try:
         if seed is not None:
             seed_all(seed)
-            for stream in kept_streams:
-                stream.set_seed(seed)
+            for stream in _streams():
+                stream.seed_stream(seed)
         yield
     finally:
         set_random_states(states, data)

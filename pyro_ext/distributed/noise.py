@@ -7,8 +7,9 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import TorchDispatchMode, is_random, schema_of
-from pyro_ext._random_states import kept_streams, seed_torch, set_torch_states, torch_states
+from pyro_ext._random_states import seed_torch, set_torch_states, torch_states
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.distributed.streams import agreed_seed, seed_of
 
@@ -27,6 +28,8 @@ class DistributedNoise(Messenger):
 
     :class:`EagerSVI` and :class:`CompiledSVI` use this handler by themselves if
     ``torch.distributed`` has more than one process. Use it in a loop of your own, around each step.
+    Each time that it is entered, it begins new random numbers, from the seed and the number of the
+    step. A process without data in a step therefore has the same numbers as the others in the next.
 
     With ``per_row=True``, each row of a divided plate has a stream of its own. Row j of rank r is
     row j P + r of the minibatch, as a ``DistributedSampler`` divides them. The draws then do not
@@ -63,29 +66,37 @@ class DistributedNoise(Messenger):
             seed = agreed_seed(processes) if processes else int(torch.randint(2**62, ()))
         self.seed = seed
         self.per_row = per_row
-        self.shared = SharedStream(seed_of(seed, "shared"))
-        self.num_row_draws = 0
+        self.step = 0
+        self.seed_stream(seed)
         #: The rows of each divided plate in the latest run, and the rows of all data.
         self.rows: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Any:
-        kept_streams.append(self)
+        self.next_step()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        kept_streams.remove(self)
-        super().__exit__(*error)
+    def next_step(self) -> None:
+        """Begin the random numbers of the next step, whatever the last one has used."""
+        self.step += 1
+        self.seed_stream(seed_of(self.seed, f"step {self.step}"))
 
-    def state(self) -> dict[str, Any]:
+    def stream_state(self) -> dict[str, Any]:
         """Return the states of the streams other than torch's generator."""
-        return {"shared": self.shared.states, "num_row_draws": self.num_row_draws}
+        return {
+            "step": self.step,
+            "step_seed": self.step_seed,
+            "shared": self.shared.states,
+            "num_row_draws": self.num_row_draws,
+        }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+    def set_stream_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`stream_state` returned."""
+        self.step, self.step_seed = state["step"], state["step_seed"]
         self.shared.states, self.num_row_draws = state["shared"], state["num_row_draws"]
 
-    def set_seed(self, seed: int) -> None:
-        """Start the streams anew."""
+    def seed_stream(self, seed: int) -> None:
+        """Start these streams anew."""
+        self.step_seed = seed
         self.shared = SharedStream(seed_of(seed, "shared"))
         self.num_row_draws = 0
 
@@ -157,7 +168,7 @@ class _RowDraws:
             parts = []
             for j in range(self.num_rows):
                 row = j * noise.size + noise.rank
-                seed_torch(seed_of(noise.seed, f"{noise.num_row_draws} {row}"))
+                seed_torch(seed_of(noise.step_seed, f"{noise.num_row_draws} {row}"))
                 parts.append(func(*(self._of_row(x, j) for x in args), **kwargs))
         finally:
             set_torch_states(outside)
@@ -200,3 +211,8 @@ class Redirected(TorchDispatchMode):
         if Redirected.listener is not None:
             return Redirected.listener(func, args, kwargs, self.draw)
         return self.draw(func, args, kwargs)
+
+
+def active_noise() -> DistributedNoise | None:
+    """Return the active :class:`DistributedNoise`, or None."""
+    return next((x for x in HANDLER_STACK if isinstance(x, DistributedNoise)), None)

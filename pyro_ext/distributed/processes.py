@@ -99,7 +99,8 @@ class Processes:
     def share(self, compute: Callable[[], T], owner: str) -> list[T]:
         """Return the results of a computation in all processes, by rank.
 
-        :param compute: the computation. It must not use this group.
+        :param compute: the computation. If it uses this group, it must do so in the same way in
+            each process, even if it fails.
         :param owner: the name of the caller, for messages.
         :raises RuntimeError: if the computation fails in another process. Where it fails, its own
             error is raised.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_ext._files import StrPath
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.noise import active_noise
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.comparison import Comparison
@@ -95,6 +96,9 @@ class EagerSVI(SVI):
         :returns: the loss before the step.
         """
         group = self._find_group()
+        noise = active_noise()
+        if noise is not None:
+            noise.next_step()
         if group is None:
             return self._take_step(args, kwargs)
         group.start(self, args, kwargs)

@@ -9,6 +9,7 @@ import torch
 
 from pyro_ext._arguments import check_integer, check_real
 from pyro_ext._figures import axes_or_new
+from pyro_ext.distributed.processes import current_processes
 
 
 @dataclass
@@ -114,7 +115,8 @@ class EarlyStopping:
     :param min_improvement: the smallest decrease of the loss that counts as an improvement, >= 0,
         in nats for an ELBO.
     :param evaluate: a function without arguments that returns the loss, such as the loss of
-        held-out data. None uses the mean loss over the steps of the epoch.
+        held-out data. None uses the mean loss over the steps of the epoch. With several processes,
+        the mean over processes counts.
     :raises TypeError: if ``patience`` is not an integer, or ``min_improvement`` is not a number.
     :raises ValueError: if an argument is out of range.
 
@@ -147,13 +149,22 @@ class EarlyStopping:
         """
         if not history.is_epoch_end:
             return False
-        loss = history.last_epoch_loss if self.evaluate is None else float(self.evaluate())
+        loss = history.last_epoch_loss if self.evaluate is None else self._mean(self.evaluate)
         history.evaluations.append((len(history.losses), loss))
         if self._best is None or not self._best.is_of(history, self.min_improvement):
             self._best = _BestSoFar(history.evaluations, self.min_improvement)
         best_index = self._best.update()
         history.is_converged = len(history.evaluations) - 1 - best_index >= self.patience
         return history.is_converged
+
+    @staticmethod
+    def _mean(evaluate: Callable[[], float]) -> float:
+        """Return the mean of an evaluation over processes."""
+        processes = current_processes()
+        if processes is None:
+            return float(evaluate())
+        losses = processes.share(lambda: float(evaluate()), "EarlyStopping")
+        return sum(losses) / len(losses)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_best": None}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._random_states import kept_random_states, random_states, seed_all
 from pyro_ext.distributed.gradients import Contribution, GradientExchange, Gradients, Total
 from pyro_ext.distributed.loaders import with_share_of_rows
-from pyro_ext.distributed.noise import DistributedNoise
+from pyro_ext.distributed.noise import DistributedNoise, active_noise
 from pyro_ext.distributed.processes import Processes, describe_error
 from pyro_ext.distributed.streams import agreed_seed, seed_of
 from pyro_ext.infer.svi.capture.graph_inputs import current_params
@@ -63,7 +62,7 @@ class TrainingGroup:
         if self._saved is None:
             seed_all(seed_of(self.seed, self.processes.rank))
         elif self._saved["noise"] is not None:
-            self._noise.set_state(self._saved["noise"])
+            self._noise.set_stream_state(self._saved["noise"])
 
     @cached_property
     def seed(self) -> int:
@@ -80,7 +79,7 @@ class TrainingGroup:
         """
         return {
             "seed": self.seed,
-            "noise": self._noise and self._noise.state(),
+            "noise": self._noise and self._noise.stream_state(),
             "ranks": self.processes.gather(own),
         }
 
@@ -107,7 +106,8 @@ class TrainingGroup:
     def step(self) -> Iterator[None]:
         """Take a step. If it fails in one process, it fails in all of them."""
         self._num_steps += 1
-        with self.awaited(), self._active_noise(), self._shared_params:
+        own: Any = self._noise if active_noise() is None else nullcontext()
+        with self.awaited(), own, self._shared_params:
             yield
 
     @contextmanager
@@ -125,19 +125,6 @@ class TrainingGroup:
         finally:
             self._is_awaited = False
 
-    @contextmanager
-    def _active_noise(self) -> Iterator[None]:
-        if self._given_noise is None and self._noise is not None:
-            with self._noise:
-                yield
-        else:
-            yield
-
-    @property
-    def _given_noise(self) -> DistributedNoise | None:
-        """The handler of the user around the step, if there is one."""
-        return next((x for x in HANDLER_STACK if isinstance(x, DistributedNoise)), None)
-
     def rows_of(self, graph: Any) -> list[int]:
         """Return the numbers of rows with which a graph was captured."""
         if graph not in self._rows_of_graph:
@@ -147,7 +134,7 @@ class TrainingGroup:
     @property
     def _rows(self) -> list[int]:
         """The numbers of rows in the divided plates, in the latest run of the programs."""
-        noise = self._given_noise
+        noise = active_noise()
         assert noise is not None  # inside of a step
         return [num_rows for num_rows, _ in noise.rows.values()]
 
@@ -195,6 +182,9 @@ class TrainingGroup:
         total = self._exchange(Contribution(has_ended=True), {})
         if total.num_ended == self.processes.size:
             return None
+        noise = active_noise() or self._noise
+        assert noise is not None  # each process has taken a step before it has no data
+        noise.next_step()
         params = current_params()
         gradients = {
             name: x if x is None else x.to(params[name].device)
