@@ -30,6 +30,7 @@ SUITES = (
     "chunk_memory",
     "growth",
     "long_run",
+    "several_processes",
     "signal_to_noise",
 )
 

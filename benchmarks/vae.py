@@ -28,17 +28,21 @@ class VAE(nn.Module):
         self.encoder = mlp(num_pixels, hidden, hidden, 2 * latent)
         self.decoder = mlp(latent, hidden, hidden, num_pixels)
 
+    def plate(self, x: Tensor) -> pyro.plate:
+        """The plate of the images."""
+        return pyro.plate("data", len(x))
+
     def model(self, x: Tensor) -> None:
         """p(x, z), z standard normal."""
         pyro.module(self.name, self)
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
             logits = self.decoder(z)
             pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """q(z | x), normal with diagonal covariance."""
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             loc, log_scale = self.encoder(x).chunk(2, dim=-1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
