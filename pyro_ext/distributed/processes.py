@@ -43,19 +43,22 @@ class Processes:
         self._wait(lambda: distributed.all_reduce(sent, async_op=True))
         return sent.to(x.device)
 
-    def start_to_add(self, x: Tensor) -> Callable[[], None]:
-        """Start to replace a tensor by its sum over all processes.
+    def start_to_add(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Start to add a tensor over all processes.
 
-        :param x: a tensor on a device of the group.
-        :returns: a function that waits for the end.
+        :param x: the tensor, which may be overwritten.
+        :returns: the tensor that holds the sum after a wait, and the function that waits.
         """
-        work = distributed.all_reduce(x, async_op=True)
-        return lambda: self._wait(lambda: work)
+        sent = self._on_device(x)
+        with self._named_failures():
+            work = distributed.all_reduce(sent, async_op=True)
+        return sent, lambda: self._wait(lambda: work)
 
     def copy_from_first(self, x: Tensor) -> None:
         """Replace the values of a tensor by those of rank 0."""
         sent = self._on_device(x.detach().contiguous())
-        self._wait(lambda: distributed.broadcast(sent, 0, async_op=True))
+        content = sent.reshape(-1).view(torch.uint8)  # not all backends know all dtypes
+        self._wait(lambda: distributed.broadcast(content, 0, async_op=True))
         with torch.no_grad():
             x.copy_(sent)
 

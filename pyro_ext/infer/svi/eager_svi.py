@@ -1,5 +1,6 @@
 from collections.abc import Collection
 from copy import copy
+from functools import partial
 from typing import Any
 
 from pyro import poutine
@@ -58,6 +59,9 @@ class EagerSVI(SVI):
     >>> len(history.losses), len(history.epoch_losses)
     (6, 3)
     """
+
+    #: The bytes of a vector of gradients that processes exchange during a backward pass.
+    _bucket_bytes: float = 2**20
 
     def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
         if isinstance(loss, type):
@@ -118,13 +122,13 @@ class EagerSVI(SVI):
         if processes is None:
             self._group = None
         elif self._group is None:
-            self._group = TrainingGroup(processes, type(self).__name__)
+            self._group = TrainingGroup(processes, type(self).__name__, self._bucket_bytes)
         return self._group
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._group is None:
             return super().step(*args, **kwargs)
-        with poutine.trace(param_only=True) as trace:
+        with poutine.trace(param_only=True) as trace, self._group.overlapped():
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         loss, params = self._mean_in_place(loss, params_of(trace.trace))
         with_gradients = {param for param in params.values() if param.grad is not None}
@@ -226,22 +230,24 @@ class EagerSVI(SVI):
         :raises KeyboardInterrupt: after an interrupt.
         """
         owner = f"{type(self).__name__}.run"
-        check_run(owner, data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
         scheduler_steps = SchedulerSteps(owner, step_scheduler)
+        comparison = Comparison(resume, allow_changes)
         group = self._find_group()
-        if group is not None:
+        check = partial(check_run, owner, data, num_epochs, checkpoint, checkpoint_every)
+        if group is None:
+            check()
+        else:
+            # Only rank 0 reads and writes files.
+            resume = group.agree(owner, partial(check, is_written=group.is_first), resume)
             data = group.data_of_process(owner, data)
         settings = loader_settings(data) | scheduler_steps.settings(self.optim)
-        comparison = Comparison(resume, allow_changes)
-        is_resumed = resume is not None
-        if group is not None:
-            is_resumed = group.processes.result_of_first(lambda: is_resumed, owner)
-        if is_resumed:
-            self._resume(resume, comparison, data, args, kwargs, settings)
-            data = data if group is None else group.data_of_process(owner, data)
-        else:
+        if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
+        else:
+            self._resume(resume, comparison, data, args, kwargs, settings)
+        if group is not None and resume is not None:
+            data = group.data_of_process(owner, data)  # in the order of the checkpoint
         self._run_settings, self._scheduler_steps = settings, scheduler_steps
         if checkpoint is not None:
             check_state(self)

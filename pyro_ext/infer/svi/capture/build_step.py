@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from pyro_ext._private.of_torch import storage_of
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.noise import active_rows
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.comparison import aliases_of, coarsest, difference, rehearse
@@ -86,10 +87,7 @@ class _Runs(NamedTuple):
 
 def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
     started = perf_counter()
-    if any(tensor.requires_grad for tensor in arguments.tensors):
-        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
-    if any(tensor.layout != strided for tensor in arguments.tensors):
-        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
+    _check_arguments(arguments)
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
     ignored = lifted.places
@@ -134,6 +132,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         written=written,
         names=names,
         tied=_tied(outcome.params, names),
+        rows=active_rows(),
         own=step.own_params(),
         reachable=reachable,
         lifted=lifted,
@@ -144,6 +143,14 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         eps=eps,
         reuses_memory=backend.reuses_memory,
     )
+
+
+def _check_arguments(arguments: Arguments) -> None:
+    """Raise an error if a graph cannot take an argument."""
+    if any(tensor.requires_grad for tensor in arguments.tensors):
+        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
+    if any(tensor.layout != strided for tensor in arguments.tensors):
+        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
 
 
 def _tied(params: dict[str, Tensor], names: list[str]) -> list[tuple[str, str]]:
