@@ -1,3 +1,4 @@
+import pyro
 import pytest
 import torch
 
@@ -20,3 +21,27 @@ def test_several_processes_take_the_steps_of_one(pools, name, is_compiled, size)
     expected = train(name, is_compiled)
     for found in pools(size).results(train, name, is_compiled):
         assert_equal(found, expected)
+
+
+def test_graphs_that_inductor_compiles_are_right(pools):
+    expected = train("local plate", True, backend="inductor")
+    for found in pools(2).results(train, "local plate", True):
+        assert_equal(found, expected)
+    for found in pools(2).results(train_compiled, "local plate"):
+        assert_equal(found, expected)
+
+
+def train_compiled(name):
+    return train(name, True, backend="inductor")
+
+
+def train_locally(name):
+    with pyro.settings.context(module_local_params=True):
+        return train(name)[0]
+
+
+@pytest.mark.parametrize("name", ["pathwise", "Bayesian module"])
+def test_parameters_outside_of_the_param_store_are_trained(pools, name):
+    expected = train_locally(name)
+    for found in pools(2).results(train_locally, name):
+        assert found == pytest.approx(expected, rel=1e-5)

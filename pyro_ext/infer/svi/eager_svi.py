@@ -35,6 +35,13 @@ from pyro_ext.tracing.module_calls import called_modules
 class EagerSVI(SVI):
     """Pyro's ``SVI`` with a training loop.
 
+    If ``torch.distributed`` has several processes, they train together. Each process calls the same
+    methods with its share of the rows, and the plate keeps the size N of all data, as in
+    ``pyro.plate("data", N, subsample=x)``. Parameters begin with the values of rank 0. Losses and
+    gradients are means over processes, weighted by their numbers of rows.
+    :class:`~pyro_ext.distributed.DistributedNoise` describes their random numbers.
+    :meth:`evaluate_loss` returns the loss of the rows of this process.
+
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.
     :param optim: the optimiser.
@@ -121,7 +128,7 @@ class EagerSVI(SVI):
         processes = current_processes()
         if processes is None:
             self._group = None
-        elif self._group is None:
+        elif self._group is None or self._group.processes != processes:
             self._group = TrainingGroup(processes, type(self).__name__, self._bucket_bytes)
         return self._group
 
@@ -192,6 +199,12 @@ class EagerSVI(SVI):
         of a :class:`KLWeightedELBO` advances after each step. Pyro's schedulers of learning rates
         advance after each epoch, before the callback. Do not step them in the callback.
 
+        With several processes, a plain ``DataLoader`` gets a ``DistributedSampler``, and its
+        ``batch_size`` is the number of rows of each process. Other data must be the share of the
+        process. The epoch lasts until no process has minibatches. Rank 0 shows the progress bar,
+        and reads and writes the checkpoints. The run ends for all if the callback of one process
+        returns True, or after an interrupt of one. An error in one process is an error in all.
+
         :param data: the number of steps of an epoch, >= 1, or an iterable of minibatches such as a
             ``DataLoader``. A minibatch that is a tuple or list is passed as the first positional
             arguments of model and guide. A dict is passed as keyword arguments. Any other minibatch
@@ -225,7 +238,10 @@ class EagerSVI(SVI):
         :raises ValueError: if an argument is out of range, if the data has no minibatches or fewer
             than before ``resume``, if ``resume`` is damaged, if it does not fit the model, guide,
             optimiser, objective and data, or if the loss is NaN. If ``resume`` does not fit,
-            nothing has been changed.
+            nothing has been changed. With several processes, also if they train different
+            programs, if a plate has no more rows than a process passes, and if the loss is not
+            finite.
+        :raises RuntimeError: if another process fails, ends or does not answer.
         :raises OSError: if ``resume`` cannot be read, or ``checkpoint`` cannot be written.
         :raises KeyboardInterrupt: after an interrupt.
         """

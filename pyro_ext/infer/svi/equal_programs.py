@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pyro
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pyro_ext._digest import digest
 from pyro_ext.distributed.processes import Processes
-from pyro_ext.infer.svi.capture.graph_inputs import current_params
+from pyro_ext.infer.svi.capture.graph_inputs import current_params, params_of
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.run_settings import objective_settings, optimizer_settings
 
@@ -91,10 +92,10 @@ def divided_plates(
     tensors: dict[str, Tensor] = {}
 
     def describe() -> dict[str, dict[str, Any]]:
-        with plates:
-            modules, used = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs), None)
-        params = current_params()
-        tensors.update((f"parameter '{name}'", params[name]) for name in used if name in params)
+        with plates, poutine.trace(param_only=True) as trace:
+            modules, _ = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs), None)
+        params = params_of(trace.trace)
+        tensors.update((f"parameter '{name}'", x) for name, x in params.items())
         for i, module in enumerate(modules):
             own = [*module.named_parameters("", False), *module.named_buffers("", False)]
             kind = type(module).__name__

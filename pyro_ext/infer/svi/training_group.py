@@ -45,6 +45,7 @@ class TrainingGroup:
         self.is_interrupted = False
         self._is_awaited = False
         self._num_steps = 0
+        self._last_params: dict[str, Tensor] = {}
 
     def start(self, svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make sure that all processes train the same, and give them equal parameters.
@@ -155,9 +156,14 @@ class TrainingGroup:
         finally:
             self._is_awaited = False
 
+    @property
+    def _params(self) -> dict[str, Tensor]:
+        """The parameters that this process knows by name, in the param store or from a step."""
+        return {**self._last_params, **current_params()}
+
     def overlapped(self) -> AbstractContextManager[None]:
         """Send gradients during the backward passes of a block, in which the programs run."""
-        return self.exchange.overlapped(current_params(), lambda: _weight(active_rows()))
+        return self.exchange.overlapped(self._params, lambda: _weight(active_rows()))
 
     def mean(
         self,
@@ -189,8 +195,9 @@ class TrainingGroup:
                 "this rank, the parameters and the learning rate; this step has not changed the "
                 "parameters."
             )
+        self._last_params |= params
         if not params.keys() >= total.gradients.keys():
-            params = {**current_params(), **params}
+            params = {**self._params, **params}
         used = {name: params[name] for name, x in total.gradients.items() if x is not None}
         return means, {**params, **used}, total.gradients
 
@@ -206,7 +213,7 @@ class TrainingGroup:
         noise = active_noise() or self._noise
         assert noise is not None  # each process has taken a step before it has no data
         noise.next_step()
-        params = current_params()
+        params = self._params
         gradients = {
             name: x if x is None else x.to(params[name].device)
             for name, x in total.gradients.items()
