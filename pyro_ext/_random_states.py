@@ -59,12 +59,17 @@ def kept_random_states(seed: int | None = None, data: Any = None) -> Iterator[No
     states = random_states(data)
     try:
         if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
+            seed_generators(seed)
         yield
     finally:
         set_random_states(states, data)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all global generators with a number of 32 bits, which is what NumPy takes."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def compact_random_states(states: RandomStates) -> RandomStates:
