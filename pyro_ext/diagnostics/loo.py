@@ -63,6 +63,10 @@ def loo(
     were learnt as point estimates depend on all data. In this case, use
     :func:`pyro_ext.infer.estimate_evidence` on held-out data.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the draws of the global latent sites, and each returns the same
+    result.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
     :param args: positional arguments of model and guide.

@@ -64,6 +64,9 @@ def simulation_based_calibration(
     uses the draws so far, or with ``vectorize=False`` the simulations that were complete. A second
     interrupt ends the call at once.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the simulations, and each returns the same result.
+
     :param model: the model: a callable with Pyro primitives. Its observations are simulated,
         whatever data its arguments contain. Its parameters keep their values.
     :param make_guide: a function that returns a guide, such as

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+from pyro_ext._arguments import describe
 from pyro_ext._interruption import Interrupts, postponed_interrupts
 from pyro_ext._random_states import (
     RandomStates,
@@ -128,14 +129,18 @@ class JointCall:
         if self._processes is not None:
             _seed_stream(self._seed if seed is None else seed, self.rank)
 
-    def shared(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield items that may draw random numbers when they are made, equally in all processes."""
+    def drawn(self, items: Iterable[T], stream: str | int) -> Iterator[T]:
+        """Yield items that may draw random numbers when they are made, from a stream of their own.
+
+        :param items: the items.
+        :param stream: the name of the stream. Processes with the same name make the same items.
+        """
         states: RandomStates | None = None
         iterator: Iterator[T] | None = None
         while True:
             with kept_random_states():
                 if states is None:
-                    _seed_stream(self._seed, "items")
+                    _seed_stream(self._seed, stream)
                 else:
                     set_random_states(states)
                 iterator = iter(items) if iterator is None else iterator
@@ -155,18 +160,19 @@ class JointCall:
         """
         if self._processes is None:
             return
-        found = self.gather({name: repr(value) for name, value in settings.items()})
+        found = self.gather(settings)
         for rank, of_rank in enumerate(found):
-            for name in found[0]:
-                if of_rank[name] != found[0][name]:
+            for name, value in found[0].items():
+                if repr(of_rank[name]) != repr(value):
                     raise ValueError(
-                        f"{self.owner}: {name} is {of_rank[name]} on rank {rank}, but "
-                        f"{found[0][name]} on rank 0. Pass the same on each rank, because the "
+                        f"{self.owner}: {name} is {describe(of_rank[name])} on rank {rank}, but "
+                        f"{describe(value)} on rank 0. Pass the same on each rank, because the "
                         "processes divide the work."
                     )
         self.check_values(
             lambda: {**named_arguments(programs.model, programs.args, programs.kwargs), **others},
-            f"{self.owner} divides the work by itself: pass all data on each rank.",
+            f"{self.owner} divides the work by itself. Pass the same arguments, with all data, on "
+            "each rank.",
         )
 
     def check_parameters(self, programs: Any) -> None:

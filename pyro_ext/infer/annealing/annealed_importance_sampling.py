@@ -68,6 +68,10 @@ def annealed_importance_sampling(
     result uses the chunks of chains that were complete. If there are none, it raises
     ``KeyboardInterrupt``. A second interrupt ends the call at once.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the chains, and each returns the same result. The first pass
+    runs on each rank with the same random numbers.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives. Its modules must be
         in evaluation mode.
     :param guide: the guide. Its support must be that of the posterior. Leave it out after an SVI.
@@ -88,7 +92,8 @@ def annealed_importance_sampling(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide to its value.
-    :param chunk_size: the number of chains at once, >= 1; by default all chains, but at most 100.
+    :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
+        chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
     :param progress_bar: whether to show a progress bar.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and

@@ -69,6 +69,12 @@ def estimate_evidence(
     uses the draws so far. A second interrupt ends the call at once. A warning is also given if a
     Pareto k is above 0.7.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the blocks, or the draws if there is only one block, and each
+    returns the same result. With ``data_loader``, pass a loader over all rows. The processes check
+    that they have the same settings, arguments and parameters. Of a large tensor, they compare a
+    part of the entries.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
         from the prior, which is plain Monte Carlo.

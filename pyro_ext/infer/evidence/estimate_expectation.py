@@ -60,6 +60,9 @@ def estimate_expectation(
     uses the draws so far. A second interrupt ends the call at once. A warning is given if a Pareto
     k is above 0.7. It is also given if all values were zero, because the error is then unknown.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the draws, and each returns the same result.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It returns a real
         tensor.
     :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come

@@ -53,6 +53,7 @@ class EvidenceSampler:
     def __post_init__(self) -> None:
         self._by_block = self._by_draw = self.call.alone()
         self._block: DataBlock | None = None
+        self._has_gap = False
         self._resume_from = self.state.latest
         self._caller_random_states: RandomStates | None = None
 
@@ -71,6 +72,11 @@ class EvidenceSampler:
         try:
             self._set_up()
             self._run_rounds(blocks)
+            if self._has_gap:
+                raise ValueError(
+                    f"{self.stream.owner}: data_loader has other numbers of batches on some ranks. "
+                    "Pass a loader over all rows on each rank."
+                )
             self.state.is_complete = True
             self.rows.check_total(self.num_rows)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -128,7 +134,8 @@ class EvidenceSampler:
 
     def _add(self, index: int, state: BlockState) -> None:
         """Add the draws of a block that a process has made."""
-        if index != len(self.parts):  # the process with the block before it was interrupted
+        if index != len(self.parts):  # the process with the block before it may be interrupted
+            self._has_gap = True
             return
         if self._by_block.size > 1:
             self._check_room(state, state.num_rows, index)

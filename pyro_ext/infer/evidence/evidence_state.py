@@ -31,6 +31,10 @@ class EvidenceState:
     larger ``num_samples``. The new draws differ from the earlier ones, even if you set the same
     seed again.
 
+    Under a process group of ``torch.distributed``, each rank has the same state after a call. You
+    can save it on any rank, load it on all ranks, and continue with another number of processes.
+    With several processes, the draws after an interrupt differ from those of an uninterrupted run.
+
     Model, guide, their parameters and the data (in the same order) must stay the same. The state
     holds fingerprints of them, and a call with others raises a ValueError. The fingerprints cover
     the arguments, the parameters and buffers, and the values that model and guide reach by name. A

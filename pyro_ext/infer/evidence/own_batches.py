@@ -68,7 +68,8 @@ def _of_map_style(call: JointCall, loader: DataLoader[Any]) -> Iterator[Batch]:
         _ADVICE,
     )
     sizes = [len(batch) if isinstance(batch, Sized) else 1 for batch in batches]
-    loaded = with_batches(loader, batches[call.rank :: call.size])
+    own = with_batches(loader, batches[call.rank :: call.size])
+    loaded = call.drawn(own, f"batches of rank {call.rank}")
     return (
         Batch(index, sum(sizes[index - call.rank : index]), content)
         for index, content in zip(range(call.rank, len(batches), call.size), loaded, strict=True)
@@ -76,7 +77,7 @@ def _of_map_style(call: JointCall, loader: DataLoader[Any]) -> Iterator[Batch]:
 
 
 def _without_others(call: JointCall, loader: Iterable[Any]) -> Iterator[Batch]:
-    batches = call.shared(loader)
+    batches = call.drawn(loader, "batches")
     first = list(itertools.islice(batches, 1))
     call.check_values(lambda: {"first batch of data_loader": first}, _ADVICE)
     return _every_other(call, itertools.chain(first, batches))
