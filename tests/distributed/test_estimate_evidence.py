@@ -259,6 +259,30 @@ def test_a_state_of_any_process_goes_on_with_any_number(pools, tmp_path, mode):
             assert ((log_evidence - exact) / std_error).abs().max() < 4.5
 
 
+RANK = 0
+
+
+def evidence_with_rank(num_samples, path, is_new):
+    """The programs reach a number that differs between processes."""
+    global RANK
+    RANK = distributed.get_rank()
+
+    def ranked_model(x):
+        model(x + 0 * RANK)
+
+    state = EvidenceState() if is_new else EvidenceState.load(path)
+    found = estimate_evidence(ranked_model, guide, X, state=state, num_samples=num_samples)
+    if RANK == 1:
+        state.save(path)
+    return found.num_samples
+
+
+def test_values_that_differ_between_processes_are_not_kept(pools, tmp_path):
+    path = str(tmp_path / "state.pt")
+    assert pools(2).results(evidence_with_rank, 100, path, True) == [100] * 2
+    assert pools(4).results(evidence_with_rank, 300, path, False) == [300] * 4
+
+
 def weights_with_state(path):
     """The weights that a call adds, in a guide that remembers its draws."""
     drawn = []
