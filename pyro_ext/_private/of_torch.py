@@ -1,5 +1,6 @@
 """Private names of torch. This module imports only torch."""
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 __all__ = [
     "PACK_SEQUENCE",
@@ -39,6 +41,7 @@ __all__ = [
     "pytree",
     "schema_of",
     "storage_of",
+    "with_batches",
     "without_gradient_hooks",
 ]
 
@@ -134,6 +137,19 @@ def is_check(operator: Any) -> bool:
     """Return whether an operator can only raise an error, such as the check after Cholesky."""
     schema = getattr(operator, "_schema", None)
     return schema is not None and not (schema.returns or schema.is_mutable)
+
+
+def with_batches(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    """Return a loader with the same settings, and with other batches.
+
+    :param loader: a loader of a map-style data set.
+    :param batches: its new batch sampler, or sampler if it has no batch sampler.
+    """
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    found = copy.copy(loader)
+    # A loader refuses to set its sampler. Workers that persist have the batches of their loader.
+    vars(found).update({name: batches, "_iterator": None})
+    return found
 
 
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:

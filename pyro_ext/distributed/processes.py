@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ _POLL = timedelta(seconds=2)
 #: The time in which the other processes notice that one of them has noticed a failure.
 _GRACE = timedelta(seconds=6)
 _KEY = "pyro_ext/rank {} has noticed a failure"
+_IS_SEPARATE = ContextVar("is_separate", default=False)
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,26 @@ class Processes:
 
 
 def current_processes() -> Processes | None:
-    """Return the processes of the default group; None without a group, or if it has one process."""
+    """Return the processes of the default group; None without a group, or if it has one process.
+
+    It is None inside of :func:`separate_processes`, too.
+    """
+    if _IS_SEPARATE.get():
+        return None
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     size = distributed.get_world_size()
     return None if size == 1 else Processes(distributed.get_rank(), size)
+
+
+@contextmanager
+def separate_processes() -> Iterator[None]:
+    """Let each process compute by itself in a block, because its work is a part of a division."""
+    token = _IS_SEPARATE.set(True)
+    try:
+        yield
+    finally:
+        _IS_SEPARATE.reset(token)
 
 
 def describe_error(error: BaseException | None) -> str | None:
