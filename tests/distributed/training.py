@@ -33,7 +33,9 @@ class Model(PyroModule):
         self.decoder = nn.Linear(2, 3)
 
     def forward(self, x):
-        shift = pyro.sample("shift", dist.Normal(0.0, 1.0)) if self.has_global else x.new_zeros(())
+        shift = x.new_zeros(())
+        if self.has_global:
+            shift = pyro.sample("shift", dist.Normal(shift, 1.0))
         with pyro.plate("data", NUM_DATA, subsample=x):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
             loc = self.decoder(z) + shift.unsqueeze(-1)

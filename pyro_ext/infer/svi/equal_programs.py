@@ -1,11 +1,12 @@
 """Makes sure that several processes train the same model and guide, with equal parameters."""
 
+import sys
 import warnings
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.poutine.messenger import Messenger
@@ -19,7 +20,9 @@ from pyro_ext.infer.svi.capture.graph_inputs import current_params, params_of
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.run_settings import objective_settings, optimizer_settings
 
-_LIBRARIES = ("pyro_ext", "pyro-ppl", "torch")
+
+def _libraries() -> list[Any]:
+    return [sys.modules["pyro_ext"], pyro, torch]
 
 
 class SharedParams(Messenger):
@@ -102,7 +105,7 @@ def divided_plates(
             tensors.update((f"'{key}' of module {i + 1} ({kind})", x) for key, x in own)
         settings = optimizer_settings(svi.optim, ()) | objective_settings(svi.objective)
         return {
-            "version": {f"version of {name}": version(name) for name in _LIBRARIES},
+            "version": {f"version of {x.__name__}": x.__version__ for x in _libraries()},
             "setting": {f"setting '{name}'": x for name, x in settings.items()},
             "tensor": {f"shape of {name}": (*x.shape, str(x.dtype)) for name, x in tensors.items()},
             "plate": {f"size of plate '{name}'": n for name, n in plates.divided.items()},
