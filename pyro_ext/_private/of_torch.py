@@ -32,6 +32,7 @@ __all__ = [
     "is_check",
     "is_in_transform",
     "is_nccl",
+    "is_sharded",
     "mark_as_stepped",
     "outside_of_dynamo",
     "parameters_of",
@@ -58,6 +59,15 @@ def default_store() -> Any:
 def is_nccl() -> bool:
     """Return whether the default group sends tensors on GPUs only."""
     return distributed.get_backend() == "nccl"
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which each process holds a part.
+
+    The import of ``DTensor`` takes long, and without it there are none.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
