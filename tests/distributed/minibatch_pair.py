@@ -1,5 +1,7 @@
 """A model and guide whose noise is data, so that processes can take the steps of one process."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -99,7 +101,10 @@ def share_of(step):
 
 
 def train(module, optimizer, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        module(*share_of(step)).backward()
-        optimizer.step()
+    with warnings.catch_warnings():
+        # Linear layers return views, which the programs do not change in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        for step in steps:
+            optimizer.zero_grad()
+            module(*share_of(step)).backward()
+            optimizer.step()
