@@ -1,1 +1,5 @@
-"""Several processes: what they tell each other, and their random numbers."""
+"""Several processes: what they tell each other, their random numbers, and their data."""
+
+from pyro_ext.distributed.sharded_dataset import ShardedDataset
+
+__all__ = ["ShardedDataset"]

@@ -52,6 +52,9 @@ def compile_elbo(
     requires gradients, or an argument does, the module takes eager steps. One warning gives the
     reason. A step with second derivatives of the loss raises a ``NotImplementedError``.
 
+    You can wrap the module in ``DistributedDataParallel`` or ``fully_shard``. If ``fully_shard``
+    has wrapped layers in it, the module takes eager steps.
+
     :param elbo: an ELBO with a ``differentiable_loss``. All ELBOs of this package have one, and so
         have Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` and ``TraceEnum_ELBO``.
     :param backend: see :class:`CompiledSVI`, as for the arguments below.
