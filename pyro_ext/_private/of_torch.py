@@ -30,6 +30,7 @@ __all__ = [
     "inductor",
     "inductor_with_checks",
     "is_check",
+    "is_fully_sharded",
     "is_in_transform",
     "is_nccl",
     "is_sharded",
@@ -62,12 +63,19 @@ def is_nccl() -> bool:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Return whether a tensor is a ``DTensor``, of which each process holds a part.
+    """Return whether a tensor is a ``DTensor``, of which each process holds a part."""
+    return _has_imported_type(x, "torch.distributed.tensor", "DTensor")
 
-    The import of ``DTensor`` takes long, and without it there are none.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+
+def is_fully_sharded(module: Any) -> bool:
+    """Return whether ``fully_shard`` has wrapped a module."""
+    return _has_imported_type(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+def _has_imported_type(value: Any, module: str, name: str) -> bool:
+    """Return whether a value has a type whose import takes long and may not have happened."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(value, getattr(imported, name, ()))
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

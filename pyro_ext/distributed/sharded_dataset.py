@@ -15,7 +15,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class ShardedDataset(IterableDataset[T_co]):
-    r"""The items of an iterable data set that belong to this process and worker.
+    """The items of an iterable data set that belong to this process and worker.
 
     With P processes and W workers of each ``DataLoader``, each of the P W readers has a part of the
     items. Item i belongs to part i mod P W. The processes are those of the default group of

@@ -139,3 +139,35 @@ def test_statistics_of_minibatches_are_those_of_each_process(pools, wrapper):
     first, second = pools(2).results(train_autoguide, wrapper, True, False)
     assert torch.equal(first[0], second[0])
     assert (first[1] - second[1]).abs().min() > 0.01
+
+
+def shard_program(role, sharded_module):
+    module = module_of("dreg")
+    fully_shard(getattr(module, role))
+    if sharded_module:
+        fully_shard(module)
+    module(*share_of(0))
+
+
+@pytest.mark.parametrize("sharded_module", [False, True])
+@pytest.mark.parametrize("role", ["model", "guide"])
+def test_a_sharded_program_is_refused(pools, role, sharded_module):
+    for text in pools(2).errors(shard_program, role, sharded_module):
+        assert f"ValueError: ImportanceWeightedELBO: the {role} is wrapped by fully_shard, " in text
+
+
+def loss_of_unsharded(name, wrap):
+    """The loss without the module, after its parameters have been gathered."""
+    module = wrap(module_of(name))
+    train(module, sgd(module), range(2))
+    module.unshard()
+    loss = OBJECTIVES[name].loss(module.model, module.guide, *share_of(0))
+    module.reshard()
+    train(module, sgd(module), range(1))
+    return loss
+
+
+def test_gathered_programs_can_be_evaluated(pools):
+    whole = pools(2).results(loss_of_unsharded, "dreg", fully_shard)
+    layers = pools(2).results(loss_of_unsharded, "dreg", shard_layers)
+    assert layers == pytest.approx(whole, abs=1e-4)
