@@ -24,6 +24,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "default_store",
+    "gathered",
     "global_hooks",
     "has_gradient_hooks",
     "hooks_of",
@@ -70,6 +71,19 @@ def is_sharded(x: Tensor) -> bool:
 def is_fully_sharded(module: Any) -> bool:
     """Return whether ``fully_shard`` has wrapped a module."""
     return _has_imported_type(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+@contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """Gather the parameters of a module in a block, if ``fully_shard`` has wrapped it."""
+    if not is_fully_sharded(module):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def _has_imported_type(value: Any, module: str, name: str) -> bool:

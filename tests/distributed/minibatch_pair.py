@@ -66,12 +66,12 @@ class Guide(nn.Module):
 
 
 class Regression(PyroModule):
-    """A model with a global latent and statistics of minibatches."""
+    """A model with a global latent and, perhaps, statistics of minibatches."""
 
-    def __init__(self):
+    def __init__(self, has_norm):
         super().__init__()
         self.scale = PyroParam(torch.ones(1), dist.constraints.positive)
-        self.norm = nn.BatchNorm1d(3, affine=False)
+        self.norm = nn.BatchNorm1d(3, affine=False) if has_norm else nn.Identity()
 
     def forward(self, x, noise, shared):
         weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 1.0).to_event(1))

@@ -30,8 +30,8 @@ def shard_layers(module):
 WRAPPERS = {"ddp": DistributedDataParallel, "whole": fully_shard, "layers": shard_layers}
 
 
-def compiled(elbo, fallback=False):
-    return compile_elbo(elbo, backend="eager", fallback=fallback, audit_every=3)
+def compiled(elbo, fallback=False, audit_every=3):
+    return compile_elbo(elbo, backend="eager", fallback=fallback, audit_every=audit_every)
 
 
 def values_of(module):
@@ -43,8 +43,10 @@ def sgd(module):
     return torch.optim.SGD(module.parameters(), lr=1e-3)  # Adam would hide a wrong scale
 
 
-def train_wrapped(name, wrapper, compiles):
-    module = module_of(name, compiled) if compiles else module_of(name)
+def train_wrapped(name, wrapper, audit_every=None):
+    compiles = audit_every is not None
+    wrap = functools.partial(compiled, audit_every=audit_every)
+    module = module_of(name, wrap) if compiles else module_of(name)
     wrapped = WRAPPERS[wrapper](module)
     train(wrapped, sgd(wrapped), range(NUM_STEPS))
     if compiles:
@@ -71,13 +73,14 @@ def assert_steps_of_one(name, found):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_processes_take_the_steps_of_one(pools, size, wrapper, name):
-    assert_steps_of_one(name, pools(size).results(train_wrapped, name, wrapper, False))
+    assert_steps_of_one(name, pools(size).results(train_wrapped, name, wrapper))
 
 
+@pytest.mark.parametrize("audit_every", [3, 5000])
 @pytest.mark.parametrize("wrapper", ["ddp", "whole"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_compiled_processes_take_the_steps_of_one(pools, wrapper, name):
-    assert_steps_of_one(name, pools(2).results(train_wrapped, name, wrapper, True))
+def test_compiled_processes_take_the_steps_of_one(pools, audit_every, wrapper, name):
+    assert_steps_of_one(name, pools(2).results(train_wrapped, name, wrapper, audit_every))
 
 
 def train_compiled_layers(name, fallback, num_before):
@@ -110,13 +113,13 @@ def test_sharded_layers_are_refused_without_fallback(pools):
         assert "RuntimeError: compile_elbo cannot compile this step: parameter 'module" in text
 
 
-def train_autoguide(wrap, clears, has_local_params):
-    """Set up an autoguide, wrap it, and return its parameters and the statistics of the model."""
+def train_autoguide(wrap, clears, has_local_params, has_norm, elbo=None):
+    """Set up an autoguide, wrap it, and return its parameters and the buffers of the model."""
     with pyro.settings.context(module_local_params=has_local_params):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        model = Regression()
-        module = Trace_ELBO()(model, AutoDiagonalNormal(model))
+        model = Regression(has_norm)
+        module = (elbo or Trace_ELBO())(model, AutoDiagonalNormal(model))
         with torch.no_grad():
             module(*share_of(0))
         if clears:
@@ -124,21 +127,46 @@ def train_autoguide(wrap, clears, has_local_params):
         wrapped = wrap(module)
         pyro.set_rng_seed(1)
         train(wrapped, sgd(wrapped), range(NUM_STEPS))
-        return values_of(wrapped), model.norm.running_mean
+        return values_of(wrapped), list(model.buffers())
 
 
 @pytest.mark.parametrize("recipe", [(True, False), (False, True)], ids=["clear", "local"])
 def test_an_autoguide_is_set_up_before_it_is_sharded(pools, recipe):
-    expected, _ = train_autoguide(lambda module: module, *recipe)
-    for values, _ in pools(2).results(train_autoguide, fully_shard, *recipe):
+    expected, _ = train_autoguide(lambda module: module, *recipe, False)
+    for values, _ in pools(2).results(train_autoguide, fully_shard, *recipe, False):
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+
+
+def audit_autoguide():
+    """Audit the last steps when the parameters are sharded."""
+    modules = []
+
+    def wrap(module):
+        modules.append(module)
+        return fully_shard(module)
+
+    elbo = compiled(Trace_ELBO(), audit_every=5000)
+    values, _ = train_autoguide(wrap, False, True, False, elbo)
+    (module,) = modules
+    with pyro.settings.context(module_local_params=True):
+        module.audit()
+    (graph,) = module.capture_report().graphs
+    assert graph.num_runs >= NUM_STEPS
+    assert all(isinstance(x, DTensor) for x in module.parameters())
+    return values
+
+
+def test_an_audit_gathers_parameters(pools):
+    expected, _ = train_autoguide(lambda module: module, False, True, False)
+    for values in pools(2).results(audit_autoguide):
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrapper", [fully_shard, DistributedDataParallel])
 def test_statistics_of_minibatches_are_those_of_each_process(pools, wrapper):
-    first, second = pools(2).results(train_autoguide, wrapper, True, False)
+    first, second = pools(2).results(train_autoguide, wrapper, True, False, True)
     assert torch.equal(first[0], second[0])
-    assert (first[1] - second[1]).abs().min() > 0.01
+    assert (first[1][0] - second[1][0]).abs().min() > 0.01
 
 
 def shard_program(role, sharded_module):
