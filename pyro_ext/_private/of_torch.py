@@ -26,15 +26,18 @@ __all__ = [
     "buffers_of",
     "children_of",
     "default_store",
+    "gathered",
     "global_hooks",
     "has_gradient_hooks",
     "hooks_of",
     "inductor",
     "inductor_with_checks",
     "is_check",
+    "is_fully_sharded",
     "is_in_transform",
     "is_nccl",
     "is_random",
+    "is_sharded",
     "mark_as_stepped",
     "outside_of_dynamo",
     "parameters_of",
@@ -62,6 +65,35 @@ def default_store() -> Any:
 def is_nccl() -> bool:
     """Return whether the default group sends tensors on GPUs only."""
     return distributed.get_backend() == "nccl"
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which each process holds a part."""
+    return _has_imported_type(x, "torch.distributed.tensor", "DTensor")
+
+
+def is_fully_sharded(module: Any) -> bool:
+    """Return whether ``fully_shard`` has wrapped a module."""
+    return _has_imported_type(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+@contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """Gather the parameters of a module in a block, if ``fully_shard`` has wrapped it."""
+    if not is_fully_sharded(module):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def _has_imported_type(value: Any, module: str, name: str) -> bool:
+    """Return whether a value has a type whose import takes long and may not have happened."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(value, getattr(imported, name, ()))
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, strided
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import storage_of
+from pyro_ext._private.of_torch import is_sharded, storage_of
 from pyro_ext._random_states import kept_random_states
 from pyro_ext.distributed.noise import active_rows
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
@@ -85,9 +85,23 @@ class _Runs(NamedTuple):
         )
 
 
+def _check_tensors(step: Step, arguments: Arguments) -> None:
+    """Check that a graph can read the arguments and parameters."""
+    if any(tensor.requires_grad for tensor in arguments.tensors):
+        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
+    if any(tensor.layout != strided for tensor in arguments.tensors):
+        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
+    for name, param in step.params().items():
+        if is_sharded(param):
+            raise CaptureError(
+                f"parameter '{name}' is sharded, and a graph cannot gather its parts. With "
+                "fully_shard, wrap only the compiled module, and no layer in it"
+            )
+
+
 def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
     started = perf_counter()
-    _check_arguments(arguments)
+    _check_tensors(step, arguments)
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
     ignored = lifted.places
@@ -143,14 +157,6 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         eps=eps,
         reuses_memory=backend.reuses_memory,
     )
-
-
-def _check_arguments(arguments: Arguments) -> None:
-    """Raise an error if a graph cannot take an argument."""
-    if any(tensor.requires_grad for tensor in arguments.tensors):
-        raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
-    if any(tensor.layout != strided for tensor in arguments.tensors):
-        raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
 
 
 def _tied(params: dict[str, Tensor], names: list[str]) -> list[tuple[str, str]]:
