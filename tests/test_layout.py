@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC = {
     "diagnostics": """Calibration Diagnosis diagnose from_pyro_svi loo
         simulation_based_calibration""",
+    "distributed": "DistributedNoise ShardedDataset",
     "distributions": """DiscretizedLogistic DiscretizedLogisticMixture NormalScaleMixture
         RGBDiscretizedLogisticMixture""",
     "infer": """AnnealedEvidence CombinedELBO CompiledSVI CyclicalKL EagerSVI EarlyStopping

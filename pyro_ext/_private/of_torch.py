@@ -1,5 +1,6 @@
 """Private names of torch. This module imports only torch."""
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 __all__ = [
     "PACK_SEQUENCE",
@@ -24,21 +26,25 @@ __all__ = [
     "buffers_of",
     "children_of",
     "default_store",
+    "gathered",
     "global_hooks",
     "has_gradient_hooks",
     "hooks_of",
     "inductor",
     "inductor_with_checks",
     "is_check",
+    "is_fully_sharded",
     "is_in_transform",
     "is_nccl",
     "is_random",
+    "is_sharded",
     "mark_as_stepped",
     "outside_of_dynamo",
     "parameters_of",
     "pytree",
     "schema_of",
     "storage_of",
+    "with_batches",
     "without_gradient_hooks",
 ]
 
@@ -59,6 +65,35 @@ def default_store() -> Any:
 def is_nccl() -> bool:
     """Return whether the default group sends tensors on GPUs only."""
     return distributed.get_backend() == "nccl"
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which each process holds a part."""
+    return _has_imported_type(x, "torch.distributed.tensor", "DTensor")
+
+
+def is_fully_sharded(module: Any) -> bool:
+    """Return whether ``fully_shard`` has wrapped a module."""
+    return _has_imported_type(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+@contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """Gather the parameters of a module in a block, if ``fully_shard`` has wrapped it."""
+    if not is_fully_sharded(module):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def _has_imported_type(value: Any, module: str, name: str) -> bool:
+    """Return whether a value has a type whose import takes long and may not have happened."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(value, getattr(imported, name, ()))
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
@@ -134,6 +169,19 @@ def is_check(operator: Any) -> bool:
     """Return whether an operator can only raise an error, such as the check after Cholesky."""
     schema = getattr(operator, "_schema", None)
     return schema is not None and not (schema.returns or schema.is_mutable)
+
+
+def with_batches(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    """Return a loader with the same settings, and with other batches.
+
+    :param loader: a loader of a map-style data set.
+    :param batches: its new batch sampler, or sampler if it has no batch sampler.
+    """
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    found = copy.copy(loader)
+    # A loader refuses to set its sampler. Workers that persist have the batches of their loader.
+    vars(found).update({name: batches, "_iterator": None})
+    return found
 
 
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:

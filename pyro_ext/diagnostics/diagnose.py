@@ -143,6 +143,8 @@ def diagnose(
     Sites of the model that are marked for enumeration, and not in the guide, are summed out of the
     weights, and drawn for the predictions.
 
+    Under a process group of ``torch.distributed``, each process makes all draws by itself.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
     :param args: positional arguments of model and guide.

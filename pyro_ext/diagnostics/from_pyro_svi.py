@@ -71,6 +71,8 @@ def from_pyro_svi(
     deterministic sites outside the common plates, and the joint ``log_p``, ``log_q`` and
     ``log_weight``.
 
+    Under a process group of ``torch.distributed``, each process makes all draws by itself.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It may also be a
         list of SVIs or (model, guide) tuples, one per chain.
     :param guide: the guide. Leave it out after an SVI or a list.

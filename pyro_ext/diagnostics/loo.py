@@ -1,18 +1,19 @@
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.infer import SVI
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 from pyro_ext._arguments import check_integer, describe
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext.diagnostics.arviz_adapter import arviz, elpd_data, psis
 from pyro_ext.diagnostics.draw_source import DrawSource, draw_source
 from pyro_ext.diagnostics.sample_statistics import sample_statistics
-from pyro_ext.diagnostics.site_arrays import SiteArray, is_observation, is_unmasked
+from pyro_ext.diagnostics.site_arrays import SiteArray, is_observation, is_unmasked, joined
+from pyro_ext.distributed.joint_call import JointCall, joint_call
 from pyro_ext.ops import log_mean_exp
 from pyro_ext.tracing import Particles, ParticleTracer, Program
 from pyro_ext.tracing.advice import CHUNK_ADVICE
@@ -21,6 +22,7 @@ from pyro_ext.tracing.density_sites import density_sites
 from pyro_ext.tracing.failures import data_points
 
 NAME = "loo"
+_GROUPS = ("log_likelihood", "has_data", "log_p", "log_q")
 
 
 @renamed_arguments(svi="model", batch_size="chunk_size")
@@ -60,6 +62,10 @@ def loo(
     Without global latent sites, there is nothing from which to leave out a point: parameters that
     were learnt as point estimates depend on all data. In this case, use
     :func:`pyro_ext.infer.estimate_evidence` on held-out data.
+
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the draws of the global latent sites, and each returns the same
+    result.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI.
@@ -104,21 +110,32 @@ def loo(
     arviz()
     import xarray as xr
 
-    check_integer(NAME, "num_local_samples", num_local_samples, 2)
-    programs = read_programs(NAME, model, guide, args, kwargs, model_args, model_kwargs)
-    source = draw_source(NAME, programs, num_samples, chunk_size)
-    if source.common:
-        raise ValueError(
-            f"{NAME}: the model has no global latent sites, only latent sites in the plates "
-            f"{list(source.common)}. Parameters that were learnt as point estimates leave nothing "
-            "to average. Use pyro_ext.infer.estimate_evidence on held-out data."
-        )
-    if source.local_plates:
-        log_weight, log_likelihood = _integrated(
-            source, num_samples, num_local_samples, progress_bar
-        )
-    else:
-        log_weight, log_likelihood = _of_observations(source, num_samples, var_name)
+    with joint_call(NAME, postpones_interrupts=False) as call:
+        check_integer(NAME, "num_local_samples", num_local_samples, 2)
+        programs = read_programs(NAME, model, guide, args, kwargs, model_args, model_kwargs)
+        settings = {
+            "num_samples": num_samples,
+            "num_local_samples": num_local_samples,
+            "var_name": var_name,
+            "chunk_size": chunk_size,
+        }
+        call.check_inputs(programs, settings)
+        source = draw_source(NAME, programs, num_samples, chunk_size)
+        call.check_parameters(programs)
+        call.use_own_random_numbers()
+        if source.common:
+            raise ValueError(
+                f"{NAME}: the model has no global latent sites, only latent sites in the plates "
+                f"{list(source.common)}. Parameters that were learnt as point estimates leave "
+                "nothing to average. Use pyro_ext.infer.estimate_evidence on held-out data."
+            )
+        if source.local_plates:
+            is_shown = progress_bar and call.rank == 0
+            log_weight, log_likelihood = _integrated(
+                call, source, num_samples, num_local_samples, is_shown
+            )
+        else:
+            log_weight, log_likelihood = _of_observations(call, source, num_samples, var_name)
     by_point = np.moveaxis(log_likelihood.values.astype(np.float64), 0, -1)
     smoothed, pareto_k = psis(log_weight - by_point)
     elpd = np.logaddexp.reduce(smoothed + by_point, -1)
@@ -137,10 +154,12 @@ def loo(
 
 
 def _of_observations(
-    source: DrawSource, num_samples: int, var_name: str | None
+    call: JointCall, source: DrawSource, num_samples: int, var_name: str | None
 ) -> tuple[np.ndarray, SiteArray]:
     """Return the log weights of the draws, and the log-likelihood of each observation of a site."""
-    groups = source.draw(num_samples, predictive=False)
+    drawn = (source.draw(n, predictive=False) for n in call.share(num_samples, num_samples))
+    parts = list(call.parts({name: groups[name] for name in _GROUPS} for groups in drawn))
+    groups = {name: joined([part[name] for part in parts]) for name in _GROUPS}
     found = groups["log_likelihood"]
     if var_name is None and len(found) == 1:
         (var_name,) = found
@@ -155,7 +174,11 @@ def _of_observations(
 
 
 def _integrated(
-    source: DrawSource, num_samples: int, num_local_samples: int, progress_bar: bool
+    call: JointCall,
+    source: DrawSource,
+    num_samples: int,
+    num_local_samples: int,
+    progress_bar: bool,
 ) -> tuple[np.ndarray, SiteArray]:
     """Return log weights and log-likelihoods with the local latent sites integrated out.
 
@@ -186,8 +209,20 @@ def _integrated(
         is_proposal=True,
         advice=CHUNK_ADVICE,
     )
+    parts = call.parts(
+        _integrals(tracer, source, trange(n, desc=NAME, disable=not progress_bar))
+        for n in call.share(num_samples, num_samples)
+    )
+    log_weights, arrays = zip(*parts, strict=True)
+    return np.concatenate(log_weights), joined([{"": array} for array in arrays])[""]
+
+
+def _integrals(
+    tracer: ParticleTracer, source: DrawSource, draws: Iterable[int]
+) -> tuple[np.ndarray, SiteArray]:
+    """Return log weights and log-likelihoods for some draws of the global latent sites."""
     log_weights, log_likelihoods = [], []
-    for _ in tqdm(range(num_samples), desc=NAME, disable=not progress_bar):
+    for _ in draws:
         with torch.no_grad():
             particles = tracer.trace(source.programs)
         log_likelihood = log_mean_exp(particles.log_w.double())

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
-from pyro_ext._interruption import Interrupts, postponed_interrupts
+from pyro_ext._interruption import Interrupts
 from pyro_ext.diagnostics.calibration import Calibration, tested
 from pyro_ext.diagnostics.free_model import free_model
 from pyro_ext.diagnostics.site_arrays import is_unmasked
+from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.tracing import ParticleTracer, Program, Programs
 from pyro_ext.tracing.arguments import check_program, read_programs
 from pyro_ext.tracing.enumerated_draws import latent_draws
@@ -62,6 +63,9 @@ def simulation_based_calibration(
     An interrupt (Ctrl-C) ends the fits after the current step or draw, with a warning. The result
     uses the draws so far, or with ``vectorize=False`` the simulations that were complete. A second
     interrupt ends the call at once.
+
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the simulations, and each returns the same result.
 
     :param model: the model: a callable with Pyro primitives. Its observations are simulated,
         whatever data its arguments contain. Its parameters keep their values.
@@ -109,36 +113,47 @@ def simulation_based_calibration(
     >>> bool(found.symmetry_p_values["z"] > 0.01), bool(found.uniformity_p_values["z"] < 0.01)
     (True, True)
     """
-    check_integer(NAME, "num_simulations", num_simulations, 10)
-    check_integer(NAME, "num_samples", num_samples, 1)
-    check_integer(NAME, "num_steps", num_steps, 0)
-    check_program(NAME, "model", model)
-    optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
-    num_fits = 1 if vectorize else num_simulations
-    with postponed_interrupts() as interrupts:
+    with joint_call(NAME) as call:
+        check_integer(NAME, "num_simulations", num_simulations, 10)
+        check_integer(NAME, "num_samples", num_samples, 1)
+        check_integer(NAME, "num_steps", num_steps, 0)
+        check_program(NAME, "model", model)
+        optim = optim or pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.1 ** (1 / max(1, num_steps))})
         given = read_programs(NAME, model, make_guide, args, kwargs, model_args, model_kwargs)
+        settings = {
+            "num_simulations": num_simulations,
+            "num_samples": num_samples,
+            "num_steps": num_steps,
+            "vectorize": vectorize,
+        }
+        call.check_inputs(given, settings)
         free = _with_fixed_parameters(replace(given, model=free_model(model)))
-        if vectorize:
-            free = _in_plate(free, num_simulations)
-        bar = tqdm(total=num_fits * num_steps, desc=NAME, disable=not progress_bar)
-        fits = _Fits(free, make_guide, optim, loss, num_steps, interrupts, bar)
+        call.check_parameters(given)
+        call.use_own_random_numbers()
+        most = num_simulations if vectorize else 1
+        num_steps_in_all = -(-num_simulations // (most * call.size)) * num_steps
+        bar = tqdm(total=num_steps_in_all, desc=NAME, disable=not progress_bar or call.rank > 0)
+        fits = _Fits(free, make_guide, optim, loss, num_steps, call.interrupts, bar)
         parts: list[dict[str, Tensor]] = []
-        num_draws = 0
+        done, num_draws = 0, num_samples
         try:
             with bar:
-                for _ in range(num_fits):
-                    ranks = fits.ranks(num_samples, vectorize)
-                    found, num_draws = ranks.fractions(), ranks.num_draws
-                    parts.append(found if vectorize else {n: x[None] for n, x in found.items()})
-                interrupts.deliver()
+                while done < num_simulations:
+                    sizes = call.share(num_simulations - done, most)
+                    for found, num_used in call.parts(
+                        fits.fractions(size if vectorize else None, num_samples) for size in sizes
+                    ):
+                        parts.append(found)
+                        done += len(next(iter(found.values())))
+                        num_draws = min(num_draws, num_used)
         except KeyboardInterrupt:
-            if interrupts or not parts:  # a second interrupt, or nothing to keep
+            if call.interrupts or not parts:  # a second interrupt, or nothing to keep
                 raise
-            made = f"{num_draws} of {num_samples} draws"
-            complete = f"{len(parts)} of {num_simulations} simulations"
+            made = [f"{num_draws} of {num_samples} draws"] if vectorize else []
+            if not vectorize or done < num_simulations:
+                made.append(f"{done} of {num_simulations} simulations")
             warnings.warn(
-                f"{NAME} was interrupted. The result uses {made if vectorize else complete}.",
-                stacklevel=2,
+                f"{NAME} was interrupted. The result uses {' and '.join(made)}.", stacklevel=2
             )
         del bar, fits  # here, because Python ignores an interrupt inside of a destructor
     return tested(_joined(parts))
@@ -156,13 +171,15 @@ class _Fits:
     interrupts: Interrupts
     bar: "tqdm[Any]"
 
-    def ranks(self, num_samples: int, keeps_few_draws: bool) -> "_Ranks":
-        """Simulate, fit a guide, and return the ranks of the true values among its draws.
+    def fractions(self, size: int | None, num_samples: int) -> tuple[dict[str, Tensor], int]:
+        """Simulate, fit a guide, and return the fractions of its draws below the true values.
 
+        :param size: the number of simulations at once. The draws that were made before an interrupt
+            are then enough. With None, there is one simulation, without a plate.
         :param num_samples: the number of draws.
-        :param keeps_few_draws: whether the draws that were made before an interrupt are enough.
+        :returns: the fractions, of shape ``(simulations, ...)``, and the number of draws made.
         """
-        free = self.programs
+        free = self.programs if size is None else _in_plate(self.programs, size)
         with pyro.get_param_store().scope():
             truth, observations, marked = _simulate(free)
             conditioned = poutine.condition(free.model, data=observations)
@@ -175,12 +192,13 @@ class _Fits:
                 self.bar.update()
             ranks = _Ranks(truth, marked)
             while ranks.num_draws < num_samples:
-                if not (keeps_few_draws and ranks.num_draws):
+                if not (size and ranks.num_draws):
                     self.interrupts.deliver()
                 elif self.interrupts:
                     break
                 ranks.add_draw(replace(free, model=conditioned, guide=guide))
-            return ranks
+            found = ranks.fractions()
+        return found if size else {n: x[None] for n, x in found.items()}, ranks.num_draws
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

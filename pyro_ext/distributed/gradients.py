@@ -1,22 +1,16 @@
 """Weighted means of losses and gradients over processes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from pyro_ext.distributed.packing import Gradients, Place, buckets, packed, unpacked
 from pyro_ext.distributed.processes import Processes
-
-Gradients = Mapping[str, Tensor | None]
-
-
-class Place(NamedTuple):
-    """The place of the gradient of a parameter in the exchanged numbers."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -28,6 +22,8 @@ class Contribution:
     :ivar has_failed: whether its step has raised an error.
     :ivar is_interrupted: whether it has received a signal to end.
     :ivar has_ended: whether it has no more data in this epoch.
+    :ivar has_new: whether it has gradients of parameters that had none.
+    :ivar is_late: whether a gradient has changed after it was sent.
     """
 
     weight: float = 0.0
@@ -35,14 +31,15 @@ class Contribution:
     has_failed: bool = False
     is_interrupted: bool = False
     has_ended: bool = False
+    has_new: bool = False
+    is_late: bool = False
 
-    def numbers(self, num_new: int) -> list[float]:
-        """Return the numbers to be added."""
-        first, second = (*self.losses, 0.0, 0.0)[:2]
-        weight = self.weight
-        weighted = [weight * x if weight else 0.0 for x in (first, second)]
-        flags = self.has_failed, self.is_interrupted, self.has_ended, num_new > 0
-        return [weight, weight * weight, *weighted, *map(float, flags)]
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers, in the order in which :class:`Total` has their sums."""
+        first, second = (self.weight * x if self.weight else 0.0 for x in (*self.losses, 0, 0)[:2])
+        flags = self.has_failed, self.is_interrupted, self.has_ended, self.has_new, self.is_late
+        return [self.weight, self.weight**2, first, second, *map(float, flags)]
 
 
 class Total(NamedTuple):
@@ -50,40 +47,53 @@ class Total(NamedTuple):
 
     :ivar weight: the sum of the weights.
     :ivar squares: the sum of their squares.
-    :ivar losses: the weighted means of the losses.
+    :ivar first_loss: the weighted mean of the first losses.
+    :ivar second_loss: the weighted mean of the second losses.
     :ivar num_failed: the number of processes whose step has raised an error.
     :ivar num_interrupted: the number of processes with a signal to end.
     :ivar num_ended: the number of processes without data.
-    :ivar has_new: the number of processes whose step has gradients of parameters that had none.
+    :ivar num_with_new: the number of processes with gradients of parameters that had none.
+    :ivar num_late: the number of processes in which a gradient has changed after it was sent.
     :ivar gradients: the weighted mean of the gradients by name; None where no process has one.
     """
 
     weight: float
     squares: float
-    losses: tuple[float, float]
+    first_loss: float
+    second_loss: float
     num_failed: int
     num_interrupted: int
     num_ended: int
-    has_new: int
+    num_with_new: int
+    num_late: int
     gradients: dict[str, Tensor | None]
 
 
-_NUM_NUMBERS = len(Contribution().numbers(0))
+_NUM_NUMBERS = len(Contribution().numbers)
 
 
 @dataclass
 class GradientExchange:
-    """An exchange of gradients, in one operation for all parameters of a dtype.
+    """An exchange of gradients in vectors of limited size.
 
     All processes agree on the parameters. If a step has gradients of further parameters in one
-    process, a second operation exchanges these.
+    process, they are exchanged after the others, and the processes agree on them from then on.
 
     :ivar processes: the processes.
+    :ivar bucket_bytes: the number of bytes at which a vector is full.
     :ivar places: the parameters that the processes agree on, by name.
+    :ivar num_overlapped: the number of vectors of the last step that were sent before the end of
+        the backward pass.
     """
 
     processes: Processes
+    bucket_bytes: float = math.inf
     places: dict[str, Place] = field(default_factory=dict)
+    num_overlapped: int = 0
+    _buckets: list[dict[str, Place]] = field(default_factory=lambda: [{}])
+    _started: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
+    _expected: Counter[str] = field(default_factory=Counter)
+    _is_late: bool = False
 
     def add(self, mine: Contribution, gradients: Gradients) -> Total:
         """Return the sums over processes, and the weighted means of gradients.
@@ -93,98 +103,92 @@ class GradientExchange:
         :raises ValueError: if a parameter does not have the same shape in all processes.
         """
         new = {
-            name: Place(tuple(x.shape), x.dtype)
+            name: Place.of(x)
             for name, x in gradients.items()
             if x is not None and name not in self.places
         }
-        total = self._add(mine, gradients, self.places, len(new))
-        if not total.has_new or total.num_failed:
+        mine = replace(mine, has_new=bool(new), is_late=self._is_late)
+        total = self._add(mine, gradients, self._buckets)
+        if total.num_failed:
             return total
-        late: dict[str, Place] = {}
+        if total.num_late:
+            total = self._add(mine, gradients, self._buckets)
+        if total.num_with_new:
+            late = self._agreed(new)
+            more = self._add(mine, gradients, [*buckets(late, math.inf)])
+            self.places |= late
+            self._buckets = [*buckets(self.places, self.bucket_bytes)]
+            total = total._replace(gradients=total.gradients | more.gradients)
+        return total
+
+    @contextmanager
+    def overlapped(
+        self, params: Mapping[str, Tensor], weight: Callable[[], float]
+    ) -> Iterator[None]:
+        """Send vectors of gradients during the backward passes of a block.
+
+        A vector is sent when its gradients have been added to as often as in the last step.
+
+        :param params: the parameters by name.
+        :param weight: a function that returns the weight of this process.
+        """
+        counts: Counter[str] = Counter()
+        place_of = {name: i for i, bucket in enumerate(self._buckets[:-1]) for name in bucket}
+
+        def after(name: str) -> None:
+            counts[name] += 1
+            self._is_late |= place_of.get(name, math.inf) < len(self._started)
+            for bucket in self._buckets[len(self._started) : -1]:
+                if not all(0 < self._expected[x] <= counts[x] for x in bucket):
+                    break
+                self._start(bucket, weight(), {x: params[x].grad for x in bucket})
+
+        self._is_late = False
+        with ExitStack() as stack:
+            for name in place_of:
+                hook = params[name].register_post_accumulate_grad_hook(lambda _, x=name: after(x))
+                stack.callback(hook.remove)
+            yield
+        self.num_overlapped = len(self._started)
+        self._expected = counts
+
+    def _start(self, bucket: Mapping[str, Place], weight: float, gradients: Gradients) -> None:
+        vector = packed([], weight, gradients, bucket)
+        self._started.append(self.processes.start_to_add(vector))
+
+    def _add(
+        self, mine: Contribution, gradients: Gradients, parts: list[dict[str, Place]]
+    ) -> Total:
+        for bucket in parts[len(self._started) : -1]:
+            self._start(bucket, mine.weight, gradients)
+        names = [name for bucket in parts for name in bucket]
+        has_gradient = [float(gradients.get(name) is not None) for name in names]
+        numbers = [*mine.numbers, *has_gradient]
+        last = self.processes.add(packed(numbers, mine.weight, gradients, parts[-1]))
+        header, vectors = last[: len(numbers)].tolist(), []
+        for vector, wait in self._started:
+            wait()
+            vectors.append(vector)
+        self._started, self._is_late = [], False
+        weight, squares, first, second, *flags = header[:_NUM_NUMBERS]
+        found: dict[str, Tensor] = {}
+        for vector, bucket in zip([*vectors, last[len(numbers) :]], parts, strict=True):
+            found |= unpacked(vector.div_(weight or 1.0), gradients, bucket)
+        counts = dict(zip(names, header[_NUM_NUMBERS:], strict=True))
+        means = {name: found[name] if counts[name] else None for name in names}
+        losses = first / (weight or 1.0), second / (weight or 1.0)
+        return Total._make([weight, squares, *losses, *map(round, flags), means])
+
+    def _agreed(self, new: dict[str, Place]) -> dict[str, Place]:
+        """Return the new parameters of all processes, in the order of the first ones."""
+        found: dict[str, Place] = {}
         for rank, places in enumerate(self.processes.gather(new)):
             for name, place in places.items():
-                if late.setdefault(name, place) != place:
-                    first = late[name]
+                if found.setdefault(name, place) != place:
+                    first = found[name]
                     raise ValueError(
                         f"The parameter '{name}' has shape {place.shape} and {place.dtype} on rank "
                         f"{rank}, but shape {first.shape} and {first.dtype} on another rank. Make "
                         "the same model and guide in each process."
                     )
-        late = dict(sorted(late.items()))
-        more = self._add(replace(mine, losses=()), gradients, late, 0)
-        self.places.update(late)
-        return total._replace(gradients=total.gradients | more.gradients)
-
-    def _add(
-        self, mine: Contribution, gradients: Gradients, places: Mapping[str, Place], num_new: int
-    ) -> Total:
-        numbers = mine.numbers(num_new)
-        has_gradient = [float(gradients.get(name) is not None) for name in places]
-        found: dict[str, Tensor | None] = {}
-        header: Sequence[float] = ()
-        for dtype, of_dtype in _by_dtype(places):
-            first = [*numbers, *has_gradient] if not header else []
-            x = self.processes.add(_packed(first, mine.weight, gradients, of_dtype, dtype))
-            if first:
-                header = x[: len(first)].tolist()
-            rows = x[len(first) :].div_(header[0] or 1.0)
-            found |= _unpacked(rows, gradients, of_dtype)
-        counts = dict(zip(places, header[_NUM_NUMBERS:], strict=True))
-        weight, squares, *losses = header[:4]
-        failed, interrupted, ended, new = map(round, header[4:_NUM_NUMBERS])
-        return Total(
-            weight=weight,
-            squares=squares,
-            losses=(losses[0] / (weight or 1.0), losses[1] / (weight or 1.0)),
-            num_failed=failed,
-            num_interrupted=interrupted,
-            num_ended=ended,
-            has_new=new,
-            gradients={name: found[name] if counts[name] else None for name in places},
-        )
-
-
-def _by_dtype(
-    places: Mapping[str, Place],
-) -> Iterable[tuple[torch.dtype, dict[str, Place]]]:
-    """Group parameters by the dtype in which their gradients are added, with float32 first."""
-    wide = {name: place for name, place in places.items() if place.dtype == torch.float64}
-    yield torch.float32, {name: place for name, place in places.items() if name not in wide}
-    if wide:
-        yield torch.float64, wide
-
-
-def _packed(
-    numbers: Sequence[float],
-    weight: float,
-    gradients: Gradients,
-    places: Mapping[str, Place],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return numbers and weighted gradients as one vector, with zeros for those that are None."""
-    known: list[Any] = [gradients.get(name) for name in places]
-    device = next((x.device for x in known if x is not None), None)
-    parts = [torch.tensor(numbers, dtype=dtype, device=device)] if numbers else []
-    for x, place in zip(known, places.values(), strict=True):
-        if x is None or not weight:
-            parts.append(torch.zeros(torch.Size(place.shape).numel(), dtype=dtype, device=device))
-        else:
-            parts.append(x.reshape(-1).to(dtype))
-    packed = torch.cat(parts)
-    if weight:
-        packed[len(numbers) :] *= weight
-    return packed
-
-
-def _unpacked(
-    x: Tensor, gradients: Gradients, places: Mapping[str, Place]
-) -> dict[str, Tensor | None]:
-    sizes = [torch.Size(place.shape).numel() for place in places.values()]
-    found: dict[str, Tensor | None] = {}
-    for part, (name, place) in zip(x.split(sizes), places.items(), strict=True):
-        mean, like = part.view(place.shape).to(place.dtype), gradients.get(name)
-        # Fused optimisers assume that a gradient has the strides of its parameter.
-        if like is not None and like.stride() != mean.stride():
-            mean = torch.empty_like(like).copy_(mean)
-        found[name] = mean
-    return found
+        return found

@@ -10,29 +10,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from pyro_ext._private.of_torch import with_batches
 from pyro_ext.distributed.processes import Processes
-
-_SETTINGS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-)
-
-
-def loader_like(loader: "DataLoader[Any]", **settings: Any) -> "DataLoader[Any]":
-    """Return a loader with the data set and settings of another one, but other batches.
-
-    :param loader: the other loader.
-    :param settings: the settings that say which batches it has.
-    """
-    kept = {name: getattr(loader, name) for name in _SETTINGS}
-    return DataLoader(loader.dataset, **kept, **settings)
 
 
 def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -> Any:
@@ -59,8 +38,8 @@ def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -
             )
         return data
     is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
-    is_plain = type(data) is DataLoader and type(data.batch_sampler) is BatchSampler
-    if not (is_plain and (is_shuffled or type(sampler) is SequentialSampler)):
+    batches = data.batch_sampler
+    if not (type(batches) is BatchSampler and (is_shuffled or type(sampler) is SequentialSampler)):
         return data
     dataset: Any = data.dataset
     own = DistributedSampler[Any](
@@ -69,9 +48,9 @@ def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -
         processes.rank,
         shuffle=is_shuffled,
         seed=seed,
-        drop_last=data.drop_last,
+        drop_last=batches.drop_last,
     )
-    return loader_like(data, batch_size=data.batch_size, sampler=own, drop_last=data.drop_last)
+    return with_batches(data, BatchSampler(own, batches.batch_size, batches.drop_last))
 
 
 def sampler_of(loader: "DataLoader[Any]") -> Any:

@@ -67,9 +67,9 @@ class DistributedNoise(Messenger):
         self.seed = seed
         self.per_row = per_row
         self.step = 0
-        self.seed_stream(seed)
         #: The rows of each divided plate in the latest run, and the rows of all data.
         self.rows: dict[str, tuple[int, int]] = {}
+        self.seed_stream(seed)
 
     def __enter__(self) -> Any:
         self.next_step()
@@ -78,6 +78,7 @@ class DistributedNoise(Messenger):
     def next_step(self) -> None:
         """Begin the random numbers of the next step, whatever the last one has used."""
         self.step += 1
+        self.rows = {}
         self.seed_stream(seed_of(self.seed, f"step {self.step}"))
 
     def stream_state(self) -> dict[str, Any]:
@@ -216,3 +217,13 @@ class Redirected(TorchDispatchMode):
 def active_noise() -> DistributedNoise | None:
     """Return the active :class:`DistributedNoise`, or None."""
     return next((x for x in HANDLER_STACK if isinstance(x, DistributedNoise)), None)
+
+
+def active_rows() -> list[int]:
+    """Return the numbers of rows that this process has in the divided plates.
+
+    They are those of the last run of the programs in this step. The list is empty if no plate is
+    divided.
+    """
+    noise = active_noise()
+    return [] if noise is None else [num_rows for num_rows, _ in noise.rows.values()]

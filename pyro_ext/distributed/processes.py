@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ _POLL = timedelta(seconds=2)
 #: The time in which the other processes notice that one of them has noticed a failure.
 _GRACE = timedelta(seconds=6)
 _KEY = "pyro_ext/rank {} has noticed a failure"
+_IS_SEPARATE = ContextVar("is_separate", default=False)
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,22 @@ class Processes:
         self._wait(lambda: distributed.all_reduce(sent, async_op=True))
         return sent.to(x.device)
 
-    def start_to_add(self, x: Tensor) -> Callable[[], None]:
-        """Start to replace a tensor by its sum over all processes.
+    def start_to_add(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Start to add a tensor over all processes.
 
-        :param x: a tensor on a device of the group.
-        :returns: a function that waits for the end.
+        :param x: the tensor, which may be overwritten.
+        :returns: the tensor that holds the sum after a wait, and the function that waits.
         """
-        work = distributed.all_reduce(x, async_op=True)
-        return lambda: self._wait(lambda: work)
+        sent = self._on_device(x)
+        with self._named_failures():
+            work = distributed.all_reduce(sent, async_op=True)
+        return sent, lambda: self._wait(lambda: work)
 
     def copy_from_first(self, x: Tensor) -> None:
         """Replace the values of a tensor by those of rank 0."""
         sent = self._on_device(x.detach().contiguous())
-        self._wait(lambda: distributed.broadcast(sent, 0, async_op=True))
+        content = sent.reshape(-1).view(torch.uint8)  # not all backends know all dtypes
+        self._wait(lambda: distributed.broadcast(content, 0, async_op=True))
         with torch.no_grad():
             x.copy_(sent)
 
@@ -188,11 +193,26 @@ class Processes:
 
 
 def current_processes() -> Processes | None:
-    """Return the processes of the default group; None without a group, or if it has one process."""
+    """Return the processes of the default group; None without a group, or if it has one process.
+
+    It is None inside of :func:`separate_processes`, too.
+    """
+    if _IS_SEPARATE.get():
+        return None
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     size = distributed.get_world_size()
     return None if size == 1 else Processes(distributed.get_rank(), size)
+
+
+@contextmanager
+def separate_processes() -> Iterator[None]:
+    """Let each process compute by itself in a block, because its work is a part of a division."""
+    token = _IS_SEPARATE.set(True)
+    try:
+        yield
+    finally:
+        _IS_SEPARATE.reset(token)
 
 
 def describe_error(error: BaseException | None) -> str | None:

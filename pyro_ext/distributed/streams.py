@@ -1,12 +1,9 @@
-"""Streams of random numbers: one of each process, and one that all processes share."""
+"""Seeds of the random numbers of several processes."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
-from pyro_ext._random_states import kept_random_states
 from pyro_ext.distributed.processes import Processes
 
 
@@ -25,19 +22,3 @@ def seed_of(seed: int, stream: str | int) -> int:
     """
     digest = hashlib.sha256(f"{seed} {stream}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-@contextmanager
-def own_random_numbers(processes: Processes | None) -> Iterator[None]:
-    """Give each process other random numbers in a block, all from one number of rank 0.
-
-    After the block, the generators continue from where they were.
-
-    :param processes: the processes. Without them, nothing changes.
-    """
-    if processes is None:
-        yield
-        return
-    seed = agreed_seed(processes)
-    with kept_random_states(seed_of(seed, processes.rank)):
-        yield

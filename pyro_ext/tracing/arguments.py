@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
+from pyro import poutine
 from torch import Tensor
 
 from pyro_ext._arguments import describe
+from pyro_ext._private.of_torch import is_fully_sharded
 from pyro_ext.tracing.programs import Program, Programs
 
 
@@ -95,7 +97,15 @@ def check_program(owner: str, role: str, value: Any, or_svi: str = "") -> Progra
     :param value: the model or guide.
     :param or_svi: words for the other values that the function accepts.
     :raises TypeError: if it is an SVI, a class, or not callable.
+    :raises ValueError: if ``fully_shard`` has wrapped it.
     """
+    if is_fully_sharded(poutine.unwrap(value)):
+        # The densities are computed after its run, when its parameters may be freed.
+        raise ValueError(
+            f"{owner}: the {role} is wrapped by fully_shard, which gathers no gradients for a "
+            f"module that returns no tensors. Wrap layers in the {role}, and the module "
+            "elbo(model, guide)."
+        )
     if callable(value) and not isinstance(value, type) and not is_svi(value):
         return value
     if is_svi(value):

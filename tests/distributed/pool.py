@@ -23,7 +23,8 @@ class Pool:
         for rank in range(size):
             here, there = context.Pipe()
             arguments = rank, size, self._folder.name, there
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            # Workers of a DataLoader need a parent that is no daemon.
+            process = context.Process(target=_work, args=arguments)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)

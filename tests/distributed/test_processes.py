@@ -1,16 +1,13 @@
 import os
-import random
 import signal
 import time
 from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing
 
 from pyro_ext.distributed.processes import current_processes
-from pyro_ext.distributed.streams import own_random_numbers
 
 pytestmark = pytest.mark.long
 
@@ -41,20 +38,6 @@ def test_an_error_of_one_process_is_an_error_of_all(pools):
     first, second = pools(2).errors(share_a_failure)
     assert "estimate_nothing: rank 1 of 2 failed with ZeroDivisionError: " in first
     assert second.endswith("ZeroDivisionError: integer division or modulo by zero\n")
-
-
-def draw():
-    with own_random_numbers(current_processes()):
-        inside = [*torch.rand(3).tolist(), random.random(), np.random.rand()]
-    return inside, torch.rand(()).item()
-
-
-def test_each_process_has_its_own_random_numbers_in_a_block(pools):
-    found = pools(4).results(draw)
-    assert found == pools(4).results(draw)
-    for numbers in zip(*(inside for inside, _ in found), strict=True):
-        assert len(set(numbers)) == 4
-    assert len({after for _, after in found}) == 1
 
 
 def lose_rank_1(rank, size, folder, is_killed):

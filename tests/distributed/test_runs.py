@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_ext.distributed import DistributedNoise
+from pyro_ext.distributed import DistributedNoise, ShardedDataset
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI, EarlyStopping
 from tests.distributed.test_training import assert_equal
@@ -62,6 +62,35 @@ def test_uneven_minibatches_are_weighted_by_their_rows(pools, kind, size):
     for found in pools(size).results(run_uneven, kind):
         assert_equal(found, expected)
         assert found[2] == expected[2]
+
+
+class Rows(IterableDataset):
+    """Rows in another order in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(38, generator=torch.Generator().manual_seed(self.epoch))
+        return iter(rows(38)[order])
+
+
+def run_stream(num_workers):
+    size = current_processes().size if current_processes() else 1
+    data = ShardedDataset(Rows())
+    return run(DataLoader(data, batch_size=8 // size, num_workers=num_workers))
+
+
+def test_a_stream_is_divided_among_processes(pools):
+    expected = run_stream(0)
+    assert expected[2] == [5, 10]
+    for found in pools(2).results(run_stream, 0):
+        assert_equal(found, expected)
+    first, second = pools(2).results(run_stream, 2)
+    assert first[0] == second[0]
+    assert first[2] == second[2] == [6, 12]
 
 
 def seen_rows(shuffle):

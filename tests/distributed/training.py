@@ -33,7 +33,9 @@ class Model(PyroModule):
         self.decoder = nn.Linear(2, 3)
 
     def forward(self, x):
-        shift = pyro.sample("shift", dist.Normal(0.0, 1.0)) if self.has_global else x.new_zeros(())
+        shift = x.new_zeros(())
+        if self.has_global:
+            shift = pyro.sample("shift", dist.Normal(shift, 1.0))
         with pyro.plate("data", NUM_DATA, subsample=x):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
             loc = self.decoder(z) + shift.unsqueeze(-1)
@@ -58,8 +60,8 @@ class Guide(PyroModule):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def bayesian_network():
-    network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+def bayesian_network(device):
+    network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).to(device)
     module = BayesianModule(network, dist.Normal(0.0, 1.0))
 
     def model(x):
@@ -70,10 +72,10 @@ def bayesian_network():
     return model, MeanFieldGuide(module)
 
 
-def programs(name):
+def programs(name, device):
     """A model and guide, with an objective."""
     if name == "Bayesian module":
-        return *bayesian_network(), Trace_ELBO()
+        return *bayesian_network(device), Trace_ELBO()
     has_global = name in ("local plate", "KL weighted")
     objectives = {
         "pathwise": lambda: ImportanceWeightedELBO(NUM_PARTICLES, **OPTIONS),
@@ -82,7 +84,7 @@ def programs(name):
         "local plate": lambda: ImportanceWeightedELBO(NUM_PARTICLES, local_plate="data", **OPTIONS),
         "KL weighted": lambda: KLWeightedELBO(TraceMeanField_ELBO(), LinearKL(30)),
     }
-    return Model(has_global), Guide(has_global), objectives[name]()
+    return Model(has_global).to(device), Guide(has_global).to(device), objectives[name]()
 
 
 NAMES = ("pathwise", "dreg", "jackknife", "local plate", "KL weighted", "Bayesian module")
@@ -101,11 +103,11 @@ def rows(num_rows=NUM_DATA):
     return torch.randn(num_rows, 3, generator=torch.Generator().manual_seed(0))
 
 
-def make(name, is_compiled=False, **options):
+def make(name, is_compiled=False, device="cpu", **options):
     """An SVI with plain gradient descent, which would show a wrong scale."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    model, guide, elbo = programs(name)
+    model, guide, elbo = programs(name, device)
     optim = pyro.optim.SGD({"lr": 1e-4})
     if is_compiled:
         options = {"backend": "eager", "audit_every": 7, "fallback": False, **options}
@@ -115,14 +117,14 @@ def make(name, is_compiled=False, **options):
 
 def parameters():
     return {
-        name: value.detach().clone()
+        name: value.detach().cpu().clone()
         for name, value in sorted(pyro.get_param_store().named_parameters())
     }
 
 
-def train(name, is_compiled=False, **options):
+def train(name, is_compiled=False, device="cpu", **options):
     """Train with the same draws for any number of processes, and return losses and parameters."""
-    svi = make(name, is_compiled, **options)
+    svi = make(name, is_compiled, device, **options)
     with DistributedNoise("data", seed=7, per_row=True):
-        history = svi.run(loader(BATCH_SIZE), NUM_EPOCHS, progress_bar=False)
+        history = svi.run(loader(BATCH_SIZE, rows().to(device)), NUM_EPOCHS, progress_bar=False)
     return history.losses, parameters()

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, check_real
-from pyro_ext._interruption import postponed_interrupts
+from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
@@ -68,6 +68,10 @@ def annealed_importance_sampling(
     result uses the chunks of chains that were complete. If there are none, it raises
     ``KeyboardInterrupt``. A second interrupt ends the call at once.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the chains, and each returns the same result. The first pass
+    runs on each rank with the same random numbers.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives. Its modules must be
         in evaluation mode.
     :param guide: the guide. Its support must be that of the posterior. Leave it out after an SVI.
@@ -88,7 +92,8 @@ def annealed_importance_sampling(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide to its value.
-    :param chunk_size: the number of chains at once, >= 1; by default all chains, but at most 100.
+    :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
+        chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
     :param progress_bar: whether to show a progress bar.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
@@ -119,28 +124,39 @@ def annealed_importance_sampling(
     >>> bool(((found.log_evidence - exact).abs() < 0.5).all() and (found.upper > exact - 0.5).all())
     True
     """
-    for name, value in (
-        ("num_chains", num_chains),
-        ("num_temperatures", num_temperatures),
-        ("num_leapfrog_steps", num_leapfrog_steps),
-        ("chunk_size", 1 if chunk_size is None else chunk_size),
-    ):
-        check_integer(NAME, name, value, 1)
-    orders = checked_orders(NAME, jackknife_orders, num_chains)
-    check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
-    betas = inverse_temperatures(ladder, num_temperatures)
-    size = min(num_chains, chunk_size or 100)
-    num_passes = -(-num_chains // size) * (1 if exact_sample is None else 2)
-    total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
-    with postponed_interrupts() as interrupts, torch.no_grad():
+    with joint_call(NAME) as call, torch.no_grad():
+        settings: dict[str, Any] = {
+            "num_chains": num_chains,
+            "num_temperatures": num_temperatures,
+            "num_leapfrog_steps": num_leapfrog_steps,
+            "chunk_size": 1 if chunk_size is None else chunk_size,
+        }
+        for name, value in settings.items():
+            check_integer(NAME, name, value, 1)
+        orders = checked_orders(NAME, jackknife_orders, num_chains)
+        check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
+        betas = inverse_temperatures(ladder, num_temperatures)
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
+        settings |= {
+            "ladder": betas,
+            "target_acceptance": target_acceptance,
+            "jackknife_orders": orders,
+            "max_plate_nesting": max_plate_nesting,
+        }
+        call.check_inputs(programs, settings, exact_sample=exact_sample)
+        size = min(num_chains, chunk_size or 100)
+        num_passes = -(-num_chains // (size * call.size)) * (1 if exact_sample is None else 2)
+        total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
         target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
-        bar = tqdm(total=total, desc=NAME, unit="transition", disable=not progress_bar)
-        annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, interrupts, bar)
+        is_hidden = not progress_bar or call.rank > 0
+        bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
+        annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
         with bar:
             annealer.adapt(size)
+            call.check_parameters(programs)
+            call.use_own_random_numbers()
             evidence = annealer.evidence(num_chains, size, orders, exact_sample)
         del bar, annealer  # here, because Python ignores an interrupt inside of a destructor
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext._interruption import Interrupts
+from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.hmc import ChainState, transition
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
@@ -32,7 +32,7 @@ class Annealer:
     betas: tuple[float, ...]
     num_leapfrog_steps: int
     target_acceptance: float
-    interrupts: Interrupts
+    call: JointCall
     bar: "tqdm[Any]"
     scales: dict[str, Tensor] = field(default_factory=dict)
     step_sizes: list[Tensor] = field(default_factory=list)
@@ -76,17 +76,16 @@ class Annealer:
         block = BlockState(names, 0, programs.outer)
         acceptances, reverse = [], []
         try:
-            for start in range(0, num_chains, chunk_size):
-                self.interrupts.deliver()
-                num_used = min(chunk_size, num_chains - start)
-                log_w, acceptance = self._anneal(num_used)
-                if exact_sample is not None:
-                    reverse.append(self._anneal(num_used, exact_sample)[0])
-                block.add(log_w, orders, num_chains, 0)
-                acceptances.append(acceptance)
-            self.interrupts.deliver()
+            while block.num_samples < num_chains:
+                sizes = self.call.share(num_chains - block.num_samples, chunk_size)
+                for log_w, acceptance, reverse_log_w in self.call.parts(
+                    self._anneal_both_ways(size, exact_sample) for size in sizes
+                ):
+                    reverse += reverse_log_w
+                    block.add(log_w, orders, num_chains, 0, {})
+                    acceptances.append(acceptance)
         except KeyboardInterrupt:
-            if self.interrupts or not acceptances:  # a second interrupt, or nothing to keep
+            if self.call.interrupts or not acceptances:  # a second interrupt, or nothing to keep
                 raise
             warnings.warn(
                 f"{programs.owner} was interrupted. The result uses {block.num_samples} of "
@@ -108,6 +107,15 @@ class Annealer:
             acceptance=torch.stack(acceptances).mean(0),
             upper=constant - log_mean_exp(-torch.cat(reverse)) if reverse else None,
         )
+
+    def _anneal_both_ways(
+        self, num_chains: int, exact_sample: dict[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return log weights, the mean acceptance, and the log weights of any reverse chains."""
+        log_w, acceptance = self._anneal(num_chains)
+        has_reverse = exact_sample is not None
+        reverse = [self._anneal(num_chains, exact_sample)[0]] if has_reverse else []
+        return log_w, acceptance, reverse
 
     def _anneal(
         self, num_chains: int, exact_sample: dict[str, Tensor] | None = None
@@ -138,7 +146,7 @@ class Annealer:
         return ChainState(positions, self.programs(positions))
 
     def _step(self, state: ChainState, beta: float, step_size: Tensor) -> tuple[ChainState, Tensor]:
-        self.interrupts.deliver()
+        self.call.interrupts.deliver()
         state, acceptance = transition(
             self.programs, state, beta, step_size, self.scales, self.num_leapfrog_steps
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ext._random_states import RandomStates, random_states
+from pyro_ext._random_states import RandomStates
 from pyro_ext.infer.evidence.evidence import Evidence, EvidenceHistory
 from pyro_ext.ops import LogMoments, WeightStatistics
 
@@ -74,13 +74,21 @@ class BlockState:
             return 0
         return self.draws.statistics.log_mean.shape[self.position]
 
-    def add(self, log_w: Tensor, orders: tuple[int, ...], num_samples: int, serial: int) -> None:
+    def add(
+        self,
+        log_w: Tensor,
+        orders: tuple[int, ...],
+        num_samples: int,
+        serial: int,
+        random_states: RandomStates,
+    ) -> None:
         """Add draws.
 
         :param log_w: their log weights, of shape ``(n, *common)``.
         :param orders: the orders of the jackknife.
         :param num_samples: the planned number of draws.
         :param serial: the number of chunks drawn so far, in all blocks together.
+        :param random_states: the random states after the draws.
         """
         statistics = WeightStatistics(num_samples)
         history: tuple[HistoryEntry, ...] = ()
@@ -101,7 +109,7 @@ class BlockState:
             statistics.update(piece)
             if statistics.num_samples.bit_count() == 1:
                 history = (*history, _entry(statistics, orders))
-        self.draws = BlockDraws(statistics, history, random_states(), serial)
+        self.draws = BlockDraws(statistics, history, random_states, serial)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the block as tensors, numbers, strings and containers of these."""

@@ -1,5 +1,6 @@
 """Blocks of rows of a data set, on which model and guide run one after the other."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import length_hint
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_ext.infer.evidence.own_batches import Batch
 from pyro_ext.tracing import Particles, Programs
 from pyro_ext.tracing.density_sites import Plate
 from pyro_ext.tracing.shared_values import RowsOfPlate, SharedSubsamples
@@ -20,7 +22,8 @@ class DataBlock:
     :ivar subsamples: the handler that chooses the rows of plates.
     :ivar plate: the name of the plate of the rows; None if there is only one block, or only one
         common plate.
-    :ivar first_row: the number of rows in earlier blocks.
+    :ivar index: the number of earlier blocks.
+    :ivar first_row: the number of rows in earlier blocks, of this round when it is made.
     :ivar is_whole: whether there is only one block, whose rows model and guide choose themselves.
     :ivar of_loader: the loader whose batch the block is; None without a loader.
     """
@@ -28,6 +31,7 @@ class DataBlock:
     programs: Programs
     subsamples: SharedSubsamples = field(default_factory=SharedSubsamples)
     plate: str | None = None
+    index: int = 0
     first_row: int = 0
     is_whole: bool = True
     of_loader: Iterable[Any] | None = None
@@ -114,29 +118,36 @@ class DataBlock:
                 by_row = term.sum_to(frozenset({rows})).movedim(rows.dim, 0)
                 new = by_row[-self.num_new_rows(particles) :]
                 total += float(new.sum()) / rows.subsampling_scale
-            elif self.first_row == 0:
+            elif self.index == 0:
                 total += float(term.value.sum())
         return total
 
 
-def blocks_of_plate(programs: Programs, rows: RowsOfPlate) -> Iterator[DataBlock]:
-    """Yield the rows of a plate in blocks, in order.
+def blocks_of_plate(
+    programs: Programs, rows: RowsOfPlate, rank: int, num_processes: int
+) -> Iterator[DataBlock]:
+    """Yield the rows of a plate in blocks, in order. Each process has every P-th block.
 
-    Model and guide have to run once between two blocks.
+    Model and guide have to run once between two blocks, and before the first one of ranks > 0.
     """
-    while rows.size is None or rows.first_row < rows.size:
-        yield DataBlock(programs, rows, rows.plate, rows.first_row, is_whole=False)
-        rows.first_row += rows.batch_size
+    for index in itertools.count(rank, num_processes):
+        rows.first_row = index * rows.batch_size
+        if rows.size is not None and rows.first_row >= rows.size:
+            return
+        before = rank * rows.batch_size
+        yield DataBlock(programs, rows, rows.plate, index, before, is_whole=False)
 
 
 def blocks_of_loader(
-    programs: Programs, loader: Iterable[Any], plate: str | None
+    programs: Programs, batches: Iterable[Batch], loader: Iterable[Any], plate: str | None
 ) -> Iterator[DataBlock]:
     """Yield the batches of a loader as blocks.
 
     A batch becomes the first positional arguments, or keyword arguments if it is a mapping.
+
+    :param batches: the batches that belong to this process.
     """
-    for batch in loader:
+    for index, rows_before, batch in batches:
         if isinstance(batch, Mapping):
             args, kwargs = programs.args, {**programs.kwargs, **batch}
         else:
@@ -146,6 +157,8 @@ def blocks_of_loader(
         yield DataBlock(
             replace(programs, args=args, kwargs=kwargs),
             plate=plate,
+            index=index,
+            first_row=rows_before,
             is_whole=False,
             of_loader=loader,
         )

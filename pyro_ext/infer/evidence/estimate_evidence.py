@@ -1,5 +1,6 @@
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,17 +9,18 @@ from pyro.infer import SVI
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, check_positive, check_real, check_type
-from pyro_ext._interruption import postponed_interrupts
+from pyro_ext.distributed.joint_call import JointCall, joint_call
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
 from pyro_ext.infer.evidence.data_blocks import DataBlock, blocks_of_loader, blocks_of_plate
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
+from pyro_ext.infer.evidence.own_batches import own_batches
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
 from pyro_ext.infer.evidence.proposals import PriorProposal, WidenedScales
 from pyro_ext.infer.evidence.row_count import RowCount
 from pyro_ext.infer.evidence.used_values import UsedValues
-from pyro_ext.tracing import Program
+from pyro_ext.tracing import Program, Programs
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
@@ -66,6 +68,12 @@ def estimate_evidence(
     An interrupt (Ctrl-C) ends the sampling after the current chunk, with a warning, and the result
     uses the draws so far. A second interrupt ends the call at once. A warning is also given if a
     Pareto k is above 0.7.
+
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the blocks, or the draws if there is only one block, and each
+    returns the same result. With ``data_loader``, pass a loader over all rows. The processes check
+    that they have the same settings, arguments and parameters. Of a large tensor, they compare a
+    part of the entries.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives.
     :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
@@ -134,39 +142,40 @@ def estimate_evidence(
     >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.std_error).all())
     True
     """
-    if target_std_error is not None:
-        check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
-    _check_arguments(data_plate, batch_size, data_loader, num_rows, state)
-    check_positive(NAME, "proposal_scale", proposal_scale)
-    stream = ParticleStream(NAME, num_samples, chunk_size, 100, max_plate_nesting)
-    orders = checked_orders(NAME, jackknife_orders, num_samples)
-    used = None if state is None else UsedValues(state)
-    state = EvidenceState() if state is None else state
-    with postponed_interrupts() as interrupts, torch.no_grad():
+    with joint_call(NAME) as call, torch.no_grad():
+        _check_arguments(target_std_error, data_plate, batch_size, data_loader, num_rows, state)
+        check_positive(NAME, "proposal_scale", proposal_scale)
+        stream = ParticleStream(NAME, num_samples, chunk_size, 100, max_plate_nesting)
+        orders = checked_orders(NAME, jackknife_orders, num_samples)
+        used = None if state is None else UsedValues(state)
+        state = EvidenceState() if state is None else state
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
-        state.check_settings(
-            jackknife_orders=orders,
-            proposal_scale=float(proposal_scale),
-            data_plate=data_plate,
-            batch_size=batch_size,
-            has_data_loader=data_loader is not None,
-        )
-        blocks = iter([DataBlock(programs)])
-        if data_loader is not None:
-            blocks = blocks_of_loader(programs, data_loader, data_plate)
-        elif batch_size is not None:
-            rows = RowsOfPlate(str(data_plate), batch_size, state.num_rows)
-            blocks = blocks_of_plate(programs, rows)
+        settings = {
+            "num_samples": num_samples,
+            "chunk_size": chunk_size,
+            "jackknife_orders": orders,
+            "target_std_error": target_std_error,
+            "proposal_scale": float(proposal_scale),
+            "data_plate": data_plate,
+            "batch_size": batch_size,
+            "has_data_loader": data_loader is not None,
+            "num_rows": num_rows,
+            "has_state": used is not None,
+            "max_plate_nesting": max_plate_nesting,
+        }
+        call.check_inputs(programs, settings, state=state.progress)
+        state.check_settings(settings)
+        blocks, first = _blocks(call, programs, data_plate, batch_size, state.num_rows, data_loader)
         count = RowCount(NAME, num_rows)
-        bar = tqdm(desc=NAME, unit="draw", disable=not progress_bar)
+        bar = tqdm(desc=NAME, unit="draw", disable=not progress_bar or call.rank > 0)
         with bar:
             evidence = EvidenceSampler(
-                stream, orders, target_std_error, state, used, count, interrupts, bar
-            ).run(blocks)
+                stream, orders, target_std_error, state, used, count, call, bar
+            ).run(blocks, first)
         del bar  # here, because Python ignores an interrupt inside of a destructor
     advice = (
         "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
@@ -175,13 +184,38 @@ def estimate_evidence(
     return evidence
 
 
+def _blocks(
+    call: JointCall,
+    programs: Programs,
+    data_plate: str | None,
+    batch_size: int | None,
+    size: int | None,
+    data_loader: Iterable[Any] | None,
+) -> tuple[Iterator[DataBlock], DataBlock | None]:
+    """Return the blocks of this process, and a block with which it can set up model and guide."""
+    if data_loader is not None:
+        batches = own_batches(call, data_loader)
+        blocks = blocks_of_loader(programs, batches, data_loader, data_plate)
+        loaded = list(itertools.islice(blocks, call.size > 1))
+        return itertools.chain(loaded, blocks), next(iter(loaded), None)
+    if batch_size is not None:
+        rows = RowsOfPlate(str(data_plate), batch_size, size)
+        first = DataBlock(programs, rows, rows.plate, is_whole=False)
+        return blocks_of_plate(programs, rows, call.rank, call.size), first
+    whole = DataBlock(programs)
+    return iter([whole]), whole
+
+
 def _check_arguments(
+    target_std_error: float | None,
     data_plate: str | None,
     batch_size: int | None,
     data_loader: Iterable[Any] | None,
     num_rows: int | None,
     state: EvidenceState | None,
 ) -> None:
+    if target_std_error is not None:
+        check_real(NAME, "target_std_error", target_std_error, 0.0, math.inf)
     if state is not None:
         hint = "an EvidenceState, such as the result of EvidenceState.load(path)"
         check_type(NAME, "state", state, EvidenceState, hint)

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_type
-from pyro_ext._interruption import postponed_interrupts
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.expectation import Expectation, Mean, SelfNormalizedMean
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
@@ -60,6 +60,9 @@ def estimate_expectation(
     uses the draws so far. A second interrupt ends the call at once. A warning is given if a Pareto
     k is above 0.7. It is also given if all values were zero, because the error is then unknown.
 
+    Under a process group of ``torch.distributed``, call the function with the same arguments on
+    each rank. The processes divide the draws, and each returns the same result.
+
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It returns a real
         tensor.
     :param guide: the guide. Leave it out after an SVI. If you pass no guide or None, the draws come
@@ -96,39 +99,59 @@ def estimate_expectation(
     >>> bool((found.value - 2.8665e-7).abs() < 4 * found.std_error)
     True
     """
-    stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
-    with postponed_interrupts() as interrupts, torch.no_grad():
+    with joint_call(NAME) as call, torch.no_grad():
+        stream = ParticleStream(NAME, num_samples, chunk_size, 1000, max_plate_nesting)
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
+        settings = {
+            "num_samples": num_samples,
+            "chunk_size": chunk_size,
+            "max_plate_nesting": max_plate_nesting,
+        }
+        call.check_inputs(programs, settings)
         block = DataBlock(programs)
         if stream.chunk_size > 1:
             _check_particle_dim(stream, block)
+        elif call.size > 1:
+            stream.set_up(block)
+        call.check_parameters(programs)
+        call.use_own_random_numbers()
         estimate: Mean | SelfNormalizedMean | None = None
-        bar = tqdm(total=num_samples, desc=NAME, unit="draw", disable=not progress_bar)
+        done = 0
+        bar = tqdm(
+            total=num_samples, desc=NAME, unit="draw", disable=not progress_bar or call.rank > 0
+        )
         try:
             with bar:
-                for particles in stream.draw(block, bar=bar):
-                    traces = stream.model_traces(particles, block)
-                    log_w, value = _weights_and_values(particles, _returned(traces))
-                    has_observations = _has_observations(particles)
-                    del particles, traces
-                    if estimate is None:
-                        kind = SelfNormalizedMean if has_observations else Mean
-                        estimate = kind(num_samples, value)
-                    estimate.update(log_w, value)
-                    interrupts.deliver()
+                while done < num_samples:
+                    sizes = call.share(num_samples - done, stream.chunk_size)
+                    for kind, log_w, value in call.parts(
+                        _chunk(stream, block, size) for size in sizes
+                    ):
+                        estimate = estimate or kind(num_samples, value)
+                        estimate.update(log_w, value)
+                        done += len(log_w)
+                        bar.update(len(log_w))
         except KeyboardInterrupt:
-            if interrupts or estimate is None:  # a second interrupt, or nothing to keep
+            if call.interrupts or estimate is None:  # a second interrupt, or nothing to keep
                 raise
             warnings.warn(
-                f"{NAME} was interrupted. The result uses {estimate.statistics.num_samples} of "
-                f"{num_samples} draws.",
+                f"{NAME} was interrupted. The result uses {done} of {num_samples} draws.",
                 stacklevel=2,
             )
         del bar  # here, because Python ignores an interrupt inside of a destructor
         assert estimate is not None  # there is at least one chunk
         return estimate.result()
+
+
+def _chunk(
+    stream: ParticleStream, block: DataBlock, num_particles: int
+) -> tuple[type[Mean | SelfNormalizedMean], Tensor, Tensor]:
+    """Return the kind of the estimate, with the log weights and values of a chunk of draws."""
+    particles = stream.draw(block, num_particles)
+    log_w, value = _weights_and_values(particles, _returned(stream.model_traces(particles, block)))
+    return SelfNormalizedMean if _has_observations(particles) else Mean, log_w, value
 
 
 def _check_particle_dim(stream: ParticleStream, block: DataBlock) -> None:

@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -5,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext._interruption import Interrupts
 from pyro_ext._random_states import RandomStates, random_states, set_random_states
+from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.evidence.block_state import BlockDraws, BlockState
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.evidence import Evidence, concatenate
@@ -31,7 +33,7 @@ class EvidenceSampler:
     :ivar used: the values that model and guide use, compared with those of the state; None if no
         later call may continue from the state.
     :ivar rows: the number of rows that a loader must have.
-    :ivar interrupts: the interrupts that wait for the end of a chunk.
+    :ivar call: the call, which divides blocks over the processes, or the draws of a single block.
     :ivar bar: a progress bar.
     """
 
@@ -41,7 +43,7 @@ class EvidenceSampler:
     state: EvidenceState
     used: UsedValues | None
     rows: RowCount
-    interrupts: Interrupts
+    call: JointCall
     bar: "tqdm[Any]"
     parts: list[Evidence] = field(default_factory=list, init=False)
     position: int = field(default=0, init=False)
@@ -49,25 +51,36 @@ class EvidenceSampler:
     num_chunks: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._by_block = self._by_draw = self.call.alone()
+        self._block: DataBlock | None = None
+        self._has_gap = False
         self._resume_from = self.state.latest
         self._caller_random_states: RandomStates | None = None
 
-    def run(self, blocks: Iterator[DataBlock]) -> Evidence:
-        """Return the evidence of all blocks, or of the draws before an interrupt."""
-        block = None
+    def run(self, blocks: Iterator[DataBlock], first: DataBlock | None) -> Evidence:
+        """Return the evidence of all blocks, or of the draws before an interrupt.
+
+        :param blocks: the blocks of this process.
+        :param first: a block with which to set up model and guide; None if the process has none.
+        """
+        self._block = first
+        is_whole = first is not None and first.is_whole
+        if is_whole:
+            self._by_draw = self.call
+        else:
+            self._by_block = self.call
         try:
-            for index, block in enumerate(self._loaded(blocks)):
-                if self.parts:
-                    self.interrupts.deliver()
-                if not block.is_whole:
-                    block.first_row = self.num_rows
-                if self.used is not None:
-                    self.used.check_arguments(index, block)
-                self._draw(index, block)
-                self._finish(index)
+            self._set_up()
+            self._run_rounds(blocks)
+            if self._has_gap:
+                raise ValueError(
+                    f"{self.stream.owner}: data_loader has other numbers of batches on some ranks. "
+                    "Pass a loader over all rows on each rank."
+                )
             self.state.is_complete = True
             self.rows.check_total(self.num_rows)
         except (RuntimeError, ValueError, IndexError) as error:
+            block = self._block
             is_ours = str(error).startswith(self.stream.owner)
             if block is not None and isinstance(block.subsamples, RowsOfPlate) and not is_ours:
                 error.add_note(
@@ -77,17 +90,13 @@ class EvidenceSampler:
                 )
             raise
         except KeyboardInterrupt:
-            if self.interrupts:  # this is a second interrupt
+            if self.call.interrupts or not self.parts:  # a second interrupt, or nothing to keep
                 raise
-            unfinished = len(self.parts)
-            if unfinished in self.state.blocks:
-                self._finish(unfinished)
-            if not self.parts:
-                raise
-            rows = "" if block is None or block.is_whole else f" and {self.num_rows} data points"
+            num_samples = min(part.num_samples for part in self.parts[-self._by_block.size :])
+            rows = "" if is_whole else f" and {self.num_rows} data points"
             warnings.warn(
-                f"{self.stream.owner} was interrupted. The result uses "
-                f"{self.parts[-1].num_samples} of {self.stream.num_samples} draws{rows}.",
+                f"{self.stream.owner} was interrupted. The result uses {num_samples} of "
+                f"{self.stream.num_samples} draws{rows}.",
                 stacklevel=3,
             )
         finally:
@@ -99,68 +108,136 @@ class EvidenceSampler:
             raise ValueError(
                 f"{self.stream.owner}: data_loader has no batches. It must have at least one."
             )
-        if self.used is not None and block is not None:
-            self.used.check_programs(block)
+        if self.used is not None:
+            self.used.end(self.call, self._block)
         return concatenate(self.parts, self.position)
 
-    def _loaded(self, blocks: Iterator[DataBlock]) -> Iterator[DataBlock]:
+    def _set_up(self) -> None:
+        """Let model and guide make parameters and choose rows, equally in all processes."""
+        if self.call.size == 1:
+            return
+        if self._block is not None:
+            self.stream.set_up(self._block)
+            self.state.num_rows = self._block.size
+        self.call.check_parameters(self._block and self._block.programs)
+        self.call.use_own_random_numbers()
+
+    def _run_rounds(self, blocks: Iterator[DataBlock]) -> None:
+        """Make the draws of all blocks. In a round, each process has one block."""
+        is_at_end = False
+        while not is_at_end:
+            is_at_end = True
+            for index, state, is_complete in self._by_block.parts(self._draw(blocks)):
+                is_at_end = False
+                self.state.is_complete &= is_complete
+                self._add(index, state)
+
+    def _add(self, index: int, state: BlockState) -> None:
+        """Add the draws of a block that a process has made."""
+        if index != len(self.parts):  # the process with the block before it may be interrupted
+            self._has_gap = True
+            return
+        if self._by_block.size > 1:
+            self._check_room(state, state.num_rows, index)
+            self.num_chunks = max(self.num_chunks, state.draws.serial if state.draws else 0)
+            if index % self._by_block.size != self._by_block.rank:
+                self.bar.update(state.num_samples)
+        self.state.blocks[index] = state
+        self._finish(index)
+
+    def _loaded(self, blocks: Iterator[DataBlock]) -> DataBlock | None:
         try:
-            yield from blocks
+            return next(blocks, None)
         except Exception:
             # An interrupt also reaches the workers of a loader, and makes them fail.
-            self.interrupts.deliver()
+            self.call.interrupts.deliver()
             raise
 
-    def _draw(self, index: int, block: DataBlock) -> None:
+    def _draw(self, blocks: Iterator[DataBlock]) -> Iterator[tuple[int, BlockState, bool]]:
+        """Make the draws of the next block, and yield its state after each chunk."""
+        block = self._loaded(blocks)
+        if block is None:
+            return
+        self._block, index = block, block.index
         state = self.state.blocks.get(index)
+        if self._by_block.size > 1:
+            state = copy.copy(state)  # the others do not have the draws of this round yet
         if state is not None:
+            yield index, state, self.state.is_complete
+        if self.parts:
+            self.call.interrupts.deliver()
+        block.first_row += self.num_rows
+        if self.used is not None:
+            self.used.check_arguments(index, block)
+        if state is not None and self._by_block.size == 1:
             self._check_room(state, state.num_rows, index)
-        start = 0 if state is None else state.num_samples
-        self.bar.update(start)
-        if start >= self.stream.num_samples or (state is not None and self._is_reached(state)):
+        done = 0 if state is None else state.num_samples
+        self.bar.update(done)
+        if done >= self.stream.num_samples or (state is not None and self._is_reached(state)):
             return
         if self._resume_from is not None:
             self._resume(block, self._resume_from)
             self._resume_from = None
         if self.used is not None:
             self.used.begin(block)
-        for particles in self.stream.draw(block, start, self.bar):
-            log_w = particles.log_w
-            if state is None:
-                position = 0 if block.is_whole else block.position(particles.plates)
-                plates = tuple(plate.name for plate in particles.plates)
-                state = BlockState(
-                    plates, position, block.outer(particles), block.full_size(particles)
-                )
+        while done < self.stream.num_samples and not (state and self._is_reached(state)):
+            sizes = self._by_draw.share(self.stream.num_samples - done, self.stream.chunk_size)
+            states: RandomStates = {}
+            for found, log_w, own_states in self._by_draw.parts(
+                self._chunk(index, block, state, size) for size in sizes
+            ):
+                state, states = state or found, states or own_states
+                assert state is not None  # the first chunk comes with it
+                self.num_chunks += 1
+                state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks, states)
+                done += len(log_w)
+                self.bar.update(len(log_w))
+                if self._by_block.size == 1:
+                    self.state.blocks[index] = state
+                self.state.num_rows = block.size
+                self._show(state, block)
+                yield index, state, self.state.is_complete
+
+    def _chunk(
+        self, index: int, block: DataBlock, state: BlockState | None, size: int
+    ) -> tuple[BlockState | None, Tensor, RandomStates]:
+        """Draw a chunk of a block.
+
+        :returns: the block without draws if there is none yet, the log weights and random states.
+        """
+        particles = self.stream.draw(block, size)
+        log_w = particles.log_w
+        is_new = state is None
+        if state is None:
+            position = 0 if block.is_whole else block.position(particles.plates)
+            plates = tuple(plate.name for plate in particles.plates)
+            state = BlockState(plates, position, block.outer(particles), block.full_size(particles))
+            if self._by_block.size == 1:
                 self._check_room(state, log_w.shape[1 + position] if plates else 1, index)
-            if self.used is not None:
-                self.used.see(block, state, particles)
-            if not block.is_whole:
-                num_new = block.num_new_rows(particles)
-                dim = 1 + state.position
-                log_w = log_w.narrow(dim, log_w.shape[dim] - num_new, num_new)
-            del particles
-            self.num_chunks += 1
-            state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks)
-            self.state.blocks[index] = state
-            self.state.num_rows = block.size
-            self._show(state, block)
-            self.interrupts.deliver()
-            if self._is_reached(state):
-                break
+        if self.used is not None:
+            self.used.see(block, state, particles)
+        if not block.is_whole:
+            num_new = block.num_new_rows(particles)
+            dim = 1 + state.position
+            log_w = log_w.narrow(dim, log_w.shape[dim] - num_new, num_new)
+        return state if is_new else None, log_w, random_states()
 
     def _resume(self, block: DataBlock, draws: BlockDraws) -> None:
-        self.num_chunks = draws.serial
-        if self.state.is_complete:
+        self.num_chunks = max(self.num_chunks, draws.serial)
+        if self.state.is_complete or self.call.size > 1:
             # The random numbers after the saved state, or after a seed, may have been used
             # already, so a new seed is made from the saved state.
             saved = [draws.random_states["cpu"], *draws.random_states["cuda"]]
             digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in saved)).digest()
-            self._caller_random_states = random_states()
-            torch.manual_seed(int.from_bytes(digest[:8]))
+            seed = int.from_bytes(digest[:8])
+            if self.call.size > 1:
+                self.call.use_own_random_numbers(seed)
+            else:
+                self._caller_random_states = random_states()
+                torch.manual_seed(seed)
         else:
             # A first run may draw extra numbers, for example to set up an automatic guide.
-            self.stream.run(block, min(2, self.stream.chunk_size))
+            self.stream.set_up(block)
             set_random_states(draws.random_states)
         self.state.is_complete = False
 

@@ -1,5 +1,6 @@
 """The state that estimate_evidence stores, to continue from it after an interrupt."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pyro_ext._files import StrPath, read_file, write_file
@@ -8,6 +9,14 @@ from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.tracing.fingerprint import kind_label
 
 _FORMAT, _VERSION = "pyro_ext evidence state", 1
+#: The settings that must stay the same.
+_KEPT_SETTINGS = (
+    "jackknife_orders",
+    "proposal_scale",
+    "data_plate",
+    "batch_size",
+    "has_data_loader",
+)
 
 
 class EvidenceState:
@@ -21,6 +30,10 @@ class EvidenceState:
     state, and the result is that of an uninterrupted run. A complete run can be continued with a
     larger ``num_samples``. The new draws differ from the earlier ones, even if you set the same
     seed again.
+
+    Under a process group of ``torch.distributed``, each rank has the same state after a call. You
+    can save it on any rank, load it on all ranks, and continue with another number of processes.
+    With several processes, the draws after an interrupt differ from those of an uninterrupted run.
 
     Model, guide, their parameters and the data (in the same order) must stay the same. The state
     holds fingerprints of them, and a call with others raises a ValueError. The fingerprints cover
@@ -83,15 +96,23 @@ class EvidenceState:
         draws = [block.draws for block in self.blocks.values() if block.draws is not None]
         return max(draws, key=lambda d: d.serial, default=None)
 
-    def check_settings(self, **settings: Any) -> None:
+    @property
+    def progress(self) -> Any:
+        """Numbers and tensors that tell one state from another."""
+        latest = self.latest
+        sizes = sorted((index, block.num_samples) for index, block in self.blocks.items())
+        return self.is_complete, sizes, latest and latest.random_states["cpu"]
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError if the settings differ from the first call with draws.
 
         :param settings: a dict from the name of a setting to its value.
         :raises ValueError: if a setting differs.
         """
         if not self.blocks:
-            self._settings = settings
-        for name, value in settings.items():
+            self._settings = {name: settings[name] for name in _KEPT_SETTINGS}
+        for name in _KEPT_SETTINGS:
+            value = settings[name]
             if self._settings[name] != value:
                 raise ValueError(
                     f"estimate_evidence: the state began with {name}={self._settings[name]!r}, but "

@@ -1,12 +1,10 @@
 """A stream of particles in chunks, none of which is kept."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pyro import poutine
 from pyro.poutine import Trace
-from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer
 from pyro_ext.infer.evidence.data_blocks import DataBlock
@@ -57,29 +55,23 @@ class ParticleStream:
         )
         self._was_looked_at = False
 
-    def draw(
-        self, block: DataBlock, start: int = 0, bar: "tqdm[Any] | None" = None
-    ) -> Iterator[Particles]:
-        """Yield the particles, chunk by chunk.
+    def draw(self, block: DataBlock, num_particles: int) -> Particles:
+        """Return a chunk of the draws, after checks.
 
         :param block: the block of data, with model and guide.
-        :param start: the number of draws made already.
-        :param bar: the progress bar that counts the draws; None without one.
+        :param num_particles: the number of draws, which :meth:`run` may reduce to 1.
         """
-        first = start
-        while first < self.num_samples:
-            particles = self.run(block, min(self.chunk_size, self.num_samples - first))
-            num_particles = len(particles.log_w)
-            first += num_particles
-            self._check(particles, block)
-            if not self._was_looked_at:
-                raise_for_dependent_prior(self.owner, block.programs, particles)
-                warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
-                self._was_looked_at = True
-            yield particles
-            del particles  # keep no reference to a chunk while the next one runs
-            if bar is not None:
-                bar.update(num_particles)
+        particles = self.run(block, num_particles)
+        self._check(particles, block)
+        if not self._was_looked_at:
+            raise_for_dependent_prior(self.owner, block.programs, particles)
+            warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)
+            self._was_looked_at = True
+        return particles
+
+    def set_up(self, block: DataBlock) -> None:
+        """Run model and guide once, so that they make their parameters and choose a minibatch."""
+        self.run(block, min(2, self.chunk_size))
 
     def run(self, block: DataBlock, num_particles: int) -> Particles:
         """Return a number of particles for a block of data.

@@ -1,5 +1,6 @@
 """The values that model and guide use, compared with those of an earlier call."""
 
+from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
@@ -58,6 +59,20 @@ class UsedValues:
             found = programs_fingerprint(block.programs)
             self._state.check_programs(found)
             self._before = found
+
+    def end(self, call: JointCall, block: DataBlock | None) -> None:
+        """Check the programs, and keep for later calls what is the same in all processes.
+
+        :param block: the last block of this process; None if it has none.
+        """
+        if block is not None:
+            self.check_programs(block)
+        first, *others = [found for found in call.gather(self._state.programs) if found] or [{}]
+        self._state.programs = {
+            label: value
+            for label, value in first.items()
+            if all(other.get(label) == value for other in others)
+        }
 
     def remember(self) -> None:
         """Keep the values for later calls, without those that have changed during this call."""

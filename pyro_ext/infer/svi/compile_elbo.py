@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_ext._arguments import describe
 from pyro_ext._private.of_pyro import HANDLER_STACK
-from pyro_ext._private.of_torch import outside_of_dynamo
+from pyro_ext._private.of_torch import gathered, outside_of_dynamo
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.front import Front, Settings, held_level
 from pyro_ext.infer.svi.capture.graphs import ReadyGraph
@@ -51,6 +51,9 @@ def compile_elbo(
     Gradients arrive in the parameters of the module and of the param store. If a tensor elsewhere
     requires gradients, or an argument does, the module takes eager steps. One warning gives the
     reason. A step with second derivatives of the loss raises a ``NotImplementedError``.
+
+    You can wrap the module in ``DistributedDataParallel`` or ``fully_shard``. If ``fully_shard``
+    has wrapped layers in it, the module takes eager steps.
 
     :param elbo: an ELBO with a ``differentiable_loss``. All ELBOs of this package have one, and so
         have Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` and ``TraceEnum_ELBO``.
@@ -161,6 +164,17 @@ class CompiledELBOModule(Front, ELBOModule):
             self._count(num_eager=ready is None)
             self._has_run = True
             return loss
+
+    def audit(self) -> None:
+        """Compare the graphs that have taken steps since their last audits with the programs.
+
+        Call it after the last step of your loop. It warns of steps whose results are suspect. If
+        ``fully_shard`` has wrapped the module, call it in all processes: it gathers the parameters.
+
+        :raises RuntimeError: if an audit fails and ``fallback`` is False.
+        """
+        with gathered(self):
+            super().audit()
 
     def _eager_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return super().forward(*args, **kwargs)

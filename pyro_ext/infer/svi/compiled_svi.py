@@ -94,6 +94,7 @@ class CompiledSVI(Front, EagerSVI):
     """
 
     _front = "CompiledSVI"
+    _bucket_bytes = math.inf
 
     def __init__(
         self,
@@ -196,18 +197,17 @@ class CompiledSVI(Front, EagerSVI):
         loss: float,
         params: dict[str, Tensor],
         gradients: dict[str, Tensor | None],
-        graph: Any,
+        rows: list[int],
     ) -> float:
         """Add the gradients to those of the user, and update the parameters.
 
         :param loss: the loss.
         :param params: the parameters by name.
         :param gradients: their gradients by name.
-        :param graph: the graph of the step.
+        :param rows: the numbers of rows in the plates that are divided over processes.
         :returns: the loss; its mean over processes if there are several.
         """
         if self._group is not None:
-            rows = self._group.rows_of(graph)
             (loss,), params, gradients = self._group.mean((loss,), params, gradients, rows)
         seen = self._with_gradients
         for name, gradient in gradients.items():
@@ -231,7 +231,7 @@ class CompiledSVI(Front, EagerSVI):
         loss = loss.item()
         if not math.isfinite(loss):
             self._raise_for(loss, args, kwargs)
-        loss = self._finish(loss, *ready.named(gradients), ready.graph)
+        loss = self._finish(loss, *ready.named(gradients), ready.graph.rows)
         if isinstance(self.objective, KLWeightedELBO):
             self.objective.note_loss()
         return loss
@@ -261,11 +261,11 @@ class CompiledSVI(Front, EagerSVI):
         of_names = [gradients.get(ready.params[name]) for name in ready.graph.names]
         if self._passes(ready, [as_tensor(loss), *of_names], found, used):
             loss = as_tensor(found.tensors[0]).item()
-            return self._finish(loss, *ready.named(found.tensors[1:]), ready.graph)
+            return self._finish(loss, *ready.named(found.tensors[1:]), ready.graph.rows)
         first_names = {param: name for name, param in reversed(used.items())}
         params = {name: param for param, name in first_names.items()}
         by_name = {name: gradients.get(param) for name, param in params.items()}
-        return self._finish(loss, params, by_name, ready.graph)
+        return self._finish(loss, params, by_name, ready.graph.rows)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take Pyro's step, with the optimiser that compiled steps use."""

@@ -1,5 +1,6 @@
 from collections.abc import Collection
 from copy import copy
+from functools import partial
 from typing import Any
 
 from pyro import poutine
@@ -34,6 +35,13 @@ from pyro_ext.tracing.module_calls import called_modules
 class EagerSVI(SVI):
     """Pyro's ``SVI`` with a training loop.
 
+    If ``torch.distributed`` has several processes, they train together. Each process calls the same
+    methods with its share of the rows, and the plate keeps the size N of all data, as in
+    ``pyro.plate("data", N, subsample=x)``. Parameters begin with the values of rank 0. Losses and
+    gradients are means over processes, weighted by their numbers of rows.
+    :class:`~pyro_ext.distributed.DistributedNoise` describes their random numbers.
+    :meth:`evaluate_loss` returns the loss of the rows of this process.
+
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.
     :param optim: the optimiser.
@@ -58,6 +66,9 @@ class EagerSVI(SVI):
     >>> len(history.losses), len(history.epoch_losses)
     (6, 3)
     """
+
+    #: The bytes of a vector of gradients that processes exchange during a backward pass.
+    _bucket_bytes: float = 2**20
 
     def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
         if isinstance(loss, type):
@@ -117,14 +128,14 @@ class EagerSVI(SVI):
         processes = current_processes()
         if processes is None:
             self._group = None
-        elif self._group is None:
-            self._group = TrainingGroup(processes, type(self).__name__)
+        elif self._group is None or self._group.processes != processes:
+            self._group = TrainingGroup(processes, type(self).__name__, self._bucket_bytes)
         return self._group
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._group is None:
             return super().step(*args, **kwargs)
-        with poutine.trace(param_only=True) as trace:
+        with poutine.trace(param_only=True) as trace, self._group.overlapped():
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         loss, params = self._mean_in_place(loss, params_of(trace.trace))
         with_gradients = {param for param in params.values() if param.grad is not None}
@@ -188,6 +199,12 @@ class EagerSVI(SVI):
         of a :class:`KLWeightedELBO` advances after each step. Pyro's schedulers of learning rates
         advance after each epoch, before the callback. Do not step them in the callback.
 
+        With several processes, a plain ``DataLoader`` gets a ``DistributedSampler``, and its
+        ``batch_size`` is the number of rows of each process. Other data must be the share of the
+        process. The epoch lasts until no process has minibatches. Rank 0 shows the progress bar,
+        and reads and writes the checkpoints. The run ends for all if the callback of one process
+        returns True, or after an interrupt of one. An error in one process is an error in all.
+
         :param data: the number of steps of an epoch, >= 1, or an iterable of minibatches such as a
             ``DataLoader``. A minibatch that is a tuple or list is passed as the first positional
             arguments of model and guide. A dict is passed as keyword arguments. Any other minibatch
@@ -221,27 +238,32 @@ class EagerSVI(SVI):
         :raises ValueError: if an argument is out of range, if the data has no minibatches or fewer
             than before ``resume``, if ``resume`` is damaged, if it does not fit the model, guide,
             optimiser, objective and data, or if the loss is NaN. If ``resume`` does not fit,
-            nothing has been changed.
+            nothing has been changed. With several processes, also if they train different
+            programs, if a plate has no more rows than a process passes, and if the loss is not
+            finite.
+        :raises RuntimeError: if another process fails, ends or does not answer.
         :raises OSError: if ``resume`` cannot be read, or ``checkpoint`` cannot be written.
         :raises KeyboardInterrupt: after an interrupt.
         """
         owner = f"{type(self).__name__}.run"
-        check_run(owner, data, num_epochs, checkpoint, checkpoint_every)
         kwargs = kwargs or {}
         scheduler_steps = SchedulerSteps(owner, step_scheduler)
+        comparison = Comparison(resume, allow_changes)
         group = self._find_group()
-        if group is not None:
+        check = partial(check_run, owner, data, num_epochs, checkpoint, checkpoint_every)
+        if group is None:
+            check()
+        else:
+            # Only rank 0 reads and writes files.
+            resume = group.agree(owner, partial(check, is_written=group.is_first), resume)
             data = group.data_of_process(owner, data)
         settings = loader_settings(data) | scheduler_steps.settings(self.optim)
-        comparison = Comparison(resume, allow_changes)
-        is_resumed = resume is not None
-        if group is not None:
-            is_resumed = group.processes.result_of_first(lambda: is_resumed, owner)
-        if is_resumed:
-            self._resume(resume, comparison, data, args, kwargs, settings)
-            data = data if group is None else group.data_of_process(owner, data)
-        else:
+        if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
+        else:
+            self._resume(resume, comparison, data, args, kwargs, settings)
+        if group is not None and resume is not None:
+            data = group.data_of_process(owner, data)  # in the order of the checkpoint
         self._run_settings, self._scheduler_steps = settings, scheduler_steps
         if checkpoint is not None:
             check_state(self)

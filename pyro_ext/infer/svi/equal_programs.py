@@ -1,11 +1,13 @@
 """Makes sure that several processes train the same model and guide, with equal parameters."""
 
+import sys
 import warnings
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Any
 
 import pyro
+import torch
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -14,11 +16,13 @@ from torch import Tensor
 
 from pyro_ext._digest import digest
 from pyro_ext.distributed.processes import Processes
-from pyro_ext.infer.svi.capture.graph_inputs import current_params
+from pyro_ext.infer.svi.capture.graph_inputs import current_params, params_of
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.run_settings import objective_settings, optimizer_settings
 
-_LIBRARIES = ("pyro_ext", "pyro-ppl", "torch")
+
+def _libraries() -> list[Any]:
+    return [sys.modules["pyro_ext"], pyro, torch]
 
 
 class SharedParams(Messenger):
@@ -91,17 +95,17 @@ def divided_plates(
     tensors: dict[str, Tensor] = {}
 
     def describe() -> dict[str, dict[str, Any]]:
-        with plates:
-            modules, used = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs), None)
-        params = current_params()
-        tensors.update((f"parameter '{name}'", params[name]) for name in used if name in params)
+        with plates, poutine.trace(param_only=True) as trace:
+            modules, _ = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs), None)
+        params = params_of(trace.trace)
+        tensors.update((f"parameter '{name}'", x) for name, x in params.items())
         for i, module in enumerate(modules):
             own = [*module.named_parameters("", False), *module.named_buffers("", False)]
             kind = type(module).__name__
             tensors.update((f"'{key}' of module {i + 1} ({kind})", x) for key, x in own)
         settings = optimizer_settings(svi.optim, ()) | objective_settings(svi.objective)
         return {
-            "version": {f"version of {name}": version(name) for name in _LIBRARIES},
+            "version": {f"version of {x.__name__}": x.__version__ for x in _libraries()},
             "setting": {f"setting '{name}'": x for name, x in settings.items()},
             "tensor": {f"shape of {name}": (*x.shape, str(x.dtype)) for name, x in tensors.items()},
             "plate": {f"size of plate '{name}'": n for name, n in plates.divided.items()},

@@ -28,11 +28,17 @@ _WINDOW = 50  # steps that the loss of the progress bar averages
 
 
 def check_run(
-    owner: str, data: Data, num_epochs: int, checkpoint: Any, checkpoint_every: int | None
+    owner: str,
+    data: Data,
+    num_epochs: int,
+    checkpoint: Any,
+    checkpoint_every: int | None,
+    is_written: bool = True,
 ) -> None:
     """Raise an error if an argument of ``run`` is wrong.
 
     :param owner: the name of the method, for messages.
+    :param is_written: whether this process writes the checkpoint.
     """
     if isinstance(data, int):
         check_integer(owner, "data (a number of steps)", data, 1)
@@ -43,11 +49,11 @@ def check_run(
             "the data as args=(x,)."
         )
     check_integer(owner, "num_epochs", num_epochs, 1)
-    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
-        raise ValueError(
-            f"{owner}: the folder of checkpoint='{checkpoint}' does not exist. Create it first."
-        )
-    if checkpoint is not None:
+    if checkpoint is not None and is_written:
+        if not Path(checkpoint).absolute().parent.is_dir():
+            raise ValueError(
+                f"{owner}: the folder of checkpoint='{checkpoint}' does not exist. Create it first."
+            )
         check_writable(checkpoint)
     if checkpoint_every is not None:
         check_integer(owner, "checkpoint_every", checkpoint_every, 1)

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from pyro_ext._random_states import kept_random_states, random_states, seed_all
-from pyro_ext.distributed.gradients import Contribution, GradientExchange, Gradients, Total
+from pyro_ext.distributed.gradients import Contribution, GradientExchange, Total
 from pyro_ext.distributed.loaders import with_share_of_rows
-from pyro_ext.distributed.noise import DistributedNoise, active_noise
+from pyro_ext.distributed.noise import DistributedNoise, active_noise, active_rows
+from pyro_ext.distributed.packing import Gradients
 from pyro_ext.distributed.processes import Processes, describe_error
 from pyro_ext.distributed.streams import agreed_seed, seed_of
 from pyro_ext.infer.svi.capture.graph_inputs import current_params
@@ -29,12 +29,13 @@ class TrainingGroup:
 
     :param processes: the processes.
     :param owner: the name of the SVI class, for messages.
+    :param bucket_bytes: the number of bytes at which a vector of gradients is sent.
     """
 
-    def __init__(self, processes: Processes, owner: str) -> None:
+    def __init__(self, processes: Processes, owner: str, bucket_bytes: float) -> None:
         self.processes = processes
         self.owner = owner
-        self.exchange = GradientExchange(processes)
+        self.exchange = GradientExchange(processes, bucket_bytes)
         self._noise: DistributedNoise | None = None
         self._shared_params = SharedParams(processes)
         self._saved: dict[str, Any] | None = None
@@ -44,7 +45,7 @@ class TrainingGroup:
         self.is_interrupted = False
         self._is_awaited = False
         self._num_steps = 0
-        self._rows_of_graph: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+        self._last_params: dict[str, Tensor] = {}
 
     def start(self, svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make sure that all processes train the same, and give them equal parameters.
@@ -98,9 +99,35 @@ class TrainingGroup:
             seed_all(seed_of(int(own["random"]["cpu"].long().sum()), self.processes.rank))
             return {**own, "random": random_states()}
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process has rank 0."""
+        return self.processes.rank == 0
+
+    def agree(self, owner: str, check: Callable[[], None], resume: Any) -> Any:
+        """Check the arguments of a run in each process.
+
+        :param owner: the name of the method, for messages.
+        :param check: the check.
+        :param resume: the checkpoint from which this process would continue.
+        :returns: the checkpoint from which rank 0 continues.
+        """
+
+        def checked() -> Any:
+            check()
+            return resume
+
+        return self.processes.share(checked, owner)[0]
+
     def data_of_process(self, owner: str, data: Any) -> Any:
         """Return data whose minibatches hold the rows of this process."""
-        return with_share_of_rows(owner, data, self.processes, self.seed % 2**32)
+        seed, found = self.seed % 2**32, []
+
+        def divide() -> None:
+            found.append(with_share_of_rows(owner, data, self.processes, seed))
+
+        self.processes.share(divide, owner)
+        return found[0]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -119,24 +146,24 @@ class TrainingGroup:
         except BaseException as error:
             if self._is_awaited:
                 self._is_awaited = False
-                self.exchange.add(Contribution(has_failed=True), {})
-                self.processes.gather(describe_error(error))
+                text = describe_error(error)
+                if self._noise is None:  # the others compare programs
+                    self.processes.gather((None, text))
+                else:
+                    self.exchange.add(Contribution(has_failed=True), {})
+                    self.processes.gather(text)
             raise
         finally:
             self._is_awaited = False
 
-    def rows_of(self, graph: Any) -> list[int]:
-        """Return the numbers of rows with which a graph was captured."""
-        if graph not in self._rows_of_graph:
-            self._rows_of_graph[graph] = self._rows
-        return self._rows_of_graph[graph]
-
     @property
-    def _rows(self) -> list[int]:
-        """The numbers of rows in the divided plates, in the latest run of the programs."""
-        noise = active_noise()
-        assert noise is not None  # inside of a step
-        return [num_rows for num_rows, _ in noise.rows.values()]
+    def _params(self) -> dict[str, Tensor]:
+        """The parameters that this process knows by name, in the param store or from a step."""
+        return {**self._last_params, **current_params()}
+
+    def overlapped(self) -> AbstractContextManager[None]:
+        """Send gradients during the backward passes of a block, in which the programs run."""
+        return self.exchange.overlapped(self._params, lambda: _weight(active_rows()))
 
     def mean(
         self,
@@ -154,11 +181,11 @@ class TrainingGroup:
         :raises RuntimeError: if the step has failed in another process.
         :raises ValueError: if a loss is not finite.
         """
-        rows = self._rows if rows is None else rows
-        mine = Contribution(float(sum(rows)) if rows else 1.0, losses)
+        rows = active_rows() if rows is None else rows
+        mine = Contribution(_weight(rows), losses)
         total = self._exchange(mine, gradients)
         self._check_rows(total, len(rows))
-        means = total.losses[: len(losses)]
+        means = (total.first_loss, total.second_loss)[: len(losses)]
         if not all(map(math.isfinite, means)):
             found = self.processes.gather(losses)
             bad = [r for r, x in enumerate(found) if not all(map(math.isfinite, x))]
@@ -168,8 +195,9 @@ class TrainingGroup:
                 "this rank, the parameters and the learning rate; this step has not changed the "
                 "parameters."
             )
+        self._last_params |= params
         if not params.keys() >= total.gradients.keys():
-            params = {**current_params(), **params}
+            params = {**self._params, **params}
         used = {name: params[name] for name, x in total.gradients.items() if x is not None}
         return means, {**params, **used}, total.gradients
 
@@ -185,12 +213,12 @@ class TrainingGroup:
         noise = active_noise() or self._noise
         assert noise is not None  # each process has taken a step before it has no data
         noise.next_step()
-        params = current_params()
+        params = self._params
         gradients = {
             name: x if x is None else x.to(params[name].device)
             for name, x in total.gradients.items()
         }
-        return total.losses[0], params, gradients
+        return total.first_loss, params, gradients
 
     def _exchange(self, mine: Contribution, gradients: Gradients) -> Total:
         self._is_awaited = False
@@ -210,3 +238,8 @@ class TrainingGroup:
                 f"{self.owner}: several plates are divided over processes, and the processes have "
                 "different numbers of rows. Give each process equally many rows (drop_last=True)."
             )
+
+
+def _weight(rows: list[int]) -> float:
+    """Return the weight of a process in a mean. Processes with all data are equal."""
+    return float(sum(rows)) if rows else 1.0

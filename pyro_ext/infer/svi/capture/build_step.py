@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, strided
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import storage_of
+from pyro_ext._private.of_torch import is_sharded, storage_of
 from pyro_ext._random_states import kept_random_states
+from pyro_ext.distributed.noise import active_rows
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError, compile_graph
 from pyro_ext.infer.svi.capture.comparison import aliases_of, coarsest, difference, rehearse
@@ -84,12 +85,23 @@ class _Runs(NamedTuple):
         )
 
 
-def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
-    started = perf_counter()
+def _check_tensors(step: Step, arguments: Arguments) -> None:
+    """Check that a graph can read the arguments and parameters."""
     if any(tensor.requires_grad for tensor in arguments.tensors):
         raise CaptureError("an argument requires gradients. Detach it, or make it a parameter")
     if any(tensor.layout != strided for tensor in arguments.tensors):
         raise CaptureError("an argument is a sparse tensor. Pass a dense tensor")
+    for name, param in step.params().items():
+        if is_sharded(param):
+            raise CaptureError(
+                f"parameter '{name}' is sharded, and a graph cannot gather its parts. With "
+                "fully_shard, wrap only the compiled module, and no layer in it"
+            )
+
+
+def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> CompiledStep:
+    started = perf_counter()
+    _check_tensors(step, arguments)
     lifted = LiftedFloats(step.objectives, lifts)
     aliases = lifted.lift(arguments).aliases
     ignored = lifted.places
@@ -134,6 +146,7 @@ def _build(step: Step, arguments: Arguments, lifts: bool, backend: Backend) -> C
         written=written,
         names=names,
         tied=_tied(outcome.params, names),
+        rows=active_rows(),
         own=step.own_params(),
         reachable=reachable,
         lifted=lifted,

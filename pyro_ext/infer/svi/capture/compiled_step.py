@@ -47,6 +47,7 @@ class CompiledStep:
     :ivar written: the positions of the inputs that the graph changes in place.
     :ivar names: the parameters whose gradients the graph returns.
     :ivar tied: pairs of names of the same parameter.
+    :ivar rows: the numbers of rows in plates that are divided over processes.
     :ivar own: the places of the parameters that may be outside of the param store.
     :ivar roots: the objects from which ``reachable`` was found, with their names.
     :ivar ignored: the places of values that are inputs of the graph.
@@ -70,6 +71,7 @@ class CompiledStep:
     written: list[int]
     names: list[str]
     tied: list[tuple[str, str]]
+    rows: list[int]
     own: OwnParams
     reachable: ReachableState
     lifted: LiftedFloats
