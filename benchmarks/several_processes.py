@@ -80,8 +80,8 @@ def counted_bytes() -> Iterator[list[int]]:
 
 
 def expected_bytes(sizes: list[int]) -> int:
-    """The bytes of a step: eight numbers, one flag a tensor, and the gradients in float32."""
-    return 4 * (8 + len(sizes) + sum(sizes))
+    """The bytes of a step: nine numbers, one flag a tensor, and the gradients in float32."""
+    return 4 * (9 + len(sizes) + sum(sizes))
 
 
 class Trainer:
@@ -231,7 +231,7 @@ def tables(options: Options) -> Iterator[Table]:
         "two processes. The column before it is the most that this machine allows."
     )
     sent.note = (
-        "The formula is 4 (parameters + tensors + 8). With P processes, a ring sends "
+        "The formula is 4 (parameters + tensors + 9). With P processes, a ring sends "
         "2 (P - 1) / P times as many bytes per process."
     )
     yield steps
