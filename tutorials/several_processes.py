@@ -271,3 +271,14 @@ if __name__ == "__main__":
     main()
 
 # sphinx_gallery_thumbnail_path = "images/thumbnails/several_processes.png"
+
+# %%
+# Findings
+# --------
+#
+# - With equal minibatches and draws, two processes have the losses of one process. The largest
+#   relative difference is 3e-7, which is rounding of sums in a different order.
+# - In an ordinary run, local draws differ. The evidence of held-out digits after 20 epochs is 4.96
+#   nats per digit on one process, and 5.33 on two.
+# - A process adds rows per second only if it has a core of its own. The messages of a step do not
+#   depend on the rows, so more work per step makes the processes more efficient.
