@@ -200,7 +200,7 @@ def on_paper(compute: dict[tuple[int, int], float], num_bytes: int) -> Table:
 def tables(options: Options) -> Iterator[Table]:
     """Measured steps and messages of two processes, and many processes on paper."""
     columns = ["batch", "K", "SVI", *(f"ms, {name}" for name in TEAMS)]
-    columns += ["group of one / one", "one / two", "one / group of two"]
+    columns += ["group of one / one", "one / group of two", "one / two", "two / group of two"]
     steps = Table("Several processes", columns, chart=(columns[:3], columns[-1]))
     columns = ["SVI", "parameters", "tensors", "messages", "bytes", "bytes by the formula"]
     sent = Table("Messages of a step", columns, chart=(columns[:1], columns[4]))
@@ -214,7 +214,8 @@ def tables(options: Options) -> Iterator[Table]:
                     team.call("set_up", batch_size, K, svi)
                 times = times_in_turns(teams, options)
                 one, group_of_one, two, group_of_two = times.values()
-                found = [ratios(group_of_one, one), ratios(one, two), ratios(one, group_of_two)]
+                pairs = (group_of_one, one), (one, group_of_two), (one, two), (two, group_of_two)
+                found = [ratios(*pair) for pair in pairs]
                 medians = [1e3 * statistics.median(x) for x in times.values()]
                 steps.rows.append([batch_size, K, svi, *medians, *found])
                 if svi == "compiled":
@@ -227,8 +228,9 @@ def tables(options: Options) -> Iterator[Table]:
         for team in teams.values():
             team.close()
     steps.note = (
-        "One thread and the same number of rows per process. The last column is the efficiency of "
-        "two processes. The column before it is the most that this machine allows."
+        "One thread and the same number of rows per process. One / group of two is the efficiency. "
+        "It is the product of the last two columns: how far this machine runs two processes as "
+        "fast as one, and how far a group of two is as fast as two processes without a group."
     )
     sent.note = (
         "The formula is 4 (parameters + tensors + 9). With P processes, a ring sends "
