@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyro_ext.distributed import DistributedNoise, ShardedDataset
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI, EarlyStopping
+from tests.distributed.pool import SIZES
 from tests.distributed.test_training import assert_equal
 from tests.distributed.training import loader, make, parameters, rows
 
@@ -55,7 +56,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("kind", ["list", "stream"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_uneven_minibatches_are_weighted_by_their_rows(pools, kind, size):
     expected = run_uneven(kind)
     assert expected[2] == [6, 12]
@@ -245,6 +246,7 @@ def step_many(num_steps):
     return [svi.step(batch) for _ in range(num_steps)]
 
 
+@pytest.mark.slow
 def test_the_loss_of_processes_has_the_mean_of_that_of_one(pools):
     one = torch.tensor(step_many(2000)).double()
     (two, other) = (torch.tensor(x).double() for x in pools(2).results(step_many, 2000))
