@@ -151,6 +151,27 @@ def test_global_draws_are_equal_and_local_draws_differ(pools):
     assert len({shift for shift, *_ in found[0]}) == 3
 
 
+def losses_of_all_rows(num_steps):
+    """Losses of a program without divided plates, whose exact value has no variance."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    svi = EagerSVI(model, guide, pyro.optim.SGD({"lr": 0.0}), pyro.infer.Trace_ELBO())
+    return svi.run(num_steps, progress_bar=False).losses
+
+
+def test_processes_with_all_rows_draw_different_numbers(pools):
+    one = torch.tensor(losses_of_all_rows(1000)).var()
+    first, second = (torch.tensor(x) for x in pools(2).results(losses_of_all_rows, 1000))
+    assert torch.equal(first, second)
+    assert 0.35 < first.var() / one < 0.65  # half, with a standard error of 0.05
+
+
 def interrupted_run(folder, is_compiled, per_row):
     """A run that is saved after 7 of 15 steps, then resumed in a new SVI."""
     path = f"{folder}/{is_compiled}-{per_row}.pt"
