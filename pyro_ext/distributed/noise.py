@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_ext._private.of_pyro import HANDLER_STACK
 from pyro_ext._private.of_torch import TorchDispatchMode, is_random, schema_of
-from pyro_ext._random_states import seed_torch, set_torch_states, torch_states
+from pyro_ext._random_states import RandomStates, seed_torch, set_torch_states, torch_states
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.distributed.streams import agreed_seed, seed_of
 
@@ -36,7 +36,8 @@ class DistributedNoise(Messenger):
     depend on the number of processes P. One run of P processes can so be compared with a run of
     one process, number by number. This is slow.
 
-    :param plates: the name of a divided plate, or the names of several.
+    :param plates: the name of a divided plate, or the names of several. Without any, each process
+        has all rows, and all sites draw from torch's generator.
     :param seed: the seed of all streams. It must be the same in each process. With None, rank 0
         draws it from torch's generator.
     :param per_row: whether each row has its own stream.
@@ -67,6 +68,8 @@ class DistributedNoise(Messenger):
         self.seed = seed
         self.per_row = per_row
         self.step = 0
+        #: The states of torch's generators that stand for the shared stream; None before its use.
+        self._shared_states: RandomStates | None = None
         #: The rows of each divided plate in the latest run, and the rows of all data.
         self.rows: dict[str, tuple[int, int]] = {}
         self.seed_stream(seed)
@@ -86,19 +89,19 @@ class DistributedNoise(Messenger):
         return {
             "step": self.step,
             "step_seed": self.step_seed,
-            "shared": self.shared.states,
+            "shared": self._shared_states,
             "num_row_draws": self.num_row_draws,
         }
 
     def set_stream_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`stream_state` returned."""
         self.step, self.step_seed = state["step"], state["step_seed"]
-        self.shared.states, self.num_row_draws = state["shared"], state["num_row_draws"]
+        self._shared_states, self.num_row_draws = state["shared"], state["num_row_draws"]
 
     def seed_stream(self, seed: int) -> None:
         """Start these streams anew."""
         self.step_seed = seed
-        self.shared = SharedStream(seed_of(seed, "shared"))
+        self._shared_states = None
         self.num_row_draws = 0
 
     def _pyro_sample(self, msg: Message) -> None:
@@ -106,7 +109,7 @@ class DistributedNoise(Messenger):
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
         divided = [frame for frame in msg["cond_indep_stack"] if frame.name in self.plates]
-        if divided and not self.per_row:
+        if not self.plates or (divided and not self.per_row):
             return
         draw: Any = self._draw_shared
         if divided:
@@ -123,30 +126,17 @@ class DistributedNoise(Messenger):
             self.rows[str(msg["name"])] = (len(value), fn.size)
 
     def _draw_shared(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with self.shared:
-            return func(*args, **kwargs)
-
-
-class SharedStream:
-    """A stream of random numbers that takes the place of torch's generators in a block.
-
-    :param seed: the seed.
-    """
-
-    def __init__(self, seed: int) -> None:
-        before = torch_states()
-        seed_torch(seed)
-        self.states = torch_states()
-        set_torch_states(before)
-        self._outside: Any = None
-
-    def __enter__(self) -> None:
-        self._outside = torch_states()
-        set_torch_states(self.states)
-
-    def __exit__(self, *error: Any) -> None:
-        self.states = torch_states()
-        set_torch_states(self._outside)
+        outside = torch_states()
+        try:
+            if self._shared_states is None:
+                seed_torch(seed_of(self.step_seed, "shared"))
+            else:
+                set_torch_states(self._shared_states)
+            out = func(*args, **kwargs)
+            self._shared_states = torch_states()
+            return out
+        finally:
+            set_torch_states(outside)
 
 
 class _RowDraws:

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_ext._random_states import random_states, seed_generators, set_random_states
+from pyro_ext._random_states import random_states, seed_all, set_random_states
 from pyro_ext.distributed.streams import seed_of
 
 X = torch.linspace(-2.0, 2.0, 23)
@@ -31,7 +31,7 @@ class InTurns:
         self.guide, self.size, self.states, self.calls = guide, size, [], 0
         self.checked_call = checked_call
         for rank in range(size):
-            seed_generators(seed_of(seed, rank) % 2**32)
+            seed_all(seed_of(seed, rank))
             self.states.append(random_states())
 
     def __call__(self, *args):

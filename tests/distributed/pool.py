@@ -8,8 +8,12 @@ import warnings
 from datetime import timedelta
 
 import pyro
+import pytest
 import torch
 from torch import distributed, multiprocessing
+
+#: The numbers of processes of tests that are run for both with ``--slow``.
+SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 class Pool:

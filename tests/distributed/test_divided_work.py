@@ -11,7 +11,7 @@ from torch import distributed
 from tqdm.auto import tqdm
 
 from pyro_ext._interruption import Interrupts
-from pyro_ext._random_states import seed_generators
+from pyro_ext._random_states import seed_all
 from pyro_ext.diagnostics import diagnose, from_pyro_svi, loo, simulation_based_calibration
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.distributed.streams import seed_of
@@ -69,7 +69,7 @@ def chains_one_by_one(size):
     """The mean weights of 16 chains, by one process with the random numbers of each in turn."""
     pyro.set_rng_seed(0)
     seed = int(torch.randint(2**62, ()))
-    seed_generators(seed_of(seed, "all") % 2**32)
+    seed_all(seed_of(seed, "all"))
     target = UnconstrainedPrograms("", Programs(model, guide, (X,), {}), 1)
     betas = inverse_temperatures("sigmoid", 8)
     call = JointCall("", Interrupts({}))
@@ -77,7 +77,7 @@ def chains_one_by_one(size):
     annealer.adapt(16)
     found = []
     for rank in range(size):
-        seed_generators(seed_of(seed, rank) % 2**32)
+        seed_all(seed_of(seed, rank))
         found.append(annealer.evidence(16 // size, 16, (), None).log_evidence)
     return torch.stack(found).logsumexp(0) - math.log(size)
 

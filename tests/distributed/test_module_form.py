@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ext.infer import compile_elbo
 from tests.distributed.minibatch_pair import OBJECTIVES, Regression, module_of, share_of, train
+from tests.distributed.pool import SIZES
 
 pytestmark = pytest.mark.long
 NUM_STEPS = 50
@@ -69,7 +70,7 @@ def assert_steps_of_one(name, found):
         torch.testing.assert_close(values, values_of_one_process(name), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_processes_take_the_steps_of_one(pools, size, wrapper, name):

@@ -7,6 +7,7 @@ from torch import nn
 
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI
+from tests.distributed.pool import SIZES
 
 pytestmark = pytest.mark.long
 
@@ -41,7 +42,7 @@ def train(num_bytes, num_particles, in_turn):
 
 @pytest.mark.parametrize("num_bytes", [100, 101, 300, 2**20])
 @pytest.mark.parametrize("in_turn", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_that_are_sent_early_are_right(pools, num_bytes, in_turn, size):
     expected, _ = train(num_bytes, 2, in_turn)
     for found, overlapped in pools(size).results(train, num_bytes, 2, in_turn):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyro_ext.distributed import DistributedNoise, ShardedDataset
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI, EarlyStopping
+from tests.distributed.pool import SIZES
 from tests.distributed.test_training import assert_equal
 from tests.distributed.training import loader, make, parameters, rows
 
@@ -55,7 +56,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("kind", ["list", "stream"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_uneven_minibatches_are_weighted_by_their_rows(pools, kind, size):
     expected = run_uneven(kind)
     assert expected[2] == [6, 12]
@@ -148,6 +149,28 @@ def test_global_draws_are_equal_and_local_draws_differ(pools):
         assert len({shift for shift, *_ in steps}) == 1
         assert len({z for _, *zs in steps for z in zs}) == 8
     assert len({shift for shift, *_ in found[0]}) == 3
+
+
+def losses_of_all_rows(num_steps):
+    """Losses of a program without plates, at fixed parameters."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.full((20,), 0.3))
+
+    def guide():
+        loc = pyro.param("loc", torch.zeros(20))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    svi = EagerSVI(model, guide, pyro.optim.SGD({"lr": 0.0}), pyro.infer.Trace_ELBO())
+    return svi.run(num_steps, progress_bar=False).losses
+
+
+def test_processes_with_all_rows_draw_different_numbers(pools):
+    one = torch.tensor(losses_of_all_rows(1000)).var()
+    first, second = (torch.tensor(x) for x in pools(2).results(losses_of_all_rows, 1000))
+    assert torch.equal(first, second)
+    assert abs(first.var() / one - 0.5) < 4.5 * 0.035  # its standard error
 
 
 def interrupted_run(folder, is_compiled, per_row):
@@ -245,6 +268,7 @@ def step_many(num_steps):
     return [svi.step(batch) for _ in range(num_steps)]
 
 
+@pytest.mark.slow
 def test_the_loss_of_processes_has_the_mean_of_that_of_one(pools):
     one = torch.tensor(step_many(2000)).double()
     (two, other) = (torch.tensor(x).double() for x in pools(2).results(step_many, 2000))

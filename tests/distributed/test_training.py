@@ -9,6 +9,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro_ext.distributed import DistributedNoise
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI
+from tests.distributed.pool import SIZES
 from tests.distributed.training import NAMES, loader, train
 
 pytestmark = pytest.mark.long
@@ -21,12 +22,19 @@ def assert_equal(found, expected):
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", NAMES)
 def test_several_processes_take_the_steps_of_one(pools, name, is_compiled, size):
     expected = train(name, is_compiled)
     for found in pools(size).results(train, name, is_compiled):
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_four_processes_take_the_steps_of_one(pools, is_compiled):
+    expected = train("local plate", is_compiled)
+    for found in pools(4).results(train, "local plate", is_compiled):
         assert_equal(found, expected)
 
 
