@@ -22,7 +22,7 @@ class Contribution:
     :ivar has_failed: whether its step has raised an error.
     :ivar is_interrupted: whether it has received a signal to end.
     :ivar has_ended: whether it has no more data in this epoch.
-    :ivar has_new: whether it has gradients of parameters that had none.
+    :ivar has_new: whether it uses parameters, or has gradients, that are new.
     :ivar is_late: whether a gradient has changed after it was sent.
     """
 
@@ -52,7 +52,7 @@ class Total(NamedTuple):
     :ivar num_failed: the number of processes whose step has raised an error.
     :ivar num_interrupted: the number of processes with a signal to end.
     :ivar num_ended: the number of processes without data.
-    :ivar num_with_new: the number of processes with gradients of parameters that had none.
+    :ivar num_with_new: the number of processes with new parameters or gradients.
     :ivar num_late: the number of processes in which a gradient has changed after it was sent.
     :ivar gradients: the weighted mean of the gradients by name; None where no process has one.
     """
@@ -107,7 +107,7 @@ class GradientExchange:
             for name, x in gradients.items()
             if x is not None and name not in self.places
         }
-        mine = replace(mine, has_new=bool(new), is_late=self._is_late)
+        mine = replace(mine, has_new=mine.has_new or bool(new), is_late=self._is_late)
         total = self._add(mine, gradients, self._buckets)
         if total.num_failed:
             return total

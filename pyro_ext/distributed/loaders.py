@@ -1,5 +1,7 @@
 """Data loaders of processes that have a share of the rows each."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import (
@@ -14,10 +16,26 @@ from pyro_ext._private.of_torch import with_batches
 from pyro_ext.distributed.processes import Processes
 
 
+class UnpaddedSampler(DistributedSampler[Any]):
+    """A ``DistributedSampler`` that repeats no row. Some processes have one row more than others.
+
+    The arguments are those of ``DistributedSampler``.
+    """
+
+    def __len__(self) -> int:
+        dataset: Any = self.dataset
+        return len(range(self.rank, len(dataset), self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        dataset: Any = self.dataset
+        return islice(super().__iter__(), len(self)) if len(dataset) else iter(())
+
+
 def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -> Any:
     """Return data whose minibatches hold the rows of this process.
 
-    A plain ``DataLoader`` gets a ``DistributedSampler``. Data of another kind stay as they are.
+    A plain ``DataLoader`` gets a ``DistributedSampler`` that repeats no row. Data of another kind
+    stay as they are.
 
     :param owner: the name of the caller, for messages.
     :param data: a loader, or other data.
@@ -42,7 +60,10 @@ def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -
     if not (type(batches) is BatchSampler and (is_shuffled or type(sampler) is SequentialSampler)):
         return data
     dataset: Any = data.dataset
-    own = DistributedSampler[Any](
+    kind: type[DistributedSampler[Any]] = (
+        DistributedSampler if batches.drop_last else UnpaddedSampler
+    )
+    own = kind(
         dataset,
         processes.size,
         processes.rank,

@@ -207,8 +207,6 @@ class CompiledSVI(Front, EagerSVI):
         :param rows: the numbers of rows in the plates that are divided over processes.
         :returns: the loss; its mean over processes if there are several.
         """
-        if self._group is not None:
-            (loss,), params, gradients = self._group.mean((loss,), params, gradients, rows)
         seen = self._with_gradients
         for name, gradient in gradients.items():
             param = params[name]
@@ -218,10 +216,16 @@ class CompiledSVI(Front, EagerSVI):
             elif param.grad is None and name in seen:
                 param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
         used = list(params.values())
+        if self._group is not None:
+            loss, used = self._mean_in_place(loss, params, rows)
         self._update(used)
         for param in used:
             param.grad = None
         return loss
+
+    def _set_gradients(self, params: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        super()._set_gradients(params, gradients)
+        self._with_gradients |= params.keys()
 
     def _graph_step(self, ready: ReadyGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outputs = self._try(ready.graph, ready)
@@ -274,12 +278,12 @@ class CompiledSVI(Front, EagerSVI):
         with poutine.trace(param_only=True) as trace:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         used = params_of(trace.trace)
-        if self._group is not None:
-            loss, used = self._mean_in_place(loss, used)
         for name, param in used.items():
             if param.grad is None and name in self._with_gradients:
                 param.grad = torch.zeros_like(param)  # as Pyro leaves it after a step
         params = list(dict.fromkeys(used.values()))  # tied parameters once
+        if self._group is not None:
+            loss, params = self._mean_in_place(loss, used)
         self._update(params)
         zero_grads(params)
         return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)

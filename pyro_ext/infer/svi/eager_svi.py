@@ -15,6 +15,7 @@ from pyro_ext._random_states import kept_random_states
 from pyro_ext.distributed.noise import active_noise
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
+from pyro_ext.infer.svi.checkpoint import read
 from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.minibatches import (
@@ -138,25 +139,31 @@ class EagerSVI(SVI):
         with poutine.trace(param_only=True) as trace, self._group.overlapped():
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         loss, params = self._mean_in_place(loss, params_of(trace.trace))
-        with_gradients = {param for param in params.values() if param.grad is not None}
-        self.optim(with_gradients)
-        zero_grads(with_gradients)
+        self._update(params)
+        zero_grads(params)
         return loss
 
-    def _mean_in_place(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def _mean_in_place(
+        self, loss: Any, params: dict[str, Tensor], rows: list[int] | None = None
+    ) -> tuple[Any, list[Tensor]]:
         """Replace gradients by their means over processes.
 
         :param loss: the loss, or several losses.
         :param params: the parameters that this process has used, by name.
-        :returns: the mean loss, and the parameters that any process has used.
+        :param rows: the numbers of rows in the plates that are divided over processes. With None,
+            those of the latest run of the programs.
+        :returns: the mean loss, and the parameters with gradients in any process.
         """
         assert self._group is not None
         losses = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else (torch_item(loss),)
-        gradients = {name: param.grad for name, param in params.items()}
-        means, params, gradients = self._group.mean(losses, params, gradients)
-        for name, gradient in gradients.items():
-            params[name].grad = gradient
-        return type(loss)(means) if isinstance(loss, tuple) else means[0], params
+        own = {name: param.grad for name, param in params.items()}
+        means, params, gradients = self._group.mean(losses, params, own, rows)
+        self._set_gradients(params, gradients)
+        return type(loss)(means) if isinstance(loss, tuple) else means[0], [*params.values()]
+
+    def _set_gradients(self, params: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        for name, param in params.items():
+            param.grad = gradients[name]
 
     def _rest(self) -> float | None:
         """Take part in a step without data, and return the loss; None if nobody has data."""
@@ -165,11 +172,9 @@ class EagerSVI(SVI):
         if found is None:
             return None
         loss, params, gradients = found
-        with_gradients = [params[name] for name, x in gradients.items() if x is not None]
-        for name, gradient in gradients.items():
-            params[name].grad = gradient
-        self._update(with_gradients)
-        zero_grads(with_gradients)
+        self._set_gradients(params, gradients)
+        self._update([*params.values()])
+        zero_grads(params.values())
         return loss
 
     def _update(self, params: list[Tensor]) -> None:
@@ -254,16 +259,34 @@ class EagerSVI(SVI):
         if group is None:
             check()
         else:
-            # Only rank 0 reads and writes files.
-            resume = group.agree(owner, partial(check, is_written=group.is_first), resume)
-            data = group.data_of_process(owner, data)
+            agreed = group.agree(
+                owner,
+                partial(check, is_written=group.is_first),  # rank 0 reads and writes the files
+                num_epochs=num_epochs,
+                has_callback=callback is not None,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+            checkpoint, checkpoint_every = agreed["checkpoint"], agreed["checkpoint_every"]
+            resume = agreed["resume"]
+            if callback is None and agreed["has_callback"]:
+                callback = _go_on
+            group.new_run()
+            given, data = data, group.data_of_process(owner, data)
         settings = loader_settings(data) | scheduler_steps.settings(self.optim)
+        if group is not None:
+            settings["loader.length"] = group.length_of(data)
         if resume is None:
             self.history, self._epoch_start = TrainingHistory(), None
+        elif group is None:
+            self._resume(read(resume), comparison, data, args, kwargs, settings)
         else:
-            self._resume(resume, comparison, data, args, kwargs, settings)
-        if group is not None and resume is not None:
-            data = group.data_of_process(owner, data)  # in the order of the checkpoint
+            path = resume
+            content = group.processes.result_of_first(lambda: read(path), owner)
+            restore = partial(self._resume, content, comparison, data, args, kwargs, settings)
+            group.processes.share(restore, owner)
+            data = group.data_of_process(owner, given)  # in the order of the checkpoint
         self._run_settings, self._scheduler_steps = settings, scheduler_steps
         if checkpoint is not None:
             check_state(self)
@@ -278,7 +301,7 @@ class EagerSVI(SVI):
 
     def _resume(
         self,
-        path: Any,
+        content: dict[str, Any],
         comparison: Comparison,
         data: Data,
         args: tuple[Any, ...],
@@ -288,7 +311,9 @@ class EagerSVI(SVI):
         with kept_random_states(0, data):
             batch_args, batch_kwargs = arguments_of(next(minibatches(data), ()))
         args, kwargs = (*batch_args, *args), {**batch_kwargs, **kwargs}
-        load_run(self, path, comparison, args, kwargs, data, settings)
+        load_run(self, content, comparison, args, kwargs, data, settings)
+        if self._group is not None:
+            self._group.start(self, args, kwargs)  # before a process that has no data left rests
 
     def save(self, path: StrPath) -> None:
         """Save the state of the training run to a file.
@@ -319,8 +344,13 @@ class EagerSVI(SVI):
             guide, optimiser and objective. Nothing has been changed then.
         :raises OSError: if the file cannot be read.
         """
-        load_run(self, path, Comparison(path, allow_changes), args, kwargs)
+        load_run(self, read(path), Comparison(path, allow_changes), args, kwargs)
 
     @property
     def _schedule(self) -> Any:
         return schedule_of(self.objective)
+
+
+def _go_on(history: TrainingHistory) -> bool:
+    """Stand for the callback of a process that has none, while others have one."""
+    return False

@@ -12,38 +12,17 @@ from pyro.infer import SVI
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ext._digest import digest
 from pyro_ext.distributed.processes import Processes
-from pyro_ext.infer.svi.capture.graph_inputs import current_params, params_of
+from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.run_settings import objective_settings, optimizer_settings
 
 
 def _libraries() -> list[Any]:
     return [sys.modules["pyro_ext"], pyro, torch]
-
-
-class SharedParams(Messenger):
-    """A handler that gives new parameters the values that rank 0 has made.
-
-    :param processes: the processes.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        super().__init__()
-        self.processes = processes
-        self._is_new = False
-
-    def _pyro_param(self, msg: Message) -> None:
-        self._is_new = str(msg["name"]) not in pyro.get_param_store()
-
-    def _pyro_post_param(self, msg: Message) -> None:
-        store, name = pyro.get_param_store(), str(msg["name"])
-        if self._is_new and name in store:
-            self.processes.copy_from_first(current_params()[name])
-            msg["value"] = store[name]
 
 
 class _Plates(Messenger):
@@ -72,14 +51,14 @@ class _Plates(Messenger):
             kind[str(msg["name"])] = fn.size
 
 
-def divided_plates(
+def compare_programs(
     svi: Any,
     processes: Processes,
     owner: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> set[str]:
-    """Compare what the processes train, copy the parameters of rank 0, and return divided plates.
+) -> tuple[set[str], set[str]]:
+    """Compare what the processes train, and copy the parameters and buffers of rank 0.
 
     Model and guide run once.
 
@@ -88,35 +67,36 @@ def divided_plates(
     :param owner: the name of the SVI class, for messages.
     :param args: positional arguments of model and guide.
     :param kwargs: keyword arguments of model and guide.
-    :returns: the names of the plates whose rows are divided over processes.
+    :returns: the names of the plates whose rows are divided over processes, and the names of the
+        parameters that all processes use.
     :raises ValueError: if the processes differ.
     """
     plates = _Plates()
     tensors: dict[str, Tensor] = {}
+    params: dict[str, Tensor] = {}
 
     def describe() -> dict[str, dict[str, Any]]:
         with plates, poutine.trace(param_only=True) as trace:
             modules, _ = set_up(lambda: SVI.evaluate_loss(svi, *args, **kwargs), None)
-        params = params_of(trace.trace)
-        tensors.update((f"parameter '{name}'", x) for name, x in params.items())
-        for i, module in enumerate(modules):
-            own = [*module.named_parameters("", False), *module.named_buffers("", False)]
-            kind = type(module).__name__
-            tensors.update((f"'{key}' of module {i + 1} ({kind})", x) for key, x in own)
+        params.update(params_of(trace.trace))
+        tensors.update({f"parameter '{name}'": x for name, x in params.items()})
+        tensors.update(tensors_of(modules))
         settings = optimizer_settings(svi.optim, ()) | objective_settings(svi.objective)
         return {
-            "version": {f"version of {x.__name__}": x.__version__ for x in _libraries()},
-            "setting": {f"setting '{name}'": x for name, x in settings.items()},
-            "tensor": {f"shape of {name}": (*x.shape, str(x.dtype)) for name, x in tensors.items()},
-            "plate": {f"size of plate '{name}'": n for name, n in plates.divided.items()},
+            "version of {}": {x.__name__: x.__version__ for x in _libraries()},
+            "setting '{}'": settings,
+            "shape of {}": {name: (*x.shape, str(x.dtype)) for name, x in tensors.items()},
+            "size of plate '{}'": plates.divided,
             "data": {"digest": digest([list(args), kwargs])},
+            "params": dict.fromkeys(params),
         }
 
     found = processes.share(describe, owner)
-    for kind in ("version", "setting", "tensor", "plate"):
-        _raise_for_difference([x[kind] for x in found], owner)
+    for label in ("version of {}", "setting '{}'", "shape of {}", "size of plate '{}'"):
+        _raise_for_difference([x[label] for x in found], label, owner)
+    divided = {name for x in found for name in x["size of plate '{}'"]}
     has_equal_data = len({x["data"]["digest"] for x in found}) == 1
-    if not (plates.divided or has_equal_data):
+    if not (divided or has_equal_data):
         _raise_for_whole_plates(plates.whole, owner, processes)
     passed = plates.given & plates.divided.keys()
     if passed and has_equal_data:
@@ -126,24 +106,75 @@ def divided_plates(
             "gets a DistributedSampler, or with pyro_ext.distributed.ShardedDataset.",
             stacklevel=6,
         )
-    for x in _each_once(tensors.values()):
+    copy_from_first(processes, tensors)
+    known = set(params).intersection(*(x["params"] for x in found))
+    return divided, known
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters and buffers that modules own directly, with names for messages."""
+    found: dict[str, Tensor] = {}
+    for i, module in enumerate(modules, start=1):
+        own = [*module.named_parameters("", False), *module.named_buffers("", False)]
+        kind = type(module).__name__
+        found |= {f"'{key}' of module {i} ({kind})": x for key, x in own}
+    return found
+
+
+def copy_from_first(processes: Processes, tensors: dict[str, Tensor]) -> None:
+    """Give tensors that all processes have the values of rank 0.
+
+    :param processes: the processes.
+    :param tensors: the tensors of this process by name.
+    """
+    names = set(tensors).intersection(*processes.gather(list(tensors)))
+    for x in {id(tensors[name]): tensors[name] for name in sorted(names)}.values():
         processes.copy_from_first(x)
-    return set(plates.divided)
 
 
-def _each_once(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return {id(x): x for x in tensors}.values()
+def share_params(
+    processes: Processes, late: Iterable[str], params: dict[str, Tensor], known: set[str]
+) -> None:
+    """Give parameters that some processes use for the first time equal values.
+
+    If a process has trained the parameter already, its value counts, and otherwise that of the
+    first process that has it. A process without the parameter creates it.
+
+    :param processes: the processes.
+    :param late: the names of the parameters that this process uses for the first time.
+    :param params: all parameters of this process by name.
+    :param known: the names of the parameters that are equal in all processes so far. It is updated.
+    """
+    store = pyro.get_param_store()
+    wanted = sorted(set().union(*processes.gather(list(late))))
+    constraints = store.get_state()["constraints"]
+    offers = processes.gather(
+        {
+            name: (name in known, params[name].detach(), constraints.get(name))
+            for name in wanted
+            if name in params
+        }
+    )
+    for name in wanted:
+        offered = [of_rank[name] for of_rank in offers if name in of_rank]
+        _, value, constraint = max(offered, key=lambda offer: offer[0])
+        if name in params:
+            params[name].data.copy_(value)
+        elif constraint is not None:
+            value.requires_grad_()
+            store.set_state({"params": {name: value}, "constraints": {name: constraint}})
+    known.update(wanted)
 
 
-def _raise_for_difference(found: list[dict[str, Any]], owner: str) -> None:
+def _raise_for_difference(found: list[dict[str, Any]], label: str, owner: str) -> None:
     """Raise a ValueError if the processes have different values under a name."""
     for rank, theirs in enumerate(found):
-        for name in found[0].keys() | theirs.keys():
-            first, other = found[0].get(name, "missing"), theirs.get(name, "missing")
+        for name in sorted(found[0].keys() & theirs.keys()):
+            first, other = found[0][name], theirs[name]
             if first != other:
                 raise ValueError(
-                    f"{owner}: the {name} is {other} on rank {rank}, but {first} on rank 0. Run "
-                    "the same program in each process."
+                    f"{owner}: the {label.format(name)} is {other} on rank {rank}, but {first} on "
+                    "rank 0. Run the same program in each process."
                 )
 
 

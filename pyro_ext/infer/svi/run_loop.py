@@ -105,8 +105,10 @@ class RunLoop:
                     if self.checkpoint_every is not None:
                         is_due = is_due or len(history.losses) % self.checkpoint_every == 0
                     is_interrupted = bool(interrupts) if group is None else group.is_interrupted
+                    if group is not None and (is_due or is_interrupted):
+                        group.copy_state(self.svi._called)
                     if self.checkpoint is not None and (is_due or is_interrupted):
-                        save_run(self.svi, self.checkpoint, self.data)
+                        save_run(self.svi, self.checkpoint, self.data, is_joint=True)
                     if is_interrupted:
                         self._end_by_signal(interrupts)
                     if wants_stop:
@@ -140,16 +142,10 @@ class RunLoop:
 
     def _length(self) -> int | None:
         """Return the number of steps of an epoch; None if it is not known."""
-        length = length_of(self.data)
         if self.group is None:
-            return length
-        lengths = self.group.processes.gather(length)
-        if 0 in lengths:
-            raise ValueError(
-                f"{self.group.owner}.run: data has no minibatches on rank {lengths.index(0)} of "
-                f"{len(lengths)}. Give each process at least one."
-            )
-        return None if None in lengths else max(lengths)
+            return length_of(self.data)
+        length: int | None = self.group.length_of(self.data)
+        return length
 
     def _steps(self, bar: Any) -> Iterator[None]:
         """Take steps. Pause after each step, and after an epoch that ends without a step."""
@@ -217,7 +213,7 @@ class RunLoop:
         for batch in batches:
             has_any = True
             yield batch
-        if not has_any:
+        if not has_any and not (num_skipped and self.group is not None):  # others may have more
             raise ValueError(
                 f"{type(svi).__name__}.run: data has {num_skipped} minibatches in epoch "
                 f"{len(history.epoch_ends) + 1}, but it must have at least {done + 1}. A "

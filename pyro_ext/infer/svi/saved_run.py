@@ -14,19 +14,20 @@ from pyro_ext._random_states import compact_random_states, random_states, set_ra
 from pyro_ext.infer.kl.kl_weighted import KLWeightedELBO
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.capture.reachable_search import find_reachable
-from pyro_ext.infer.svi.checkpoint import ProgramState, new_params_removed_on_error, read, write
+from pyro_ext.infer.svi.checkpoint import ProgramState, new_params_removed_on_error, write
 from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.optimizer_states import check_states
 from pyro_ext.infer.svi.run_settings import defaults_of, objective_settings, optimizer_settings
 
 
-def save_run(svi: Any, path: StrPath, data: Any = None) -> None:
+def save_run(svi: Any, path: StrPath, data: Any = None, is_joint: bool = False) -> None:
     """Save the run of an ``EagerSVI``.
 
     :param svi: the SVI.
     :param path: the path of the file.
     :param data: the data of the run, for the states of its own generators.
+    :param is_joint: whether all processes save the run now. Then only rank 0 writes the file.
     """
     schedule, store = schedule_of(svi.objective), pyro.get_param_store()
     names = [store.param_name(param) for param in svi.optim.optim_objs]
@@ -40,26 +41,26 @@ def save_run(svi: Any, path: StrPath, data: Any = None) -> None:
         "epoch_start": svi._epoch_start and compact_random_states(svi._epoch_start),
     }
     group = svi._group
-    if group is None:
-        write(content | own | {"group": None}, path)
-        return
-    content |= own | {"group": group.state(own)}
-    group.processes.result_of_first(lambda: write(content, path), f"{group.owner}.save")
+    content |= own | {"group": group and group.state(own, is_joint)}
+    if group is not None and is_joint:
+        group.processes.result_of_first(lambda: write(content, path), f"{group.owner}.run")
+    else:
+        write(content, path)
 
 
 def load_run(
     svi: Any,
-    path: StrPath,
+    content: dict[str, Any],
     comparison: Comparison,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     data: Any = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Load the run of an ``EagerSVI``. Everything is read and compared before anything changes.
+    """Load the run of an ``EagerSVI``. Everything is compared before anything changes.
 
     :param svi: the SVI.
-    :param path: the path of the file.
+    :param content: the content of the file.
     :param comparison: takes the differences.
     :param args: positional arguments of model and guide.
     :param kwargs: keyword arguments of model and guide.
@@ -67,10 +68,6 @@ def load_run(
     :param settings: the settings of the run, to be compared as well.
     """
     group = svi._find_group()
-    if group is None:
-        content = read(path)
-    else:
-        content = group.processes.result_of_first(lambda: read(path), f"{group.owner}.load")
     # An interrupt waits until all is restored.
     with postponed_interrupts(), new_params_removed_on_error():
         # A first run of the programs may initialise state, so it must come before loading.

@@ -1,13 +1,13 @@
 """What several processes do together while each trains the same model and guide."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ext._random_states import kept_random_states, random_states, seed_all
 from pyro_ext.distributed.gradients import Contribution, GradientExchange, Total
@@ -17,7 +17,13 @@ from pyro_ext.distributed.packing import Gradients
 from pyro_ext.distributed.processes import Processes, describe_error
 from pyro_ext.distributed.streams import agreed_seed, seed_of
 from pyro_ext.infer.svi.capture.graph_inputs import current_params
-from pyro_ext.infer.svi.equal_programs import SharedParams, divided_plates
+from pyro_ext.infer.svi.equal_programs import (
+    compare_programs,
+    copy_from_first,
+    share_params,
+    tensors_of,
+)
+from pyro_ext.infer.svi.minibatches import length_of
 
 Losses = tuple[float, ...]
 
@@ -37,7 +43,9 @@ class TrainingGroup:
         self.owner = owner
         self.exchange = GradientExchange(processes, bucket_bytes)
         self._noise: DistributedNoise | None = None
-        self._shared_params = SharedParams(processes)
+        #: The names of the parameters that have the same values in all processes.
+        self._known: set[str] = set()
+        self._num_runs = 0
         self._saved: dict[str, Any] | None = None
         #: Returns whether this process has received a signal to end.
         self.has_signal: Callable[[], bool] = lambda: False
@@ -58,7 +66,7 @@ class TrainingGroup:
         """
         if self._noise is not None:
             return
-        plates = divided_plates(svi, self.processes, self.owner, args, kwargs)
+        plates, self._known = compare_programs(svi, self.processes, self.owner, args, kwargs)
         self._noise = DistributedNoise(plates, self.seed)
         if self._saved is None:
             seed_all(seed_of(self.seed, self.processes.rank))
@@ -73,15 +81,17 @@ class TrainingGroup:
         with kept_random_states():  # new parameters get the values of a run of one process
             return agreed_seed(self.processes)
 
-    def state(self, own: dict[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the state of rank 0.
+    def state(self, own: dict[str, Any], is_joint: bool) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the state of its process.
 
         :param own: the random states of this process.
+        :param is_joint: whether all processes call this method now, to save their random states.
         """
         return {
             "seed": self.seed,
+            "num_runs": self._num_runs,
             "noise": self._noise and self._noise.stream_state(),
-            "ranks": self.processes.gather(own),
+            "ranks": self.processes.gather(own) if is_joint else [],
         }
 
     def load(self, state: dict[str, Any] | None, own: dict[str, Any]) -> dict[str, Any]:
@@ -89,39 +99,57 @@ class TrainingGroup:
 
         :param state: the result of :meth:`state`; None if one process has saved the checkpoint.
         :param own: the random states of the process that has saved it.
-        :returns: the random states of this process. If there were more processes or fewer, they
-            come from those of rank 0.
+        :returns: the random states of this process. If the checkpoint does not have them, they come
+            from those of the process that has saved it.
         """
         self._saved = state
-        if state is not None and len(state["ranks"]) == self.processes.size:
-            return dict(state["ranks"][self.processes.rank])
+        if state is not None:
+            self._num_runs = state["num_runs"]
+            vars(self).pop("seed", None)
+            if self._noise is not None and state["noise"] is not None:
+                self._noise.set_stream_state(state["noise"])
+            if len(state["ranks"]) == self.processes.size:
+                return dict(state["ranks"][self.processes.rank])
         with kept_random_states():
             seed_all(seed_of(int(own["random"]["cpu"].long().sum()), self.processes.rank))
             return {**own, "random": random_states()}
+
+    def agree(self, owner: str, check: Callable[[], None], **arguments: Any) -> dict[str, Any]:
+        """Check the arguments of a run in each process.
+
+        :param owner: the name of the method, for messages.
+        :param check: the check.
+        :param arguments: the arguments about which the processes agree.
+        :returns: the arguments of rank 0, and whether any process has a callback.
+        :raises ValueError: if the processes have different numbers of epochs.
+        """
+
+        def checked() -> dict[str, Any]:
+            check()
+            return arguments
+
+        found = self.processes.share(checked, owner)
+        for rank, theirs in enumerate(found):
+            if theirs["num_epochs"] != found[0]["num_epochs"]:
+                raise ValueError(
+                    f"{owner}: num_epochs is {theirs['num_epochs']} on rank {rank}, but "
+                    f"{found[0]['num_epochs']} on rank 0. Pass the same number in each process."
+                )
+        return {**found[0], "has_callback": any(x["has_callback"] for x in found)}
 
     @property
     def is_first(self) -> bool:
         """Whether this process has rank 0."""
         return self.processes.rank == 0
 
-    def agree(self, owner: str, check: Callable[[], None], resume: Any) -> Any:
-        """Check the arguments of a run in each process.
-
-        :param owner: the name of the method, for messages.
-        :param check: the check.
-        :param resume: the checkpoint from which this process would continue.
-        :returns: the checkpoint from which rank 0 continues.
-        """
-
-        def checked() -> Any:
-            check()
-            return resume
-
-        return self.processes.share(checked, owner)[0]
+    def new_run(self) -> None:
+        """Begin a run, whose rows come in another order than those of earlier runs."""
+        self._num_runs += 1
 
     def data_of_process(self, owner: str, data: Any) -> Any:
         """Return data whose minibatches hold the rows of this process."""
-        seed, found = self.seed % 2**32, []
+        seed = seed_of(self.seed, f"order {self._num_runs}") % 2**32
+        found = []
 
         def divide() -> None:
             found.append(with_share_of_rows(owner, data, self.processes, seed))
@@ -129,12 +157,37 @@ class TrainingGroup:
         self.processes.share(divide, owner)
         return found[0]
 
+    def length_of(self, data: Any) -> int | None:
+        """Return the number of steps of an epoch; None if it is not known.
+
+        :param data: the minibatches of this process.
+        :raises ValueError: if a process has no minibatches.
+        """
+        lengths = self.processes.gather(length_of(data))
+        if 0 in lengths:
+            raise ValueError(
+                f"{self.owner}.run: data has no minibatches on rank {lengths.index(0)} of "
+                f"{len(lengths)}. Give each process at least one."
+            )
+        known = [length for length in lengths if length is not None]
+        return max(known) if len(known) == len(lengths) else None
+
+    def copy_state(self, modules: Iterable[nn.Module]) -> None:
+        """Give buffers, and what Pyro keeps beside parameters, the values of rank 0.
+
+        :param modules: the modules that model and guide call.
+        """
+        others = {
+            name: x for name, x in current_params().items() if name not in self.exchange.places
+        }
+        copy_from_first(self.processes, tensors_of(modules) | others)
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Take a step. If it fails in one process, it fails in all of them."""
         self._num_steps += 1
         own: Any = self._noise if active_noise() is None else nullcontext()
-        with self.awaited(), own, self._shared_params:
+        with self.awaited(), own:
             yield
 
     @contextmanager
@@ -171,7 +224,7 @@ class TrainingGroup:
         params: dict[str, Tensor],
         gradients: Gradients,
         rows: list[int] | None = None,
-    ) -> tuple[Losses, dict[str, Tensor], dict[str, Tensor | None]]:
+    ) -> tuple[Losses, dict[str, Tensor], dict[str, Tensor]]:
         """Return the mean losses, the parameters with gradients in any process, and their means.
 
         :param losses: the losses of this process.
@@ -182,8 +235,8 @@ class TrainingGroup:
         :raises ValueError: if a loss is not finite.
         """
         rows = active_rows() if rows is None else rows
-        mine = Contribution(_weight(rows), losses)
-        total = self._exchange(mine, gradients)
+        late = params.keys() - self._known
+        total = self._exchange(Contribution(_weight(rows), losses, has_new=bool(late)), gradients)
         self._check_rows(total, len(rows))
         means = (total.first_loss, total.second_loss)[: len(losses)]
         if not all(map(math.isfinite, means)):
@@ -196,15 +249,12 @@ class TrainingGroup:
                 "parameters."
             )
         self._last_params |= params
-        if not params.keys() >= total.gradients.keys():
-            params = {**self._params, **params}
-        used = {name: params[name] for name, x in total.gradients.items() if x is not None}
-        return means, {**params, **used}, total.gradients
+        return means, *self._to_update(total, late)
 
-    def rest(self) -> tuple[float, dict[str, Tensor], dict[str, Tensor | None]] | None:
+    def rest(self) -> tuple[float, dict[str, Tensor], dict[str, Tensor]] | None:
         """Take part in a step without data of this process.
 
-        :returns: the loss, parameters and gradients of the others; None if none has data.
+        :returns: the loss, and the parameters and gradients of the others; None if none has data.
         """
         self._num_steps += 1
         total = self._exchange(Contribution(has_ended=True), {})
@@ -213,12 +263,21 @@ class TrainingGroup:
         noise = active_noise() or self._noise
         assert noise is not None  # each process has taken a step before it has no data
         noise.next_step()
-        params = self._params
-        gradients = {
-            name: x if x is None else x.to(params[name].device)
-            for name, x in total.gradients.items()
-        }
-        return total.first_loss, params, gradients
+        return total.first_loss, *self._to_update(total, ())
+
+    def _to_update(
+        self, total: Total, late: Iterable[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the parameters with a gradient in any process, each once, and the gradients."""
+        if total.num_with_new:
+            share_params(self.processes, late, self._params, self._known)
+        params, seen = self._params, set()
+        found: dict[str, Tensor] = {}
+        for name, gradient in total.gradients.items():
+            if gradient is not None and id(params[name]) not in seen:
+                seen.add(id(params[name]))
+                found[name] = gradient.to(params[name].device)
+        return {name: params[name] for name in found}, found
 
     def _exchange(self, mine: Contribution, gradients: Gradients) -> Total:
         self._is_awaited = False
