@@ -152,7 +152,7 @@ def without_gradient_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def storage_of(x: Tensor) -> int:
     """Return a number that identifies the memory of a tensor; views return the same number."""
-    return x.untyped_storage()._cdata
+    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)
 
 
 def schema_of(operator: Any) -> Any:

@@ -23,6 +23,7 @@ class Contribution:
     :ivar is_interrupted: whether it has received a signal to end.
     :ivar has_ended: whether it has no more data in this epoch.
     :ivar has_new: whether it uses parameters, or has gradients, that are new.
+    :ivar has_several: whether its rows belong to several divided plates.
     :ivar is_late: whether a gradient has changed after it was sent.
     """
 
@@ -32,39 +33,41 @@ class Contribution:
     is_interrupted: bool = False
     has_ended: bool = False
     has_new: bool = False
+    has_several: bool = False
     is_late: bool = False
 
     @property
     def numbers(self) -> list[float]:
         """The numbers, in the order in which :class:`Total` has their sums."""
         first, second = (self.weight * x if self.weight else 0.0 for x in (*self.losses, 0, 0)[:2])
-        flags = self.has_failed, self.is_interrupted, self.has_ended, self.has_new, self.is_late
-        return [self.weight, self.weight**2, first, second, *map(float, flags)]
+        flags = [self.has_failed, self.is_interrupted, self.has_ended, self.has_new]
+        flags += [self.has_several, self.is_late]
+        return [self.weight, first, second, *map(float, flags)]
 
 
 class Total(NamedTuple):
     """The sums over processes, with the means of losses and gradients.
 
     :ivar weight: the sum of the weights.
-    :ivar squares: the sum of their squares.
     :ivar first_loss: the weighted mean of the first losses.
     :ivar second_loss: the weighted mean of the second losses.
     :ivar num_failed: the number of processes whose step has raised an error.
     :ivar num_interrupted: the number of processes with a signal to end.
     :ivar num_ended: the number of processes without data.
     :ivar num_with_new: the number of processes with new parameters or gradients.
+    :ivar num_with_several: the number of processes with rows of several divided plates.
     :ivar num_late: the number of processes in which a gradient has changed after it was sent.
     :ivar gradients: the weighted mean of the gradients by name; None where no process has one.
     """
 
     weight: float
-    squares: float
     first_loss: float
     second_loss: float
     num_failed: int
     num_interrupted: int
     num_ended: int
     num_with_new: int
+    num_with_several: int
     num_late: int
     gradients: dict[str, Tensor | None]
 
@@ -145,7 +148,7 @@ class GradientExchange:
 
         self._is_late = False
         with ExitStack() as stack:
-            for name in place_of:
+            for name in filter(lambda name: params[name].requires_grad, place_of):
                 hook = params[name].register_post_accumulate_grad_hook(lambda _, x=name: after(x))
                 stack.callback(hook.remove)
             yield
@@ -170,14 +173,14 @@ class GradientExchange:
             wait()
             vectors.append(vector)
         self._started, self._is_late = [], False
-        weight, squares, first, second, *flags = header[:_NUM_NUMBERS]
+        weight, first, second, *flags = header[:_NUM_NUMBERS]
         found: dict[str, Tensor] = {}
         for vector, bucket in zip([*vectors, last[len(numbers) :]], parts, strict=True):
             found |= unpacked(vector.div_(weight or 1.0), gradients, bucket)
         counts = dict(zip(names, header[_NUM_NUMBERS:], strict=True))
         means = {name: found[name] if counts[name] else None for name in names}
         losses = first / (weight or 1.0), second / (weight or 1.0)
-        return Total._make([weight, squares, *losses, *map(round, flags), means])
+        return Total._make([weight, *losses, *map(round, flags), means])
 
     def _agreed(self, new: dict[str, Place]) -> dict[str, Place]:
         """Return the new parameters of all processes, in the order of the first ones."""

@@ -55,11 +55,15 @@ def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -
                 "init_process_group, without rank= and num_replicas=."
             )
         return data
-    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
-    batches = data.batch_sampler
-    if not (type(batches) is BatchSampler and (is_shuffled or type(sampler) is SequentialSampler)):
-        return data
     dataset: Any = data.dataset
+    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
+    is_of_all_rows = is_shuffled or type(sampler) is SequentialSampler
+    is_of_all_rows = (
+        is_of_all_rows and (sampler.data_source is dataset) and len(sampler) == len(dataset)
+    )
+    batches = data.batch_sampler
+    if not (type(batches) is BatchSampler and is_of_all_rows):
+        return data
     kind: type[DistributedSampler[Any]] = (
         DistributedSampler if batches.drop_last else UnpaddedSampler
     )

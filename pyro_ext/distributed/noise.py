@@ -36,8 +36,9 @@ class DistributedNoise(Messenger):
     depend on the number of processes P. One run of P processes can so be compared with a run of
     one process, number by number. This is slow.
 
-    :param plates: the name of a divided plate, or the names of several. Without any, each process
-        has all rows, and all sites draw from torch's generator.
+    :param plates: the name of a divided plate, or the names of several. Plates of which a process
+        has fewer rows than their size are added when they come up. Without any, each process has
+        all rows, and all sites draw from torch's generator.
     :param seed: the seed of all streams. It must be the same in each process. With None, rank 0
         draws it from torch's generator.
     :param per_row: whether each row has its own stream.
@@ -120,10 +121,15 @@ class DistributedNoise(Messenger):
         msg["done"] = True
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.plates:
-            fn: Any = msg["fn"]
-            value: Any = msg["value"]
-            self.rows[str(msg["name"])] = (len(value), fn.size)
+        if not site_is_subsample(msg):
+            return
+        fn: Any = msg["fn"]
+        value: Any = msg["value"]
+        name = str(msg["name"])
+        if len(value) < fn.size:
+            self.plates.add(name)
+        if name in self.plates:
+            self.rows[name] = (len(value), fn.size)
 
     def _draw_shared(self, func: Any, args: Any, kwargs: Any) -> Any:
         outside = torch_states()

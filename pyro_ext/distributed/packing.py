@@ -70,7 +70,8 @@ def packed(
         if x is None:
             parts.append(torch.zeros(place.size, dtype=dtype, device=device))
         else:
-            real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+            dense = x if x.layout == torch.strided else x.to_dense()
+            real = torch.view_as_real(dense.resolve_conj()) if x.is_complex() else dense
             parts.append(real.reshape(-1).to(dtype))
     vector = torch.cat(parts)
     vector[len(numbers) :] *= weight
@@ -86,7 +87,8 @@ def unpacked(x: Tensor, gradients: Gradients, places: Mapping[str, Place]) -> di
             part = torch.view_as_complex(part.view(-1, 2))
         mean, like = part.view(place.shape).to(place.dtype), gradients.get(name)
         # Fused optimisers assume that a gradient has the strides of its parameter.
-        if like is not None and like.stride() != mean.stride():
+        is_strided = like is not None and like.layout == torch.strided
+        if like is not None and is_strided and like.stride() != mean.stride():
             mean = torch.empty_like(like).copy_(mean)
         found[name] = mean
     return found

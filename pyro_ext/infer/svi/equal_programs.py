@@ -31,6 +31,7 @@ class _Plates(Messenger):
     :ivar divided: the sizes of the plates of which a run has a part of the rows.
     :ivar whole: the sizes of the others.
     :ivar given: the plates whose rows the programs pass, as in ``subsample=x``.
+    :ivar observed: the observed values.
     """
 
     def __init__(self) -> None:
@@ -38,12 +39,15 @@ class _Plates(Messenger):
         self.divided: dict[str, int] = {}
         self.whole: dict[str, int] = {}
         self.given: set[str] = set()
+        self.observed: list[Any] = []
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["value"] is not None:
             self.given.add(str(msg["name"]))
 
     def _pyro_post_sample(self, msg: Message) -> None:
+        if msg["is_observed"]:
+            self.observed.append(msg["value"])
         if site_is_subsample(msg):
             fn: Any = msg["fn"]
             value: Any = msg["value"]
@@ -57,7 +61,7 @@ def compare_programs(
     owner: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[set[str], set[str]]:
+) -> tuple[set[str], dict[str, Tensor]]:
     """Compare what the processes train, and copy the parameters and buffers of rank 0.
 
     Model and guide run once.
@@ -67,8 +71,8 @@ def compare_programs(
     :param owner: the name of the SVI class, for messages.
     :param args: positional arguments of model and guide.
     :param kwargs: keyword arguments of model and guide.
-    :returns: the names of the plates whose rows are divided over processes, and the names of the
-        parameters that all processes use.
+    :returns: the names of the plates whose rows are divided over processes, and the parameters that
+        all processes use, by name.
     :raises ValueError: if the processes differ.
     """
     plates = _Plates()
@@ -87,7 +91,7 @@ def compare_programs(
             "setting '{}'": settings,
             "shape of {}": {name: (*x.shape, str(x.dtype)) for name, x in tensors.items()},
             "size of plate '{}'": plates.divided,
-            "data": {"digest": digest([list(args), kwargs])},
+            "data": {"digest": digest([list(args), kwargs, plates.observed])},
             "params": dict.fromkeys(params),
         }
 
@@ -108,7 +112,7 @@ def compare_programs(
         )
     copy_from_first(processes, tensors)
     known = set(params).intersection(*(x["params"] for x in found))
-    return divided, known
+    return divided, {name: params[name] for name in known}
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> dict[str, Tensor]:
@@ -127,30 +131,37 @@ def copy_from_first(processes: Processes, tensors: dict[str, Tensor]) -> None:
     :param processes: the processes.
     :param tensors: the tensors of this process by name.
     """
+    tensors = {name: x for name, x in tensors.items() if _can_be_copied(x)}
     names = set(tensors).intersection(*processes.gather(list(tensors)))
     for x in {id(tensors[name]): tensors[name] for name in sorted(names)}.values():
         processes.copy_from_first(x)
 
 
-def share_params(
-    processes: Processes, late: Iterable[str], params: dict[str, Tensor], known: set[str]
-) -> None:
-    """Give parameters that some processes use for the first time equal values.
+def _can_be_copied(x: Tensor) -> bool:
+    """Return whether a tensor is dense and has memory of its own for each entry."""
+    if x.layout != torch.strided:
+        return False
+    return all(stride > 0 or n <= 1 for stride, n in zip(x.stride(), x.shape, strict=True))
 
-    If a process has trained the parameter already, its value counts, and otherwise that of the
+
+def share_params(processes: Processes, late: Iterable[str], params: dict[str, Tensor]) -> list[str]:
+    """Give parameters that are new in some processes equal values.
+
+    If the parameter is not new in a process, its value there counts, and otherwise that of the
     first process that has it. A process without the parameter creates it.
 
     :param processes: the processes.
-    :param late: the names of the parameters that this process uses for the first time.
+    :param late: the names of the parameters that are new in this process.
     :param params: all parameters of this process by name.
-    :param known: the names of the parameters that are equal in all processes so far. It is updated.
+    :returns: the names of the parameters that are new in any process.
     """
     store = pyro.get_param_store()
-    wanted = sorted(set().union(*processes.gather(list(late))))
+    own = set(late)
+    wanted = sorted(set().union(*processes.gather(own)))
     constraints = store.get_state()["constraints"]
     offers = processes.gather(
         {
-            name: (name in known, params[name].detach(), constraints.get(name))
+            name: (name not in own, params[name].detach(), constraints.get(name))
             for name in wanted
             if name in params
         }
@@ -163,7 +174,7 @@ def share_params(
         elif constraint is not None:
             value.requires_grad_()
             store.set_state({"params": {name: value}, "constraints": {name: constraint}})
-    known.update(wanted)
+    return wanted
 
 
 def _raise_for_difference(found: list[dict[str, Any]], label: str, owner: str) -> None:
@@ -179,11 +190,12 @@ def _raise_for_difference(found: list[dict[str, Any]], label: str, owner: str) -
 
 
 def _raise_for_whole_plates(sizes: dict[str, int], owner: str, processes: Processes) -> None:
-    plate = next(iter(sizes), None)
-    subject = "model and guide have no plate" if plate is None else f"plate '{plate}' has no more"
+    found = "model and guide have no plate with a size"
+    if sizes:
+        plate, num_rows = next(iter(sizes.items()))
+        found = f"plate '{plate}' has no more rows than each of them passes ({num_rows})"
     raise ValueError(
-        f"{owner}: the {processes.size} processes have different data, but {subject} rows than "
-        f"each of them passes{'' if plate is None else f' ({sizes[plate]})'}. Give the plate the "
-        "number N of all rows, as in pyro.plate('data', N, subsample=x), or pass the same data in "
-        "each process."
+        f"{owner}: the {processes.size} processes have different data, but {found}. Give the plate "
+        "the number N of all rows, as in pyro.plate('data', N, subsample=x), or pass the same data "
+        "in each process."
     )

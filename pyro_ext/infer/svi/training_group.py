@@ -43,8 +43,6 @@ class TrainingGroup:
         self.owner = owner
         self.exchange = GradientExchange(processes, bucket_bytes)
         self._noise: DistributedNoise | None = None
-        #: The names of the parameters that have the same values in all processes.
-        self._known: set[str] = set()
         self._num_runs = 0
         self._saved: dict[str, Any] | None = None
         #: Returns whether this process has received a signal to end.
@@ -53,6 +51,7 @@ class TrainingGroup:
         self.is_interrupted = False
         self._is_awaited = False
         self._num_steps = 0
+        #: The parameters that have had the same values in all processes, by name.
         self._last_params: dict[str, Tensor] = {}
 
     def start(self, svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,7 +65,8 @@ class TrainingGroup:
         """
         if self._noise is not None:
             return
-        plates, self._known = compare_programs(svi, self.processes, self.owner, args, kwargs)
+        plates, params = compare_programs(svi, self.processes, self.owner, args, kwargs)
+        self._last_params |= params
         self._noise = DistributedNoise(plates, self.seed)
         if self._saved is None:
             seed_all(seed_of(self.seed, self.processes.rank))
@@ -91,6 +91,7 @@ class TrainingGroup:
             "seed": self.seed,
             "num_runs": self._num_runs,
             "noise": self._noise and self._noise.stream_state(),
+            "rank_and_size": [self.processes.rank, self.processes.size],
             "ranks": self.processes.gather(own) if is_joint else [],
         }
 
@@ -110,6 +111,8 @@ class TrainingGroup:
                 self._noise.set_stream_state(state["noise"])
             if len(state["ranks"]) == self.processes.size:
                 return dict(state["ranks"][self.processes.rank])
+            if state["rank_and_size"] == [self.processes.rank, self.processes.size]:
+                return own
         with kept_random_states():
             seed_all(seed_of(int(own["random"]["cpu"].long().sum()), self.processes.rank))
             return {**own, "random": random_states()}
@@ -235,9 +238,10 @@ class TrainingGroup:
         :raises ValueError: if a loss is not finite.
         """
         rows = active_rows() if rows is None else rows
-        late = params.keys() - self._known
-        total = self._exchange(Contribution(_weight(rows), losses, has_new=bool(late)), gradients)
-        self._check_rows(total, len(rows))
+        late = [name for name, x in params.items() if self._last_params.get(name) is not x]
+        self._last_params |= params
+        mine = Contribution(_weight(rows), losses, has_new=bool(late), has_several=len(rows) > 1)
+        total = self._exchange(mine, gradients, rows)
         means = (total.first_loss, total.second_loss)[: len(losses)]
         if not all(map(math.isfinite, means)):
             found = self.processes.gather(losses)
@@ -248,7 +252,6 @@ class TrainingGroup:
                 "this rank, the parameters and the learning rate; this step has not changed the "
                 "parameters."
             )
-        self._last_params |= params
         return means, *self._to_update(total, late)
 
     def rest(self) -> tuple[float, dict[str, Tensor], dict[str, Tensor]] | None:
@@ -270,7 +273,9 @@ class TrainingGroup:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the parameters with a gradient in any process, each once, and the gradients."""
         if total.num_with_new:
-            share_params(self.processes, late, self._params, self._known)
+            wanted = share_params(self.processes, late, self._params)
+            now = self._params
+            self._last_params |= {name: now[name] for name in wanted if name in now}
         params, seen = self._params, set()
         found: dict[str, Tensor] = {}
         for name, gradient in total.gradients.items():
@@ -279,24 +284,24 @@ class TrainingGroup:
                 found[name] = gradient.to(params[name].device)
         return {name: params[name] for name in found}, found
 
-    def _exchange(self, mine: Contribution, gradients: Gradients) -> Total:
+    def _exchange(
+        self, mine: Contribution, gradients: Gradients, rows: list[int] | None = None
+    ) -> Total:
         self._is_awaited = False
         mine = replace(mine, is_interrupted=self.has_signal())
         total = self.exchange.add(mine, gradients)
         if total.num_failed:
             self.processes.raise_for(self.processes.gather(None), self.owner)
         self.is_interrupted = total.num_interrupted > 0
+        if total.num_with_several:
+            found = [x for x in self.processes.gather(rows) if x is not None]
+            if any(x != found[0] for x in found):
+                raise ValueError(
+                    f"{self.owner}: several plates are divided over processes, and the processes "
+                    f"have different numbers of rows: {found}. No weight of a process is right for "
+                    "all plates. Give each process equally many rows (drop_last=True)."
+                )
         return total
-
-    def _check_rows(self, total: Total, num_plates: int) -> None:
-        """Raise a ValueError if no weight of a process is right for all plates."""
-        num_active = self.processes.size - total.num_ended
-        is_even = math.isclose(num_active * total.squares, total.weight**2, rel_tol=1e-4)
-        if num_plates > 1 and not is_even:
-            raise ValueError(
-                f"{self.owner}: several plates are divided over processes, and the processes have "
-                "different numbers of rows. Give each process equally many rows (drop_last=True)."
-            )
 
 
 def _weight(rows: list[int]) -> float:
