@@ -17,7 +17,7 @@ import pyro_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-PACKAGES = ("distributions", "diagnostics", "infer", "nn", "ops")
+PACKAGES = ("distributed", "distributions", "diagnostics", "infer", "nn", "ops")
 
 project = "pyro_ext"
 author = "pyro_ext contributors"
@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"pyro_ext\.(tracing|infer|nn)\.[a-z_.]+\.[A-Z]\w+",
     ),  # classes inside of the package
-    (r"py:.*", r"PyroOptim|ELBO|Module"),
+    (r"py:.*", r"PyroOptim|ELBO|Module|T_co"),
 ]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

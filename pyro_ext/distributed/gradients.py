@@ -119,6 +119,8 @@ class GradientExchange:
         if total.num_with_new:
             late = self._agreed(new)
             more = self._add(mine, gradients, [*buckets(late, math.inf)])
+            if not self.places:  # these losses have the dtype of those of later steps
+                total = total._replace(first_loss=more.first_loss, second_loss=more.second_loss)
             self.places |= late
             self._buckets = [*buckets(self.places, self.bucket_bytes)]
             total = total._replace(gradients=total.gradients | more.gradients)

@@ -26,10 +26,11 @@ class DistributedNoise(Messenger):
     in each process. Random numbers outside of sample sites, such as those of dropout, come from
     torch's generator, too.
 
-    :class:`EagerSVI` and :class:`CompiledSVI` use this handler by themselves if
-    ``torch.distributed`` has more than one process. Use it in a loop of your own, around each step.
-    Each time that it is entered, it begins new random numbers, from the seed and the number of the
-    step. A process without data in a step therefore has the same numbers as the others in the next.
+    :class:`~pyro_ext.infer.EagerSVI` and :class:`~pyro_ext.infer.CompiledSVI` use this handler by
+    themselves if ``torch.distributed`` has more than one process. In a loop of your own, make it
+    once, and enter it around each step. Each time that it is entered, it begins new random numbers,
+    from the seed and the number of the step. A process without data in a step therefore has the
+    same numbers as the others in the next.
 
     With ``per_row=True``, each row of a divided plate has a stream of its own. Row j of rank r is
     row j P + r of the minibatch, as a ``DistributedSampler`` divides them. The draws then do not

@@ -35,12 +35,15 @@ class Place(NamedTuple):
 def buckets(places: Mapping[str, Place], num_bytes: float) -> Iterator[dict[str, Place]]:
     """Divide parameters among vectors, the last ones first, as a backward pass visits them.
 
-    The last vector has float32.
+    All parameters of a vector have the same dtype for sums. The last vector may be empty.
 
     :param places: the parameters by name.
     :param num_bytes: the number of bytes at which a vector is full.
     """
-    for dtype in (torch.float64, torch.float32):
+    dtypes = torch.float64, torch.float32
+    if places and all(place.sum_dtype == torch.float64 for place in places.values()):
+        dtypes = torch.float32, torch.float64
+    for dtype in dtypes:
         bucket: dict[str, Place] = {}
         for name, place in [*places.items()][::-1]:
             if place.sum_dtype == dtype:
@@ -48,7 +51,7 @@ def buckets(places: Mapping[str, Place], num_bytes: float) -> Iterator[dict[str,
                 if dtype.itemsize * sum(x.size for x in bucket.values()) >= num_bytes:
                     yield bucket
                     bucket = {}
-        if bucket or dtype == torch.float32:
+        if bucket or dtype == dtypes[-1]:
             yield bucket
 
 
@@ -62,7 +65,7 @@ def packed(
     :param gradients: the gradients by name.
     :param places: the parameters in the vector by name.
     """
-    dtype = next((place.sum_dtype for place in places.values()), torch.float32)
+    dtype = next((place.sum_dtype for place in places.values()), torch.float64)
     known: list[Any] = [gradients.get(name) if weight else None for name in places]
     device = next((x.device for x in known if x is not None), None)
     parts = [torch.tensor(numbers, dtype=dtype, device=device)]
@@ -84,7 +87,7 @@ def unpacked(x: Tensor, gradients: Gradients, places: Mapping[str, Place]) -> di
     parts = x.split([place.size for place in places.values()])
     for part, (name, place) in zip(parts, places.items(), strict=True):
         if place.dtype.is_complex:
-            part = torch.view_as_complex(part.view(-1, 2))
+            part = torch.view_as_complex(part.clone().view(-1, 2))  # aligned
         mean, like = part.view(place.shape).to(place.dtype), gradients.get(name)
         # Fused optimisers assume that a gradient has the strides of its parameter.
         is_strided = like is not None and like.layout == torch.strided

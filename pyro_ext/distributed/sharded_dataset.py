@@ -27,8 +27,9 @@ class ShardedDataset(IterableDataset[T_co]):
     Hugging Face and WebDataset do.
 
     If the number of items is not a multiple of P W, some processes have more items, and perhaps
-    more minibatches. :class:`EagerSVI` and :class:`CompiledSVI` then weight each process by its
-    rows. In a loop of your own, stop all processes at the same step.
+    more minibatches. :class:`~pyro_ext.infer.EagerSVI` and :class:`~pyro_ext.infer.CompiledSVI`
+    then weight each process by its rows. In a loop of your own, stop all processes at the same
+    step.
 
     :param dataset: the data set: an iterable that starts anew in each epoch. Pass a data set with
         items by index to the ``DataLoader``, with a ``DistributedSampler``.

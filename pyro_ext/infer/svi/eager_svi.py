@@ -41,7 +41,7 @@ class EagerSVI(SVI):
     ``pyro.plate("data", N, subsample=x)``. Parameters begin with the values of rank 0. Losses and
     gradients are means over processes, weighted by their numbers of rows.
     :class:`~pyro_ext.distributed.DistributedNoise` describes their random numbers.
-    :meth:`evaluate_loss` returns the loss of the rows of this process.
+    ``evaluate_loss`` returns the loss of the rows of this process.
 
     :param model: the model, a callable with Pyro primitives.
     :param guide: the guide, a callable with Pyro primitives.

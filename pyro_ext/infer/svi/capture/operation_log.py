@@ -204,6 +204,8 @@ class _Logger(TorchDispatchMode):
         self.known = WeakTensorKeyDictionary()
         self.touched = WeakTensorKeyDictionary()
         self.owner_of_storage: dict[int, Tensor] = {}
+        #: The memory of tensors that the run has made, such as parameters of new modules.
+        self.made: set[int] = set()
         self.is_paused = False
 
     @contextmanager
@@ -264,6 +266,8 @@ class _Logger(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self.known[x] = True
                     self.log.dtypes.add(x.dtype)
+                    if storage_of(x) not in self.owner_of_storage:
+                        self.made.add(storage_of(x))
             if self.recorder is not None:
                 self.recorder.record(func, args, kwargs, out, written)
         return out
@@ -301,7 +305,8 @@ class _Logger(TorchDispatchMode):
     def _keep_originals(self, written: Iterable[Tensor]) -> None:
         for x in written:
             owner = self.owner_of_storage.get(storage_of(x))
-            if owner is not None and owner not in self.log.originals:
+            is_made = storage_of(x) in self.made
+            if owner is not None and not is_made and owner not in self.log.originals:
                 self.log.originals[owner] = owner.detach().clone()
 
 
