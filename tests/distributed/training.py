@@ -50,10 +50,9 @@ class Guide(PyroModule):
 
     def forward(self, x):
         if self.has_global:
-            loc = pyro.param("loc", lambda: torch.randn(()))
-            scale = pyro.param(
-                "scale", lambda: torch.rand(()), constraint=dist.constraints.positive
-            )
+            positive = dist.constraints.positive
+            loc = pyro.param("loc", lambda: torch.randn(()).to(x.device))
+            scale = pyro.param("scale", lambda: torch.rand(()).to(x.device), constraint=positive)
             pyro.sample("shift", dist.Normal(loc, scale))
         with pyro.plate("data", NUM_DATA, subsample=x):
             loc, log_scale = self.encoder(x).chunk(2, dim=-1)
