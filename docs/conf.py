@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"pyro_ext\.(tracing|infer|nn)\.[a-z_.]+\.[A-Z]\w+",
     ),  # classes inside of the package
-    (r"py:.*", r"PyroOptim|ELBO|Module|T_co"),
+    (r"py:.*", r"PyroOptim|ELBO|Module|.*\.T_co"),
 ]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

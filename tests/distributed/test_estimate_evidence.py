@@ -106,7 +106,9 @@ def evidence_by_rows(name):
     return figures(found), scale.item()
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x == "workers" else x for x in LOADERS]
+)
 def test_batches_of_a_loader_are_those_of_one_process(pools, name):
     expected, _ = evidence_by_rows(name)
     for size in (2, 4):

@@ -63,7 +63,7 @@ def lose_rank_1(rank, size, folder, is_killed):
     os._exit(0)  # the group cannot end in order
 
 
-@pytest.mark.parametrize("is_killed", [True, False])
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_lost_process_is_named_by_all_others(tmp_path, is_killed):
     started = time.monotonic()
     context = multiprocessing.start_processes(

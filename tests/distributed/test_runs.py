@@ -89,6 +89,10 @@ def test_a_stream_is_divided_among_processes(pools):
     assert expected[2] == [5, 10]
     for found in pools(2).results(run_stream, 0):
         assert_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_workers_of_loaders_divide_a_stream(pools):
     first, second = pools(2).results(run_stream, 2)
     assert first[0] == second[0]
     assert first[2] == second[2] == [6, 12]

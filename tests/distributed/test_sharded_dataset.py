@@ -71,6 +71,7 @@ def test_every_item_comes_once_in_two_processes(pools, length, num_workers):
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_workers_that_do_not_know_the_group_know_their_rank(pools):
     assert_exactly_once(7, pools(2).results(read, 7, 2, "spawn"))
 

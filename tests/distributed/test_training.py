@@ -38,6 +38,7 @@ def test_four_processes_take_the_steps_of_one(pools, is_compiled):
         assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_graphs_that_inductor_compiles_are_right(pools):
     expected = train("local plate", True, backend="inductor")
     for found in pools(2).results(train_compiled, "local plate"):
