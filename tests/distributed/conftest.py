@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from torch import distributed
 
@@ -7,13 +5,6 @@ from tests.distributed.pool import Pool
 
 if not distributed.is_available():
     collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_collection_modifyitems(items):
-    # With --dist loadgroup, one worker has all of these tests, so that the pools start once.
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session")
