@@ -21,6 +21,7 @@ from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.tracing import Programs
 from tests.distributed.given_draws import InTurns, X, figures, guide, model
+from tests.distributed.pool import SIZES
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +32,7 @@ def expectation_of(options, guide=guide):
     return figures(estimate_expectation(model, guide, X, max_plate_nesting=1, **options))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_expectations_are_those_of_one_process_after_the_other(pools, size):
     # With chunks of one draw, no run checks the particle dim.
     options = {"num_samples": 30 * size, "chunk_size": 1}
@@ -82,7 +83,7 @@ def chains_one_by_one(size):
     return torch.stack(found).logsumexp(0) - math.log(size)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_chains_are_those_of_one_process_after_the_other(pools, size):
     with torch.no_grad():
         expected = chains_one_by_one(size)
@@ -168,7 +169,7 @@ def calibration_of(options, scale=0.5**0.5):
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_calibration_knows_right_guides_from_wrong_ones(pools, vectorize, size):
     options = {"num_simulations": 210, "num_samples": 50, "vectorize": vectorize}
     found = pools(size).results(calibration_of, options)
@@ -224,7 +225,7 @@ def loo_of(has_locals, num_samples):
 
 
 @pytest.mark.parametrize("has_locals", [True, False])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_leave_one_out_is_right(pools, has_locals, size):
     found = pools(size).results(loo_of, has_locals, 1000)
     assert found == found[:1] * size

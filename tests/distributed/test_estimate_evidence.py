@@ -20,6 +20,7 @@ from tests.distributed.given_draws import (
     row_guide,
     row_model,
 )
+from tests.distributed.pool import SIZES
 
 pytestmark = pytest.mark.long
 
@@ -29,7 +30,7 @@ def evidence_of(options):
     return figures(found), torch.rand(()).item()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_draws_are_those_of_one_process_after_the_other(pools, size):
     options = {"num_samples": 40 * size, "chunk_size": 10, "jackknife_orders": (1, 2)}
     found = pools(size).results(evidence_of, options)

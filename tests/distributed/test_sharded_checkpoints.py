@@ -12,7 +12,7 @@ from pyro_ext.infer import LinearKL
 from tests.distributed.minibatch_pair import OBJECTIVES, module_of, train
 from tests.distributed.test_module_form import WRAPPERS, compiled, shard_layers, values_of
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 NUM_SAVED, NUM_STEPS = 20, 40
 
 
