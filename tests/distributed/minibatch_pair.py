@@ -1,4 +1,4 @@
-"""A model and guide whose noise is data, so that processes can take the steps of one process."""
+"""Modules that processes train in a loop of their own, with the draws of one process."""
 
 import warnings
 
@@ -8,6 +8,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import distributed, nn
 
+from pyro_ext.distributed import DistributedNoise
 from pyro_ext.infer import ImportanceWeightedELBO, JackknifeELBO
 
 NUM_DATA, BATCH_SIZE, NUM_PARTICLES = 40, 8, 5
@@ -20,20 +21,6 @@ OBJECTIVES = {
 }
 
 
-class NormalOf(dist.Normal):
-    """A normal distribution with given standard normal noise."""
-
-    def __init__(self, loc, scale, noise):
-        self.noise = noise
-        super().__init__(loc, scale)
-
-    def expand(self, batch_shape, _instance=None):
-        return NormalOf(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.noise)
-
-    def rsample(self, sample_shape=()):
-        return self.loc + self.scale * self.noise
-
-
 class Model(PyroModule):
     def __init__(self, has_global):
         super().__init__()
@@ -41,7 +28,7 @@ class Model(PyroModule):
         self.decoder = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3))
         self.scale = PyroParam(torch.ones(3), dist.constraints.positive)
 
-    def forward(self, x, noise, shared):
+    def forward(self, x):
         shift = pyro.sample("shift", dist.Normal(0.0, 1.0)) if self.has_global else x.new_zeros(())
         with pyro.plate("data", NUM_DATA, subsample=x):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
@@ -56,13 +43,13 @@ class Guide(nn.Module):
         self.loc = nn.Parameter(torch.tensor([0.5]), requires_grad=has_global)
         self.has_global = has_global
 
-    def forward(self, x, noise, shared):
+    def forward(self, x):
         pyro.module("encoder", self.encoder)
         if self.has_global:
-            pyro.sample("shift", NormalOf(self.loc[0], torch.tensor(0.3), shared))
+            pyro.sample("shift", dist.Normal(self.loc[0], 0.3))
         with pyro.plate("data", NUM_DATA, subsample=x):
             loc, log_scale = self.encoder(x).chunk(2, dim=-1)
-            pyro.sample("z", NormalOf(loc, log_scale.exp(), noise).to_event(1))
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
 class Regression(PyroModule):
@@ -73,7 +60,7 @@ class Regression(PyroModule):
         self.scale = PyroParam(torch.ones(1), dist.constraints.positive)
         self.norm = nn.BatchNorm1d(3, affine=False) if has_norm else nn.Identity()
 
-    def forward(self, x, noise, shared):
+    def forward(self, x):
         weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         self.norm(x)
         with pyro.plate("data", NUM_DATA, subsample=x):
@@ -89,22 +76,26 @@ def module_of(name, wrap=lambda elbo: elbo):
 
 
 def share_of(step):
-    """Return the share of this process of a minibatch and its noise."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(BATCH_SIZE, 3, generator=generator)
-    noise = torch.randn(NUM_PARTICLES, BATCH_SIZE, 2, generator=generator)
-    shared = torch.randn((), generator=generator)
+    """Return the share of this process of a minibatch, as a DistributedSampler divides it."""
+    x = torch.randn(BATCH_SIZE, 3, generator=torch.Generator().manual_seed(step))
     is_alone = not distributed.is_initialized()
     rank, size = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
-    rows = slice(rank * BATCH_SIZE // size, (rank + 1) * BATCH_SIZE // size)
-    return x[rows], noise[:, rows], shared
+    return x[rank::size]
 
 
 def train(module, optimizer, steps):
+    noise = DistributedNoise("data", seed=0, per_row=True)
     with warnings.catch_warnings():
         # Linear layers return views, which the programs do not change in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         for step in steps:
             optimizer.zero_grad()
-            module(*share_of(step)).backward()
+            noise.step = step
+            with noise:
+                module(share_of(step)).backward()
             optimizer.step()
+
+
+def assert_all_close(found, expected):
+    for values in found:
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)

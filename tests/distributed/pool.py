@@ -69,17 +69,22 @@ class Failure:
         self.text = text
 
 
-def _work(rank, size, folder, pipe):
+def start_group(rank, size, folder, seconds):
+    """Start a gloo group in this process, with a timeout."""
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/group",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=seconds),
     )
+
+
+def _work(rank, size, folder, pipe):
+    warnings.simplefilter("error")
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
+    start_group(rank, size, folder, 60)
     while (task := pipe.recv()) is not None:
         function, args = task
         pyro.clear_param_store()

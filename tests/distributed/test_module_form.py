@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_ext.infer import compile_elbo
-from tests.distributed.minibatch_pair import OBJECTIVES, Regression, module_of, share_of, train
+from tests.distributed.minibatch_pair import (
+    OBJECTIVES,
+    Regression,
+    assert_all_close,
+    module_of,
+    share_of,
+    train,
+)
 from tests.distributed.pool import SIZES
 
 pytestmark = pytest.mark.long
@@ -65,23 +72,20 @@ def values_of_one_process(name):
     return values_of(module)
 
 
-def assert_steps_of_one(name, found):
-    for values in found:
-        torch.testing.assert_close(values, values_of_one_process(name), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_processes_take_the_steps_of_one(pools, size, wrapper, name):
-    assert_steps_of_one(name, pools(size).results(train_wrapped, name, wrapper))
+    assert_all_close(pools(size).results(train_wrapped, name, wrapper), values_of_one_process(name))
 
 
 @pytest.mark.parametrize("audit_every", [3, 5000])
 @pytest.mark.parametrize("wrapper", ["ddp", "whole"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_compiled_processes_take_the_steps_of_one(pools, audit_every, wrapper, name):
-    assert_steps_of_one(name, pools(2).results(train_wrapped, name, wrapper, audit_every))
+    assert_all_close(
+        pools(2).results(train_wrapped, name, wrapper, audit_every), values_of_one_process(name)
+    )
 
 
 def train_compiled_layers(name, fallback, num_before):
@@ -89,7 +93,7 @@ def train_compiled_layers(name, fallback, num_before):
     module = module_of(name, functools.partial(compiled, fallback=fallback))
     with torch.no_grad():
         for _ in range(num_before):
-            module(*share_of(0))
+            module(share_of(0))
     pyro.clear_param_store()
     shard_layers(module)
     with warnings.catch_warnings(record=True) as found:
@@ -103,7 +107,7 @@ def test_sharded_layers_have_eager_steps_and_one_warning(pools, num_before):
     values, texts = zip(
         *pools(2).results(train_compiled_layers, "dreg", True, num_before), strict=True
     )
-    assert_steps_of_one("dreg", values)
+    assert_all_close(values, values_of_one_process("dreg"))
     for (text,) in texts:
         assert "parameter 'module.model.decoder.0.weight' is sharded" in text
         assert "wrap only the compiled module" in text
@@ -122,7 +126,7 @@ def train_autoguide(wrap, clears, has_local_params, has_norm, elbo=None):
         model = Regression(has_norm)
         module = (elbo or Trace_ELBO())(model, AutoDiagonalNormal(model))
         with torch.no_grad():
-            module(*share_of(0))
+            module(share_of(0))
         if clears:
             pyro.clear_param_store()
         wrapped = wrap(module)
@@ -134,8 +138,8 @@ def train_autoguide(wrap, clears, has_local_params, has_norm, elbo=None):
 @pytest.mark.parametrize("recipe", [(True, False), (False, True)], ids=["clear", "local"])
 def test_an_autoguide_is_set_up_before_it_is_sharded(pools, recipe):
     expected, _ = train_autoguide(lambda module: module, *recipe, False)
-    for values, _ in pools(2).results(train_autoguide, fully_shard, *recipe, False):
-        torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    found = pools(2).results(train_autoguide, fully_shard, *recipe, False)
+    assert_all_close([values for values, _ in found], expected)
 
 
 def audit_autoguide():
@@ -159,15 +163,14 @@ def audit_autoguide():
 
 def test_an_audit_gathers_parameters(pools):
     expected, _ = train_autoguide(lambda module: module, False, True, False)
-    for values in pools(2).results(audit_autoguide):
-        torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    assert_all_close(pools(2).results(audit_autoguide), expected)
 
 
 @pytest.mark.parametrize("wrapper", [fully_shard, DistributedDataParallel])
 def test_statistics_of_minibatches_are_those_of_each_process(pools, wrapper):
     first, second = pools(2).results(train_autoguide, wrapper, True, False, True)
     assert torch.equal(first[0], second[0])
-    assert (first[1][0] - second[1][0]).abs().min() > 0.01
+    assert (first[1][0] - second[1][0]).abs().max() > 0.01
 
 
 def shard_program(role, sharded_module):
@@ -175,7 +178,7 @@ def shard_program(role, sharded_module):
     fully_shard(getattr(module, role))
     if sharded_module:
         fully_shard(module)
-    module(*share_of(0))
+    module(share_of(0))
 
 
 @pytest.mark.parametrize("sharded_module", [False, True])
@@ -190,7 +193,7 @@ def loss_of_unsharded(name, wrap):
     module = wrap(module_of(name))
     train(module, sgd(module), range(2))
     module.unshard()
-    loss = OBJECTIVES[name].loss(module.model, module.guide, *share_of(0))
+    loss = OBJECTIVES[name].loss(module.model, module.guide, share_of(0))
     module.reshard()
     train(module, sgd(module), range(1))
     return loss

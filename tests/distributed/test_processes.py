@@ -1,13 +1,13 @@
 import os
 import signal
 import time
-from datetime import timedelta
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 
 from pyro_ext.distributed.processes import current_processes
+from tests.distributed.pool import start_group
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +31,7 @@ def test_all_processes_have_the_same_sum_copy_and_parts(pools, size):
 
 def share_a_failure():
     processes = current_processes()
-    return processes.share(lambda: 1 // (1 - processes.rank), "estimate_nothing")
+    return processes.results_of_all(lambda: 1 // (1 - processes.rank), "estimate_nothing")
 
 
 def test_an_error_of_one_process_is_an_error_of_all(pools):
@@ -41,14 +41,7 @@ def test_an_error_of_one_process_is_an_error_of_all(pools):
 
 
 def lose_rank_1(rank, size, folder, is_killed):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=5),
-    )
+    start_group(rank, size, folder, 5)
     processes = current_processes()
     if rank == 1:
         if is_killed:

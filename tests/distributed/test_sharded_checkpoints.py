@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from pyro_ext.infer import LinearKL
-from tests.distributed.minibatch_pair import OBJECTIVES, module_of, train
+from tests.distributed.minibatch_pair import OBJECTIVES, assert_all_close, module_of, train
 from tests.distributed.test_module_form import WRAPPERS, compiled, shard_layers, values_of
 
 pytestmark = [pytest.mark.long, pytest.mark.slow]
@@ -60,27 +60,24 @@ def values_of_one_process(name):
     return values_of(module)
 
 
-def assert_resumed(name, found):
-    for values in found:
-        torch.testing.assert_close(values, values_of_one_process(name), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_resume_the_run_of_four(pools, tmp_path, wrapper, name):
     wrap, folder = WRAPPERS[wrapper], str(tmp_path)
     pools(4).results(train_and_save, name, wrap, folder)
-    assert_resumed(name, pools(2).results(resume, name, wrap, folder))
+    assert_all_close(pools(2).results(resume, name, wrap, folder), values_of_one_process(name))
 
 
 def test_compiled_steps_or_one_process_resume_the_run_of_four(pools, tmp_path):
     folder = str(tmp_path)
     pools(4).results(train_and_save, "dreg", shard_layers, folder)
     make = functools.partial(module_of, wrap=compiled)
-    assert_resumed("dreg", pools(2).results(resume, "dreg", fully_shard, folder, make))
+    assert_all_close(
+        pools(2).results(resume, "dreg", fully_shard, folder, make), values_of_one_process("dreg")
+    )
     with pytest.warns(UserWarning, match="the intent is to load in a single process"):
         alone = resume("dreg", lambda module: module, folder)
-    assert_resumed("dreg", [alone])
+    assert_all_close([alone], values_of_one_process("dreg"))
 
 
 def save_schedule(folder):
