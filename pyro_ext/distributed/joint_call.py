@@ -10,7 +10,6 @@ from pyro_ext._random_states import (
     RandomStates,
     kept_random_states,
     random_states,
-    seed_all,
     set_random_states,
 )
 from pyro_ext.distributed.processes import (
@@ -19,7 +18,7 @@ from pyro_ext.distributed.processes import (
     describe_error,
     separate_processes,
 )
-from pyro_ext.distributed.streams import agreed_seed, seed_of
+from pyro_ext.distributed.streams import agreed_seed, seed_stream
 from pyro_ext.distributed.summaries import named_arguments, parameters, summary
 
 T = TypeVar("T")
@@ -127,7 +126,7 @@ class JointCall:
         :param seed: the seed from which they are derived; None for the seed of the call.
         """
         if self._processes is not None:
-            _seed_stream(self._seed if seed is None else seed, self.rank)
+            seed_stream(self._seed if seed is None else seed, self.rank)
 
     def drawn(self, items: Iterable[T], stream: str | int) -> Iterator[T]:
         """Yield items that may draw random numbers when they are made, from a stream of their own.
@@ -140,7 +139,7 @@ class JointCall:
         while True:
             with kept_random_states():
                 if states is None:
-                    _seed_stream(self._seed, stream)
+                    seed_stream(self._seed, stream)
                 else:
                     set_random_states(states)
                 iterator = iter(items) if iterator is None else iterator
@@ -231,7 +230,7 @@ def joint_call(owner: str, *, postpones_interrupts: bool = True) -> Iterator[Joi
         call = JointCall(owner, interrupts, processes, seed)
         stack.enter_context(kept_random_states())
         stack.enter_context(separate_processes())
-        _seed_stream(seed, "all")
+        seed_stream(seed, "all")
         try:
             yield call
         except BaseException as error:
@@ -239,7 +238,3 @@ def joint_call(owner: str, *, postpones_interrupts: bool = True) -> Iterator[Joi
                 call.end(error)
             raise
         call.end(None)
-
-
-def _seed_stream(seed: int, stream: str | int) -> None:
-    seed_all(seed_of(seed, stream))

@@ -27,8 +27,7 @@ class UnpaddedSampler(DistributedSampler[Any]):
         return len(range(self.rank, len(dataset), self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        dataset: Any = self.dataset
-        return islice(super().__iter__(), len(self)) if len(dataset) else iter(())
+        return islice(super().__iter__(), len(self))
 
 
 def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -> Any:
@@ -56,14 +55,12 @@ def with_share_of_rows(owner: str, data: Any, processes: Processes, seed: int) -
             )
         return data
     dataset: Any = data.dataset
-    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
-    is_of_all_rows = is_shuffled or type(sampler) is SequentialSampler
-    is_of_all_rows = (
-        is_of_all_rows and (sampler.data_source is dataset) and len(sampler) == len(dataset)
-    )
     batches = data.batch_sampler
-    if not (type(batches) is BatchSampler and is_of_all_rows):
+    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
+    if not (is_shuffled or type(sampler) is SequentialSampler) or type(batches) is not BatchSampler:
         return data
+    if sampler.data_source is not dataset or len(sampler) != len(dataset):
+        return data  # the sampler chooses rows
     kind: type[DistributedSampler[Any]] = (
         DistributedSampler if batches.drop_last else UnpaddedSampler
     )

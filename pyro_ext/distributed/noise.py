@@ -18,7 +18,7 @@ Draw = Callable[[Any, Any, Any], Any]
 
 
 class DistributedNoise(Messenger):
-    r"""An effect handler for the random numbers of several processes with a share of the rows each.
+    """An effect handler for the random numbers of several processes with a share of the rows each.
 
     There are two streams of random numbers. A latent site outside of the divided plates is global.
     It draws from the stream that all processes share, so it has the same value in each process. A
@@ -72,8 +72,8 @@ class DistributedNoise(Messenger):
         self.step = 0
         #: The states of torch's generators that stand for the shared stream; None before its use.
         self._shared_states: RandomStates | None = None
-        #: The rows of each divided plate in the latest run, and the rows of all data.
-        self.rows: dict[str, tuple[int, int]] = {}
+        #: The number of rows of each divided plate in the latest run.
+        self.rows: dict[str, int] = {}
         self.seed_stream(seed)
 
     def __enter__(self) -> Any:
@@ -130,7 +130,7 @@ class DistributedNoise(Messenger):
         if len(value) < fn.size:
             self.plates.add(name)
         if name in self.plates:
-            self.rows[name] = (len(value), fn.size)
+            self.rows[name] = len(value)
 
     def _draw_shared(self, func: Any, args: Any, kwargs: Any) -> Any:
         outside = torch_states()
@@ -223,4 +223,4 @@ def active_rows() -> list[int]:
     divided.
     """
     noise = active_noise()
-    return [] if noise is None else [num_rows for num_rows, _ in noise.rows.values()]
+    return [] if noise is None else [*noise.rows.values()]

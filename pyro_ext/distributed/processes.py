@@ -101,7 +101,7 @@ class Processes:
         self.raise_for([found if has_failed else None], owner)
         return found
 
-    def share(self, compute: Callable[[], T], owner: str) -> list[T]:
+    def results_of_all(self, compute: Callable[[], T], owner: str) -> list[T]:
         """Return the results of a computation in all processes, by rank.
 
         :param compute: the computation. If it uses this group, it must do so in the same way in

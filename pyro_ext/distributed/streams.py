@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from pyro_ext._random_states import seed_all
 from pyro_ext.distributed.processes import Processes
 
 
@@ -22,3 +23,8 @@ def seed_of(seed: int, stream: str | int) -> int:
     """
     digest = hashlib.sha256(f"{seed} {stream}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_stream(seed: int, stream: str | int) -> None:
+    """Seed all generators of this process for one of the streams that belong to a seed."""
+    seed_all(seed_of(seed, stream))

@@ -95,7 +95,7 @@ def compare_programs(
             "params": dict.fromkeys(params),
         }
 
-    found = processes.share(describe, owner)
+    found = processes.results_of_all(describe, owner)
     for label in ("version of {}", "setting '{}'", "shape of {}", "size of plate '{}'"):
         _raise_for_difference([x[label] for x in found], label, owner)
     divided = {name for x in found for name in x["size of plate '{}'"]}

@@ -163,7 +163,7 @@ class EarlyStopping:
         processes = current_processes()
         if processes is None:
             return float(evaluate())
-        losses = processes.share(lambda: float(evaluate()), "EarlyStopping")
+        losses = processes.results_of_all(lambda: float(evaluate()), "EarlyStopping")
         return sum(losses) / len(losses)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class RunLoop:
         if self.group is None:
             return bool(callback(history))
         owner = f"{self.group.owner}.run"
-        return any(self.group.processes.share(lambda: bool(callback(history)), owner))
+        return any(self.group.processes.results_of_all(lambda: bool(callback(history)), owner))
 
     def _end_by_signal(self, interrupts: Interrupts) -> None:
         is_here = bool(interrupts)

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_ext._random_states import kept_random_states, random_states, seed_all
+from pyro_ext._random_states import kept_random_states, random_states
 from pyro_ext.distributed.gradients import Contribution, GradientExchange, Total
 from pyro_ext.distributed.loaders import with_share_of_rows
 from pyro_ext.distributed.noise import DistributedNoise, active_noise, active_rows
 from pyro_ext.distributed.packing import Gradients
 from pyro_ext.distributed.processes import Processes, describe_error
-from pyro_ext.distributed.streams import agreed_seed, seed_of
+from pyro_ext.distributed.streams import agreed_seed, seed_of, seed_stream
 from pyro_ext.infer.svi.capture.graph_inputs import current_params
 from pyro_ext.infer.svi.equal_programs import (
     compare_programs,
@@ -69,7 +69,7 @@ class TrainingGroup:
         self._last_params |= params
         self._noise = DistributedNoise(plates, self.seed)
         if self._saved is None:
-            seed_all(seed_of(self.seed, self.processes.rank))
+            seed_stream(self.seed, self.processes.rank)
         elif self._saved["noise"] is not None:
             self._noise.set_stream_state(self._saved["noise"])
 
@@ -114,7 +114,7 @@ class TrainingGroup:
             if state["rank_and_size"] == [self.processes.rank, self.processes.size]:
                 return own
         with kept_random_states():
-            seed_all(seed_of(int(own["random"]["cpu"].long().sum()), self.processes.rank))
+            seed_stream(int(own["random"]["cpu"].long().sum()), self.processes.rank)
             return {**own, "random": random_states()}
 
     def agree(self, owner: str, check: Callable[[], None], **arguments: Any) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class TrainingGroup:
             check()
             return arguments
 
-        found = self.processes.share(checked, owner)
+        found = self.processes.results_of_all(checked, owner)
         for rank, theirs in enumerate(found):
             if theirs["num_epochs"] != found[0]["num_epochs"]:
                 raise ValueError(
@@ -157,7 +157,7 @@ class TrainingGroup:
         def divide() -> None:
             found.append(with_share_of_rows(owner, data, self.processes, seed))
 
-        self.processes.share(divide, owner)
+        self.processes.results_of_all(divide, owner)
         return found[0]
 
     def length_of(self, data: Any) -> int | None:

@@ -164,8 +164,7 @@ class GraphRecorder:
         :param out: its result.
         :raises CaptureError: if the draw depends on more than constants.
         """
-        is_filled = schema_of(func).is_mutable
-        for x in args[is_filled:]:
+        for x in args[1:] if schema_of(func).is_mutable else args:  # the first one is filled
             if isinstance(x, Tensor) and self.origin_of(x) != Origin.CONSTANT:
                 raise CaptureError(
                     "the random numbers of a site that all processes share, or of rows with "
