@@ -54,7 +54,7 @@ def plate_without_size():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
 
-    svi = EagerSVI(model, lambda x: None, pyro.optim.SGD({}), pyro.infer.Trace_ELBO())
+    svi = EagerSVI(model, lambda x: None, pyro.optim.SGD({}), ImportanceWeightedELBO(5))
     svi.step(torch.zeros(3) + rank())
 
 

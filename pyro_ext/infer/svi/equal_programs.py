@@ -19,6 +19,7 @@ from pyro_ext.distributed.processes import Processes
 from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.capture.operation_log import set_up
 from pyro_ext.infer.svi.run_settings import objective_settings, optimizer_settings
+from pyro_ext.tracing.sites import PARTICLE_PLATE
 
 
 def _libraries() -> list[Any]:
@@ -48,7 +49,7 @@ class _Plates(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["is_observed"]:
             self.observed.append(msg["value"])
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) and msg["name"] != PARTICLE_PLATE:
             fn: Any = msg["fn"]
             value: Any = msg["value"]
             kind = self.divided if len(value) < fn.size else self.whole
