@@ -35,7 +35,8 @@ def gather_particles(
     """
     rows = traces.density_sites
     by_key = {site.key: site for row in rows for site in row}
-    leaves = {("guide", draw.name) for draw in traces.draws if not draw.is_point}
+    replaced = [draw for draw in traces.draws if draw.is_replaced]
+    leaves = {("guide", draw.name) for draw in replaced if not draw.is_point}
     dims = [plate.dim for plate in common if plate.dim is not None]
     layout = Layout(
         traces.num_particles,
@@ -76,8 +77,9 @@ def gather_particles(
         score=layout.stack([t.value for t in row] for row in terms) if any(terms) else None,
         split_scores=split_scores(traces, terms, outside) if splits_rewards else None,
         plates=tuple(common),
-        draws=tuple(draw for draw in traces.draws if not draw.is_global),
-        global_draws=tuple(draw for draw in traces.draws if draw.is_global),
+        draws=tuple(draw for draw in replaced if not draw.is_global),
+        global_draws=tuple(draw for draw in replaced if draw.is_global),
+        points=tuple(draw for draw in traces.draws if not draw.is_replaced),
         model_traces=traces.model_traces,
         guide_traces=traces.guide_traces,
         density_sites=rows,

@@ -64,6 +64,8 @@ class Particles:
         sampling; empty if no leaves were requested.
     :ivar global_draws: the same pairs for the sites outside the local plate. These sites are drawn
         once.
+    :ivar points: the values of the guide's Delta sites that no leaf replaced and that depend on
+        parameters or draws; empty if no leaves were requested.
     :ivar model_traces: the traces of the model: a single one if the particles are vectorised, else
         one for each particle.
     :ivar guide_traces: the traces of the guide: a single one if the particles are vectorised, else
@@ -97,6 +99,7 @@ class Particles:
     plates: tuple[Plate, ...]
     draws: tuple[Draw, ...]
     global_draws: tuple[Draw, ...]
+    points: tuple[Draw, ...]
     model_traces: tuple[Trace, ...]
     guide_traces: tuple[Trace, ...]
     density_sites: list[list[DensitySite]]
@@ -105,6 +108,22 @@ class Particles:
     def log_w(self) -> Float[Tensor, "K *common"]:
         """The log importance weights log p(x, z) - log q(z), of shape ``(K, *common)``."""
         return self.log_p - self.log_q
+
+    def along(self, draw: Draw, x: Float[Tensor, "K *common"]) -> Tensor:
+        """Return the entries of ``x`` for the elements of a draw.
+
+        :param draw: a draw in the common plates.
+        :param x: a tensor with an entry for each log weight.
+        :returns: a tensor that broadcasts against the value of the draw.
+        """
+        event_dim = draw.fn.event_dim
+        shape = [1] * draw.value.dim()
+        for plate in self.plates:
+            shape[(plate.dim or 0) - event_dim] = plate.size
+        if draw.particle is not None:
+            return x[draw.particle].reshape(shape)
+        shape[0] = len(x)
+        return x.reshape(shape)
 
     def reward_outside(
         self, objective: Float[Tensor, "*common"], plates: frozenset[Plate]

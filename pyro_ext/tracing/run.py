@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -169,7 +169,7 @@ def run_at_once(
     recorded = programs.each_under(in_model, in_guide).each_under(plate, plate)
     if enumerates:
         recorded = recorded.enumerated(particle_dim - 1)
-    with _leaf_draws(leaves, local_plate, programs) as draws, subsamples or nullcontext():
+    with _leaf_draws(leaves, local_plate, programs) as found, subsamples or nullcontext():
         try:
             model_trace, guide_trace = recorded.importance_traces(-particle_dim)
         except (SiteError, NeedsEnumerationError, torch.OutOfMemoryError):
@@ -193,7 +193,7 @@ def run_at_once(
         num_particles,
         particle_dim,
         _by_program(in_model, in_guide),
-        tuple(draws),
+        tuple(found.draws),
     )
 
 
@@ -221,10 +221,10 @@ def run_in_turn(
     model_traces, guide_traces = [], []
     all_draws: list[Draw] = []
     records: dict[SiteKey, SiteRecord] = {}
-    for _ in range(num_particles):
+    for k in range(num_particles):
         in_guide = SiteRecorder(None, advice)
         in_model = SiteRecorder(None, advice, in_guide, enumerates=enumerates)
-        with _leaf_draws(leaves, local_plate, programs) as draws, rows, shared_globals:
+        with _leaf_draws(leaves, local_plate, programs, k) as found, rows, shared_globals:
             recorded = programs.each_under(in_model, in_guide)
             if num_draws is not None:
                 recorded = recorded.combined(num_draws, -1 - int(max_plate_nesting))
@@ -233,7 +233,7 @@ def run_in_turn(
             model_trace, guide_trace = recorded.importance_traces(max_plate_nesting)
         model_traces.append(model_trace)
         guide_traces.append(guide_trace)
-        all_draws += draws
+        all_draws += found.draws
         records |= _by_program(in_model, in_guide)
     return ParticleTraces(
         tuple(model_traces),
@@ -247,21 +247,20 @@ def run_in_turn(
 
 
 def _leaf_draws(
-    leaves: Leaves, local_plate: str | None, programs: Programs
-) -> AbstractContextManager[Sequence[Draw]]:
+    leaves: Leaves, local_plate: str | None, programs: Programs, particle: int | None = None
+) -> AbstractContextManager[LeafDraws]:
     """Collect the draws that leaves replace, while model and guide run."""
-    if leaves is Leaves.NOWHERE:
-        return nullcontext(())
     if programs.guide_runs_model and leaves is Leaves.IN_MODEL:
         leaves = Leaves.EVERYWHERE_WITH_POINTS  # there is no run of the model alone
-    return _collected(LeafDraws(leaves, local_plate))
+    handler = LeafDraws(leaves, local_plate, programs.guide_runs_model, particle)
+    return nullcontext(handler) if leaves is Leaves.NOWHERE else _collected(handler)
 
 
 @contextmanager
-def _collected(handler: LeafDraws) -> Iterator[Sequence[Draw]]:
+def _collected(handler: LeafDraws) -> Iterator[LeafDraws]:
     try:
         with handler:
-            yield handler.draws
+            yield handler
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

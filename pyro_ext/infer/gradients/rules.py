@@ -34,17 +34,21 @@ coefficient f_k of log w_k. The coefficient f_k - f_kk is used only on paths fro
 the plate to the guide's parameters.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import abbreviate, describe
-from pyro_ext._private.of_pyro import mask_of
-from pyro_ext.tracing.leaves import Draw, Leaves
+from pyro_ext.infer.gradients.paths import (
+    Coefficients,
+    density_factor,
+    leaf_gradients,
+    partial_derivatives,
+    set_ratios,
+)
+from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.particles import Particles
 from pyro_ext.tracing.rewards import score_sites
 
@@ -137,7 +141,8 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
     if bound.guide_bound is bound:
         value = _total(particles, bound_value(bound, particles.log_w)) + particles.outer
         return value + _without_value(_reward(bound, particles))
-    return _once_reparameterized(bound, particles, particles.log_q, particles.outer)
+    first, _ = bound.guide_bound.derivatives(particles.log_w.detach())
+    return _with_paths(bound, particles, first, first, is_explicit=True)
 
 
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
@@ -149,7 +154,8 @@ def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[
     Source: Roeder, Wu and Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient
     Estimators for Variational Inference.
     """
-    return _once_reparameterized(bound, particles, particles.log_q_rest, particles.outer_rest)
+    first, _ = bound.guide_bound.derivatives(particles.log_w.detach())
+    return _with_paths(bound, particles, first, first)
 
 
 def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
@@ -161,21 +167,8 @@ def doubly_reparameterized_objective(bound: Bound, particles: Particles) -> Floa
     Monte Carlo Objectives.
     """
     first, second = bound.guide_bound.derivatives(particles.log_w.detach())
-    replaced = _weighted(particles, second) + _score_weighted(particles, first)
-    along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
-    global_draws, draws = particles.global_draws, particles.draws
-    factors = [_density_factor(draw, particles.scale) for draw in draws]
-    if not global_draws and all(factor is None for factor in factors):
-        gradients = _leaf_gradients(draws, along_paths - replaced)
-    else:
-        gradients = _leaf_gradients(global_draws + draws, along_paths)
-        explicit = _leaf_gradients(draws, replaced)
-        for i, (factor, gradient) in enumerate(zip(factors, explicit, strict=True)):
-            i += len(global_draws)
-            gradients[i] = gradients[i] - (gradient if factor is None else factor * gradient)
-    return _along_paths(
-        bound, particles, first, particles.log_q_rest, particles.outer_rest, gradients
-    )
+    score = _score_weighted(particles, first)
+    return _with_paths(bound, particles, first, first - second, score)
 
 
 GRADIENT_RULES = {
@@ -254,80 +247,74 @@ def _without_value(surrogate: Tensor | float) -> Tensor | float:
     return surrogate - _detached(surrogate)
 
 
-def _once_reparameterized(bound: Bound, particles: Particles, log_q: Tensor, outer: Any) -> Tensor:
-    """Return the objective with the coefficient f_k on every path."""
-    first, _ = bound.guide_bound.derivatives(particles.log_w.detach())
-    along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
-    gradients = _leaf_gradients(particles.global_draws + particles.draws, along_paths)
-    return _along_paths(bound, particles, first, log_q, outer, gradients)
-
-
-def _along_paths(
+def _with_paths(
     bound: Bound,
     particles: Particles,
-    guide_first: Tensor,
-    log_q: Tensor,
-    outer: Any,
-    gradients: Sequence[Tensor],
+    guide: Tensor,
+    paths: Tensor,
+    score: Tensor | float = 0.0,
+    is_explicit: bool = False,
 ) -> Tensor:
-    """Return the objective, with the gradients of the leaves passed on to their draws.
+    """Return the objective with coefficients of their own on the paths to draws.
 
-    The paths of the explicit terms end at the leaves. The explicit terms belong to the model, and
-    to the part of the guide in ``log_q`` and ``outer``.
+    If one pass is enough, the gates between draws and leaves are opened, so that the gradient of
+    log p goes on to the parameters of the guide. The gradient of log q on the paths is computed
+    before, at closed gates.
+
+    :param guide: the coefficients of log q.
+    :param paths: the coefficients of log p - log q on the paths.
+    :param score: a term to subtract on the paths.
+    :param is_explicit: whether the explicit term of the draws counts.
     """
-    first = guide_first
+    model = guide
     if bound.guide_bound is not bound:
-        first = bound.model_weights(particles.log_w.detach())
-    explicit = (first * _finite(particles.log_p) - guide_first * _finite(log_q)).sum(0)
-    surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
+        model = bound.model_weights(particles.log_w.detach())
     draws = particles.global_draws + particles.draws
-    for draw, gradient in zip(draws, gradients, strict=True):
-        surrogate = surrogate + (gradient * draw.value).sum()
+    values = [draw.leaf for draw in draws]
+    log_q, outer = particles.log_q, particles.outer
+    if not is_explicit:
+        log_q, outer = particles.log_q_rest, particles.outer_rest
+    explicit = guide * _finite(log_q)
+    gradients: Sequence[Tensor | None] = [None] * len(draws)
+    gated = set_ratios(particles, Coefficients(model, guide, paths))
+    if gated is None:
+        gradients = _gradients_of_leaves(bound, particles, guide, paths, score)
+        values = [draw.value for draw in draws]
+    else:
+        model = gated
+        if not is_explicit:
+            of_guide = _total(particles, (explicit - paths * _finite(particles.log_q)).sum(0))
+            of_guide = of_guide + sum(t.value.sum() for t in particles.outer_terms if t.is_leaf)
+            gradients = partial_derivatives(of_guide - score, values)
+        for draw in draws:
+            draw.gate.factor = 1.0
+    explicit = (model * _finite(particles.log_p) - explicit).sum(0)
+    surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
+    for value, gradient in zip(values, gradients, strict=True):
+        if gradient is not None:
+            surrogate = surrogate + (gradient * value).sum()
     value = _total(particles, bound_value(bound, particles.log_w.detach()))
     return value + _detached(particles.outer) + _without_value(surrogate)
 
 
-def _leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:
-    """Return the total derivatives at the leaves, including those through later draws."""
-    leaves = [draw.leaf for draw in draws]
-    gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    if not leaves or not isinstance(objective, Tensor):
-        return gradients
+def _gradients_of_leaves(
+    bound: Bound, particles: Particles, guide: Tensor, paths: Tensor, score: Tensor | float
+) -> list[Tensor]:
+    """Return the derivatives of an objective at the leaves of all draws, from passes of their own.
 
-    def add(found: Sequence[Tensor | None]) -> None:
-        for i, gradient in enumerate(found):
-            if gradient is not None:
-                gradients[i] = gradients[i] + gradient
-
-    add(torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True))
-    for i in reversed(range(1, len(draws))):
-        upstream = torch.autograd.grad(
-            draws[i].value, leaves[:i], gradients[i], retain_graph=True, allow_unused=True
-        )
-        add(upstream)
+    See :func:`_with_paths` for the arguments.
+    """
+    along_paths = _weighted(particles, guide) + particles.outer + _reward(bound, particles)
+    global_draws, draws = particles.global_draws, particles.draws
+    if paths is guide:
+        return leaf_gradients(global_draws + draws, along_paths)
+    replaced = _weighted(particles, guide - paths) + score
+    factors = [density_factor(draw, particles.scale) for draw in draws]
+    if not global_draws and all(factor is None for factor in factors):
+        return leaf_gradients(draws, along_paths - replaced)
+    gradients = leaf_gradients(global_draws + draws, along_paths)
+    explicit = leaf_gradients(draws, replaced)
+    for i, (factor, gradient) in enumerate(zip(factors, explicit, strict=True)):
+        i += len(global_draws)
+        gradients[i] = gradients[i] - (gradient if factor is None else factor * gradient)
     return gradients
-
-
-def _density_factor(draw: Draw, scale: Any) -> Tensor | None:
-    """Return the factor of a draw's log q in log w; None if it is 1."""
-    if draw.is_point:  # has no explicit term
-        return torch.zeros_like(draw.leaf)
-    factor: Any = draw.mask
-    if not isinstance(scale, Tensor):  # a tensor scale is the same at every site and stays outside
-        relative = draw.scale / scale
-        if isinstance(relative, Tensor) or not math.isclose(relative, 1):
-            factor = relative if factor is None else relative * factor
-    fn = draw.fn
-    if (mask := mask_of(fn)) is not None:
-        factor = mask if factor is None else mask * factor
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-        if mask_of(fn) is not None:
-            raise NotImplementedError(
-                f"Guide site '{draw.name}' has a mask inside another distribution, which this "
-                "gradient rule does not support. Apply .mask(...) last, or use poutine.mask."
-            )
-    if factor is None or factor is True:
-        return None
-    factor = torch.as_tensor(factor, dtype=draw.leaf.dtype, device=draw.leaf.device)
-    return factor.reshape(factor.shape + (1,) * draw.fn.event_dim)
