@@ -121,6 +121,7 @@ def test_several_particles_of_a_linear_bound(make, options):
     assert ((found.mean(0) - one.mean(0)).abs() <= 4.5 * error).all()
 
 
+@pytest.mark.slow
 def test_chunks_of_a_linear_bound_have_the_same_mean():
     model, guide = PROGRAMS["crossed and masked"]
     whole, chunks = (
@@ -145,6 +146,7 @@ def test_a_linear_bound_takes_a_subsampled_plate_beside_a_global(make):
         CombinedELBO(0.9, 4).loss_and_grads(model, guide)
 
 
+@pytest.mark.slow
 def test_draws_that_leave_their_plate_are_rewarded_as_a_whole():
     """The elements of the plate depend on each other through t, which Trace_ELBO ignores."""
     logit = torch.tensor(1.0, requires_grad=True)
@@ -173,6 +175,7 @@ def test_draws_that_leave_their_plate_are_rewarded_as_a_whole():
     assert_mean(torch.stack(draws), expected)
 
 
+@pytest.mark.slow
 def test_a_factor_that_stands_for_draws():
     """pyro.factor(..., has_rsample=False) is the density of draws that the guide made by itself."""
     logit = torch.tensor(0.3, requires_grad=True)
