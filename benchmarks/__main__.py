@@ -26,6 +26,8 @@ SUITES = (
     "jackknife_orders",
     "discretized_logistic",
     "bayes_by_backprop",
+    "counts",
+    "bfloat16",
     "evidence",
     "chunk_memory",
     "growth",

@@ -75,7 +75,7 @@ def test_the_subset_matrix_is_the_jackknife():
 def test_the_plain_step_is_the_importance_weighted_step():
     import pyro
 
-    from benchmarks.training_step import plain_step
+    from benchmarks.plain_steps import plain_step
     from benchmarks.vae import VAE, random_images
     from pyro_ext.infer import ImportanceWeightedELBO
 
@@ -91,3 +91,81 @@ def test_the_plain_step_is_the_importance_weighted_step():
     with pyro.validation_enabled(False):
         expected = elbo.loss(vae.model, vae.guide, images)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_matmuls_have_the_floating_point_operations_of_the_step():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.plain_steps import matmuls, plain_step
+    from benchmarks.vae import random_images
+
+    images = random_images(4, torch.device("cpu"))
+    found = []
+    for make in (matmuls, plain_step):
+        step = make(images, 3)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
+
+
+def branch_on_a_value(x):
+    return 1 if x.sum() > 0 else 2
+
+
+@pytest.mark.parametrize(
+    ("program", "operations", "syncs"),
+    [
+        (lambda x: x.exp() + 1, 2, 0),
+        (lambda x: x.view(2, 3).T.expand(2, 3, 2).detach(), 0, 0),
+        (lambda x: torch.empty_like(x).fill_(1.0), 1, 0),
+        (lambda x: x.sum().item(), 1, 1),
+        (branch_on_a_value, 2, 1),
+        (lambda x: x.nonzero(), 0, 1),
+        (lambda x: x[x > 0], 1, 1),
+        (lambda x: x[torch.tensor([0, 1])], 1, 0),
+        (lambda x: torch.equal(x, x), 0, 1),
+        (lambda x: torch.linalg.cholesky(torch.eye(3)), 2, 1),
+    ],
+)
+def test_counts_operations_and_synchronisations(program, operations, syncs):
+    from benchmarks.counting import CountingMode
+
+    x = torch.arange(6.0)
+    for is_inference in (False, True):
+        with torch.inference_mode(is_inference), CountingMode(torch.device("cpu")) as counts:
+            program(x)
+        assert (counts.operations.total(), counts.syncs.total()) == (operations, syncs)
+
+
+def test_copies_to_the_host_are_synchronisations_unless_they_do_not_block():
+    from benchmarks.counting import CountingMode
+
+    x = torch.empty(6, device="meta")
+    y = torch.empty(6)
+    with CountingMode(torch.device("meta")) as counts:
+        x.copy_(y)
+        y.to("meta")
+        x.copy_(x)
+    assert counts.syncs == {"aten.copy_.default": 1, "aten._to_copy.default": 1}
+    with CountingMode(torch.device("meta")) as counts:
+        x.copy_(y, non_blocking=True)
+        y.exp().to("meta", non_blocking=True)
+    assert not counts.syncs
+    assert counts.operations.total() == 2
+
+
+def test_an_eager_step_waits_for_its_loss_alone_without_validation():
+    import pyro
+    from pyro.infer import SVI
+
+    from benchmarks.counts import counts_of_step, step_of
+    from benchmarks.vae import random_images
+    from pyro_ext.infer import ImportanceWeightedELBO
+
+    images = random_images(4, OPTIONS.device)
+    elbo = ImportanceWeightedELBO(3, max_plate_nesting=1)
+    with pyro.validation_enabled(False):
+        operations, syncs = counts_of_step(step_of(SVI, elbo, images), OPTIONS.device)
+    assert syncs == 1
+    assert 100 < operations < 250
