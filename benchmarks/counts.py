@@ -86,6 +86,8 @@ def tables(options: Options) -> Iterator[Table]:
         "optimiser, and Inductor's kernels come on top. Distributions do not validate their "
         "arguments in a compiled step."
     )
+    if options.device.type == "cpu":
+        table.note += " A validated step or chunk has two synchronisations less on another device."
     yield table
 
 
