@@ -141,6 +141,10 @@ def costs(options: Options) -> Table:
 
 def tables(options: Options) -> Iterator[Table]:
     """Times, and the cost where the data are."""
-    yield times(options)
-    if importlib.util.find_spec("sklearn") is not None:
+    has_data = importlib.util.find_spec("sklearn") is not None
+    table = times(options)
+    if not has_data:
+        table.note += " The cost in evidence is left out: scikit-learn is not installed."
+    yield table
+    if has_data:
         yield costs(options)

@@ -1,17 +1,18 @@
-"""Interleaved timing, peak memory, tables and their plots."""
+"""Interleaved timing, peak memory, the machine, tables and their plots."""
 
 import itertools
+import platform
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
@@ -24,15 +25,12 @@ class Options:
 
     :param torch.device device: where to run.
     :param bool quick: fewer settings and rounds.
+    :param float seconds: about how long to time one group of steps.
     """
 
     device: torch.device
     quick: bool
-
-    @property
-    def seconds(self) -> float:
-        """About how long to time one group of steps."""
-        return 3.0 if self.quick else 12.0
+    seconds: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ class Table:
 
     def draw(self, folder: Path) -> None:
         """Saves a bar chart."""
+        from matplotlib.figure import Figure
+
         labels, value = self.chart
         names = [
             ", ".join(_cell(row[self.columns.index(label)]) for label in labels)
@@ -156,6 +156,15 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return max(itertools.accumulate(changes), default=0)
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "pyro-ppl"))
+    return (
+        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"
+    )
 
 
 def geometric_mean(values: Sequence[float]) -> float:

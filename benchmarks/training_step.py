@@ -1,7 +1,7 @@
 """A training step of the importance-weighted VAE, over the same maths in plain PyTorch."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -31,17 +31,10 @@ MOST_ROWS = {"cpu": 50_000, "cuda": 500_000}
 WITHOUT_MEMORY = "NumPyro", "matmuls alone"
 
 
-def pyro_step(
-    cls: type[SVI],
-    loss: object,
-    images: Tensor,
-    name: str,
-    optimizer: Mapping[str, Any] = {"lr": 1e-3},  # noqa: B006 (it is only read)
-    **options: Any,
-) -> Step:
+def pyro_step(cls: type[SVI], loss: object, images: Tensor, name: str, **options: Any) -> Step:
     """A step of an SVI on a network of its own."""
     vae = VAE(name).to(images.device)
-    svi = cls(vae.model, vae.guide, pyro.optim.Adam(dict(optimizer)), loss, **options)
+    svi = cls(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss, **options)
     svi.step(images)
     return lambda: svi.step(images)
 
@@ -63,19 +56,20 @@ def settings(options: Options) -> Iterator[tuple[int, int]]:
 
 
 class Means:
-    """Median ratios by step and by batch and K, for the notes below tables."""
+    """Times by step and by batch and K, and their geometric means for the notes below tables."""
 
     def __init__(self) -> None:
-        self.ratios: dict[str, dict[tuple[int, int], float]] = {}
+        self.times: dict[str, dict[tuple[int, int], float]] = {}
 
     def add(self, size: tuple[int, int], found: Mapping[str, tuple[Spread, Spread]]) -> None:
-        """Adds the ratios at a size."""
-        for name, (_, ratio) in found.items():
-            self.ratios.setdefault(name, {})[size] = ratio.median
+        """Adds the median times at a size."""
+        for name, (milliseconds, _) in found.items():
+            self.times.setdefault(name, {})[size] = milliseconds.median
 
-    def of(self, name: str) -> float:
-        """The mean over the sizes that a quick run measures too."""
-        return geometric_mean([self.ratios[name][size] for size in QUICK])
+    def ratio(self, above: str, below: str, sizes: Sequence[tuple[int, int]] = QUICK) -> float:
+        """The mean ratio of two steps over those sizes at which there are both."""
+        one, other = self.times.get(above, {}), self.times.get(below, {})
+        return geometric_mean([one[s] / other[s] for s in sizes if s in one and s in other])
 
 
 def tables(options: Options) -> Iterator[Table]:
@@ -95,11 +89,11 @@ def tables(options: Options) -> Iterator[Table]:
             has_memory = name not in WITHOUT_MEMORY
             peak = peak_bytes(steps[name], options.device) / 2**20 if has_memory else "-"
             table.rows.append([*size, name, milliseconds, ratio, peak])
-    others = [name for name in means.ratios if name != "CompiledSVI"]
-    floor = means.ratios["CompiledSVI"][SMALL] / means.ratios["matmuls alone"][SMALL]
+    others = [name for name in means.times if name != "CompiledSVI"]
+    floor = means.ratio("CompiledSVI", "matmuls alone", [SMALL])
     table.note = (
         f"Time of the compiled step, divided by the time of another step, {MEAN}: "
-        + ", ".join(f"{means.of('CompiledSVI') / means.of(x):.2f} for {x}" for x in others)
+        + ", ".join(f"{means.ratio('CompiledSVI', x):.2f} for {x}" for x in others)
         + f". At (20, 1) it is {floor:.2f} for matmuls alone. The first call compiles and takes "
         f"{min(first_calls):.1f} to {max(first_calls):.1f} s."
     )
@@ -162,10 +156,10 @@ def other_objectives(title: str, cls: type[SVI], options: Options) -> Table:
         found = compare(steps, options)
         means.add(size, found)
         table.rows += [[*size, name, *times] for name, times in found.items()]
-    _, *names = means.ratios
+    base, *names = means.times
     table.note = (
         f"Time of a step, divided by the time of the pathwise step, {MEAN}: "
-        + ", ".join(f"{means.of(name):.2f} for {name}" for name in names)
+        + ", ".join(f"{means.ratio(name, base):.2f} for {name}" for name in names)
         + "."
     )
     return table

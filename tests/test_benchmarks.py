@@ -7,7 +7,6 @@ from importlib import import_module
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
 from benchmarks.__main__ import SUITES
 from benchmarks.harness import Options, Spread, Table, compare, geometric_mean, peak_bytes
 
@@ -38,6 +37,7 @@ def test_counts_the_peak_of_memory():
 
 
 def test_tables_are_printed_recorded_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     spread = Spread(1.5, 1.25, 1.75)
     table = Table(
         "Title", ["name", "ratio"], [["a", spread], ["b", 2.0]], "A note.", (["name"], "ratio")
@@ -169,3 +169,110 @@ def test_an_eager_step_waits_for_its_loss_alone_without_validation():
         operations, syncs = counts_of_step(step_of(SVI, elbo, images), OPTIONS.device)
     assert syncs == 1
     assert 100 < operations < 250
+
+
+def part(title, run, until=1.0, needs=0.0):
+    from benchmarks.gpu.kit import Part
+
+    return Part(title, until, needs, run)
+
+
+def run_kit(parts, folder, seconds=5.0):
+    from benchmarks.gpu.kit import run
+
+    path = run(parts, OPTIONS.device, True, seconds, folder)
+    assert path == folder / "RESULTS-GPU.md"
+    return path.read_text()
+
+
+def test_the_gpu_kit_names_what_it_leaves_out(tmp_path):
+    from benchmarks.gpu.kit import PARTS
+
+    text = run_kit(PARTS, tmp_path, seconds=1.0)
+    for title, *_ in PARTS:
+        assert f"## {title}\n\nLeft out: it needs about" in text
+
+
+def test_the_gpu_kit_writes_after_each_piece_and_goes_on_after_an_error(tmp_path):
+    table = Table("Title", ["name", "ratio"], [["a", 1.0]])
+    seen = []
+
+    def look():
+        seen.append((tmp_path / "RESULTS-GPU.md").read_text())
+
+    def first(options, clock):
+        assert options.quick
+        yield table
+        look()
+        table.rows.append(["b", 2.0])
+        yield table
+        look()
+        raise MemoryError("too large\nby far")
+
+    def second(options, clock):
+        yield "A paragraph."
+
+    text = run_kit([part("First", first), part("Second", second)], tmp_path)
+    assert "| a | 1 |" in seen[0]
+    assert "| b | 2 |" in seen[1]
+    assert text.count("### Title") == 1
+    assert "Stopped by an error. MemoryError: too large\n" in text
+    assert "## Second\n\nA paragraph." in text
+
+
+def test_a_size_that_would_take_too_long_is_left_out():
+    from benchmarks.gpu.clock import Clock
+
+    clock = Clock(time.perf_counter() + 0.5, True)
+    left_out = []
+    for _ in clock.select(range(5), left_out):
+        time.sleep(0.2)
+    assert left_out == [2, 3, 4]
+
+
+def test_the_gpu_kit_measures_steps(monkeypatch):
+    from benchmarks.gpu import steps
+    from benchmarks.gpu.clock import Clock
+
+    def makers(images, K):
+        def fail():
+            raise RuntimeError("out of memory")
+
+        return {
+            "matmuls alone": lambda: lambda: time.sleep(0.001),
+            "CompiledSVI": lambda: lambda: time.sleep(0.002),
+            "CompiledSVI, CUDA graphs": fail,
+        }
+
+    monkeypatch.setattr(steps, "implementations", makers)
+    monkeypatch.setattr(steps, "REHEARSAL", steps.QUICK[:2])
+    options = Options(OPTIONS.device, True, 0.01)
+    table, *_, of_compiled, of_graphs = steps.training_steps(
+        options, Clock(time.perf_counter() + 60, True)
+    )
+    assert [row[:3] for row in table.rows][:2] == [[20, 5, "matmuls alone"], [20, 5, "CompiledSVI"]]
+    assert "CompiledSVI, CUDA graphs at (20, 5): RuntimeError: out of memory." in table.note
+    assert "for matmuls alone (geometric mean over (batch, K) = (20, 5), (20, 50))" in of_compiled
+    assert "none" in of_graphs
+
+
+@pytest.mark.long
+def test_the_gpu_kit_runs_the_tests_of_a_device(tmp_path):
+    from benchmarks.gpu.cuda_tests import run_tests
+
+    text = run_kit([part("Tests", run_tests)], tmp_path, seconds=60.0)
+    assert "pytest ended with code 0" in text
+    assert "skipped" in text.splitlines()[-3]
+
+
+def test_the_recipes_of_the_scale_mixture_agree(monkeypatch):
+    from benchmarks.gpu import scale_mixture
+    from pyro_ext.distributions import NormalScaleMixture
+
+    scales, probs = map(torch.tensor, (scale_mixture.SCALES, scale_mixture.PROBS))
+    weights = torch.randn(20)
+    mixture = NormalScaleMixture(scales, probs=probs)
+    torch.testing.assert_close(scale_mixture.usual_recipe(weights), mixture.log_prob(weights))
+    monkeypatch.setitem(scale_mixture.NUM_WEIGHTS, "cpu", (1000,))
+    (table,) = scale_mixture.tables(Options(OPTIONS.device, True, 0.01))
+    assert len(table.rows) == 3
