@@ -111,7 +111,7 @@ def evidence_rows(by: str, images: Tensor) -> Iterator[list[Any]]:
     chunk, rest = [], []
     for a, b in zip(few, many, strict=True):
         slope = "-" if a == "-" else (b - a) / (MANY - FEW)
-        chunk.append(slope)
-        rest.append("-" if a == "-" else a - FEW * slope)
+        chunk.append(slope if a == "-" else round(slope, 1))
+        rest.append(slope if a == "-" else round(a - FEW * slope))
     for name, (operations, syncs, *of_cuda) in (("a chunk", chunk), ("the rest of a call", rest)):
         yield [f"evidence, {name}", by, operations, "-", syncs, *of_cuda]

@@ -1,6 +1,7 @@
 """The benchmarks' own tools."""
 
 import json
+import re
 import time
 from importlib import import_module
 
@@ -247,13 +248,10 @@ def test_the_gpu_kit_measures_steps(monkeypatch):
     monkeypatch.setattr(steps, "implementations", makers)
     monkeypatch.setattr(steps, "REHEARSAL", steps.QUICK[:2])
     options = Options(OPTIONS.device, True, 0.01)
-    table, *_, of_compiled, of_graphs = steps.training_steps(
-        options, Clock(time.perf_counter() + 60, True)
-    )
+    table, *_, of_compiled = steps.training_steps(options, Clock(time.perf_counter() + 60, True))
     assert [row[:3] for row in table.rows][:2] == [[20, 5, "matmuls alone"], [20, 5, "CompiledSVI"]]
     assert "CompiledSVI, CUDA graphs at (20, 5): RuntimeError: out of memory." in table.note
     assert "for matmuls alone (geometric mean over (batch, K) = (20, 5), (20, 50))" in of_compiled
-    assert "none" in of_graphs
 
 
 @pytest.mark.long
@@ -262,7 +260,8 @@ def test_the_gpu_kit_runs_the_tests_of_a_device(tmp_path):
 
     text = run_kit([part("Tests", run_tests)], tmp_path, seconds=60.0)
     assert "pytest ended with code 0" in text
-    assert "skipped" in text.splitlines()[-3]
+    assert re.search(r"    \d+ (skipped|passed).* in ", text)
+    assert re.search(r"later parts (was stopped|ended with code 0) after", text)
 
 
 def test_the_recipes_of_the_scale_mixture_agree(monkeypatch):

@@ -33,8 +33,11 @@ def run_tests(options: Options, clock: Clock) -> Iterator[str]:
         else:
             yield outcome(clock)
     finally:
+        code = compiler.exitcode
         compiler.terminate()
         compiler.join()
+    state = "was stopped" if code is None else f"ended with code {code}"
+    yield f"The process that compiles the steps of later parts {state} after {clock.passed:.0f} s."
 
 
 def outcome(clock: Clock) -> str:
@@ -51,9 +54,11 @@ def outcome(clock: Clock) -> str:
             end = f"pytest ended with code {process.returncode} after {clock.passed:.0f} s."
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             end = f"pytest was stopped after {clock.passed:.0f} s."
         file.seek(0)
         lines = file.read().splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    shown = [f"    {line}" for line in (*failures, *lines[-3:])]
-    return "\n".join([f"    {' '.join(command[1:])}", "", end, "", *shown])
+    has_run = process.returncode in (0, 1, 5)  # passed, failed, no tests
+    shown = [f"    {line}" for line in (*failures, *lines[-3 if has_run else -20 :])]
+    return "\n".join([f"    python {' '.join(command[1:])}", "", end, "", *shown])

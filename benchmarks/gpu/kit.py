@@ -45,7 +45,7 @@ def suite(tables: Callable[[Options], Iterator[Table]]) -> Callable[[Options, Cl
 PARTS = (
     Part("Tests on the device", 0.45, 30.0, run_tests),
     Part("Training step", 0.75, 15.0, steps.training_steps),
-    Part("Other objectives", 0.8, 12.0, steps.other_objectives),
+    Part("Other objectives, compiled", 0.8, 12.0, steps.other_objectives),
     Part("Discretized logistic mixture", 0.85, 8.0, suite(discretized_logistic.tables)),
     Part("Scale mixture", 0.87, 4.0, suite(scale_mixture.tables)),
     Part("Bfloat16", 0.95, 25.0, suite(bfloat16.tables)),

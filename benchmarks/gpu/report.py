@@ -46,5 +46,7 @@ class Report:
         paragraphs = [title, command, "\n".join(items)]
         for part, pieces in self.parts.items():
             paragraphs.append(f"## {part}")
-            paragraphs += [p if isinstance(p, str) else p.markdown().rstrip() for p in pieces]
+            for piece in pieces:
+                text = piece if isinstance(piece, str) else piece.markdown()
+                paragraphs.append(text.removeprefix(f"### {part}\n").strip("\n"))
         return "\n\n".join(paragraphs) + "\n"

@@ -1,15 +1,15 @@
 """The training step at sizes for a GPU, beside its matrix products and the step by hand."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import pyro
 import torch
 from pyro.infer import SVI
 from torch import Tensor
 
+from benchmarks import bfloat16
 from benchmarks.gpu.clock import Clock
 from benchmarks.harness import Options, Step, Table, compare, peak_bytes
 from benchmarks.plain_steps import matmuls, plain_step
@@ -28,12 +28,13 @@ def implementations(images: Tensor, K: int) -> dict[str, Callable[[], Step]]:
     """What makes each step; the floor is first."""
     elbo, *_ = objectives(K).values()
     of_pyro = partial(pyro_step, loss=elbo, images=images)
+    compiled = partial(of_pyro, CompiledSVI, fallback=False)
     return {
         "matmuls alone": partial(matmuls, images, K),
         "hand-written": partial(plain_step, images, K),
         "hand-written + torch.compile": partial(plain_step, images, K, is_compiled=True),
-        COMPILED: partial(of_pyro, CompiledSVI, name="compiled"),
-        CUDA_GRAPHS: partial(of_pyro, CompiledSVI, name="graphs", mode="reduce-overhead"),
+        COMPILED: partial(compiled, name="compiled"),
+        CUDA_GRAPHS: partial(compiled, name="graphs", mode="reduce-overhead"),
         "SVI": partial(of_pyro, SVI, name="eager"),
     }
 
@@ -42,7 +43,7 @@ def compiled_objectives(images: Tensor, K: int) -> dict[str, Callable[[], Step]]
     """What makes the compiled step of each gradient rule, and of the jackknife."""
     found = list(objectives(K).items())[:4]
     return {
-        name: partial(pyro_step, CompiledSVI, loss, images, f"objective{i}")
+        name: partial(pyro_step, CompiledSVI, loss, images, f"objective{i}", fallback=False)
         for i, (name, loss) in enumerate(found)
     }
 
@@ -102,16 +103,16 @@ def training_steps(options: Options, clock: Clock) -> Iterator[Table | str]:
     means = Means()
     yield from measure(table, means, implementations, SIZES, options, clock)
     for own in (COMPILED, CUDA_GRAPHS):
-        yield ratios_of(own, means)
+        if sizes := [size for size in QUICK if size in means.times.get(own, {})]:
+            yield ratios_of(own, means, sizes)
 
 
-def ratios_of(own: str, means: Means) -> str:
-    """The mean ratios to the other steps, over the sizes of a quick run that were measured."""
-    sizes = [size for size in QUICK if size in means.times.get(own, {})]
-    others = [name for name in means.times if name != own] if sizes else []
+def ratios_of(own: str, means: Means, sizes: Sequence[tuple[int, int]]) -> str:
+    """The mean ratios to the other steps."""
+    others = [name for name in means.times if name != own]
     found = [f"{means.ratio(own, name, sizes):.2f} for {name}" for name in others]
     return (
-        f"Time of {own} over that of another step: {', '.join(found) or 'none'} (geometric mean "
+        f"Time of {own} over that of another step: {', '.join(found)} (geometric mean "
         f"over (batch, K) = {', '.join(map(str, sizes))})."
     )
 
@@ -124,11 +125,11 @@ def other_objectives(options: Options, clock: Clock) -> Iterator[Table]:
 
 
 def compile_ahead(device: torch.device, is_rehearsal: bool) -> None:
-    """Makes the steps of all parts, so that the compiler's cache on disk has them."""
-    plan: list[tuple[Any, Any]] = [
+    """Makes the steps of later parts, so that the compiler's cache on disk has them."""
+    for makers, sizes in (
         (implementations, SIZES),
         (compiled_objectives, SIZES_OF_OBJECTIVES),
-    ]
-    for makers, sizes in plan:
+    ):
         for size in REHEARSAL if is_rehearsal else sizes:
             made(makers(fresh_images(size[0], device), size[1]))
+    bfloat16.times(Options(device, quick=True, seconds=0.01))
