@@ -47,7 +47,12 @@ def outcome(clock: Clock) -> str:
         command += ["-n", "4"]
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTEST_ADDOPTS": ""},  # such as coverage, in a test of this
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(max(clock.left, 0))
