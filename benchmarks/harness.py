@@ -1,6 +1,7 @@
-"""Interleaved timing, peak memory, tables and their plots."""
+"""Interleaved timing, peak memory, the machine, tables and their plots."""
 
 import itertools
+import platform
 import random
 import re
 import time
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
@@ -24,15 +25,12 @@ class Options:
 
     :param torch.device device: where to run.
     :param bool quick: fewer settings and rounds.
+    :param float seconds: about how long to time one group of steps.
     """
 
     device: torch.device
     quick: bool
-
-    @property
-    def seconds(self) -> float:
-        """About how long to time one group of steps."""
-        return 3.0 if self.quick else 12.0
+    seconds: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ class Table:
 
     def draw(self, folder: Path) -> None:
         """Saves a bar chart."""
+        from matplotlib.figure import Figure
+
         labels, value = self.chart
         names = [
             ", ".join(_cell(row[self.columns.index(label)]) for label in labels)
@@ -129,7 +129,7 @@ def compare(
         for name, step in steps.items()
     }
     for step in steps.values():
-        step()
+        warm_up(step, options.seconds / 3)
     durations: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + (seconds or options.seconds)
     while time.perf_counter() < end or len(next(iter(durations.values()))) < 5:
@@ -140,6 +140,15 @@ def compare(
         name: (Spread.of(values), Spread.of([t / u for t, u in zip(values, base, strict=True)]))
         for name, values in durations.items()
     }
+
+
+def warm_up(step: Step, seconds: float, most: int = 20) -> None:
+    """Calls a step for a time. The first steps of a graph have most of its audits."""
+    end = time.perf_counter() + seconds
+    for _ in range(most):
+        step()
+        if time.perf_counter() > end:
+            break
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -156,6 +165,15 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return max(itertools.accumulate(changes), default=0)
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return (
+        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, Pyro {pyro.__version__}"
+    )
 
 
 def geometric_mean(values: Sequence[float]) -> float:
