@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
+from pyro_ext.ops import use_fused_kernels
+
 Step = Callable[[], Any]
 
 
@@ -140,6 +142,17 @@ def compare(
         name: (Spread.of(values), Spread.of([t / u for t, u in zip(values, base, strict=True)]))
         for name, values in durations.items()
     }
+
+
+def with_fused_kernels(step: Step) -> Step:
+    """The step with fused kernels."""
+
+    def fused() -> None:
+        use_fused_kernels()
+        step()
+        use_fused_kernels(False)
+
+    return fused
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

@@ -14,7 +14,10 @@ from torch._C import DisableTorchFunction
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -22,10 +25,12 @@ __all__ = [
     "DisableTorchFunction",
     "Inductor",
     "InverseTransform",
+    "Recorder",
     "TorchDispatchMode",
     "buffers_of",
     "children_of",
     "default_store",
+    "dispatch_modes",
     "gathered",
     "global_hooks",
     "has_gradient_hooks",
@@ -55,6 +60,15 @@ PACK_SEQUENCE = torch.ops.aten._pack_padded_sequence.default
 def is_in_transform(x: Tensor) -> bool:
     """Return whether a tensor belongs to a ``torch.func`` transform or to batched gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
+
+
+class Recorder(TorchDispatchMode):
+    """A base class of modes that record operations for a compiler."""
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Return the modes that see each operation, such as those of ``make_fx``."""
+    return _get_current_dispatch_mode_stack()
 
 
 def default_store() -> Any:
