@@ -24,7 +24,7 @@ class _State:
 
 
 def use_fused_kernels(enabled: bool = True) -> None:
-    """Let a compiler fuse the likelihoods of this package into kernels, for large tensors on a CPU.
+    """Compile the likelihoods of this package to fused kernels, for large tensors on a CPU.
 
     The kernels are for ``log_prob`` and its gradient of :class:`NormalScaleMixture` with fixed
     components, and of :class:`DiscretizedLogisticMixture` and its relatives. The first large
@@ -95,11 +95,10 @@ class Fused:
 
 
 def _compile(function: Run, inputs: Sequence[Tensor]) -> Run:
-    compiler = inductor()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's warnings about itself
         graph = make_fx(function)(*inputs)
-        return compiler.compile_fx(graph, list(inputs))
+        return inductor().compile_fx(graph, list(inputs))
 
 
 def _give_up(reason: str) -> None:

@@ -1,5 +1,6 @@
 """Fused kernels give the results of the usual code, and give up with one warning."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -91,6 +92,7 @@ def test_scale_mixture_against_sixty_digits(kernels, name):
         torch.testing.assert_close(*results[:2], equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_transforms_and_small_inputs_use_no_kernels(monkeypatch):
     def fail(*_):
         raise AssertionError("compiled a kernel")
@@ -144,8 +146,6 @@ def test_a_fork_after_a_compilation(tmp_path):
 
 
 def evaluate_in_a_fork():
-    import os
-
     torch.set_num_threads(1)
     assert evaluate() == []
     child = os.fork()
@@ -158,8 +158,6 @@ def evaluate_in_a_fork():
 
 def run_here(name, folder, environment):
     """Call a function of this module in a new process, with an empty cache."""
-    import os
-
     call = f"from tests.ops.test_fused import {name}; {name}()"
     variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **environment}
     subprocess.run(
