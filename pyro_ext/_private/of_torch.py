@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ __all__ = [
     "inductor",
     "inductor_with_checks",
     "is_check",
+    "is_forked",
     "is_fully_sharded",
     "is_in_transform",
     "is_nccl",
@@ -232,11 +234,27 @@ class Inductor(NamedTuple):
     select_decomp_table: Any
 
 
+_process_with_kernels: list[int] = []
+
+
+def is_forked() -> bool:
+    """Return whether this process was forked from one that has used the compiler.
+
+    Kernels of the compiler wait forever for threads, which do not exist in a fork.
+    """
+    return bool(_process_with_kernels) and _process_with_kernels[0] != os.getpid()
+
+
 def inductor() -> Inductor:
     """Return the compiler behind ``torch.compile``.
 
     The import takes seconds, so this function imports the compiler when it is needed.
+
+    :raises RuntimeError: in a process that was forked from one that has used the compiler.
     """
+    if is_forked():
+        raise RuntimeError("this process was forked after a compilation")
+    _process_with_kernels[:] = [os.getpid()]
     from torch._inductor import config, list_mode_options, metrics
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -1,6 +1,5 @@
 """Functions of blocks of numbers that a compiler fuses into one kernel."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,17 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ext._private.of_torch import dispatch_modes, inductor
+from pyro_ext._private.of_torch import dispatch_modes, inductor, is_forked
 
 Run = Callable[..., Sequence[Tensor]]
 
 
 class _State:
-    """The kernels of this process."""
+    """The setting of this process."""
 
     is_enabled = False
-    #: The process that has compiled a kernel. Its threads do not exist in a fork.
-    process: int | None = None
 
 
 def use_fused_kernels(enabled: bool = True) -> None:
@@ -73,8 +70,8 @@ class Fused:
     def _run(self, function: partial[Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
         if not _State.is_enabled:  # since the block before
             return function(*inputs)
-        if _State.process not in (None, os.getpid()):
-            _give_up("this process was forked after a kernel was compiled")
+        if is_forked():
+            _give_up("this process was forked after a compilation")
             return function(*inputs)
         # The number of threads is a part of a kernel.
         of_inputs = ((x.shape, x.dtype) for x in inputs)
@@ -90,7 +87,6 @@ class Fused:
             _give_up(f"the compiler fails ({lines[0]})")
             return function(*inputs)
         self._kernels[key] = kernel
-        _State.process = os.getpid()
         return found
 
 

@@ -56,9 +56,16 @@ def logistic_step(value, parameters):
     return log_prob, *torch.autograd.grad((log_prob * weights).nan_to_num().sum(), parameters)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("C", "K"), [(1, 1), (1, 3), (3, 2), (20, 2)])
+@pytest.mark.parametrize(
+    ("C", "K", "dtype"),
+    [
+        pytest.param(C, K, dtype, marks=pytest.mark.long if is_quick else pytest.mark.slow)
+        for C, K in ((1, 1), (1, 3), (3, 2), (20, 2))
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for is_quick in [C == 3 and dtype == torch.float32]
+    ],
+    ids=str,
+)
 def test_logistic_mixture_is_the_same(kernels, C, K, dtype):
     value, parameters = logistic_inputs(C, K, dtype)
     found = logistic_step(value, parameters)
@@ -126,6 +133,7 @@ def evaluate():
     return [str(warning.message) for warning in record]
 
 
+@pytest.mark.long
 def test_without_a_compiler_or_cache(tmp_path):
     (tmp_path / "file").touch()
     for environment in (
@@ -140,7 +148,7 @@ def evaluate_without_kernels():
     assert message.startswith("pyro_ext uses no fused kernels from now on: the compiler fails (")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_fork_after_a_compilation(tmp_path):
     run_here("evaluate_in_a_fork", tmp_path, {})
 
