@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_ext.ops.fused import Fused
 from pyro_ext.ops.logistic_bins import evaluate_mixture
+from pyro_ext.ops.logistic_passes import evaluate_by_passes
 from pyro_ext.ops.once_differentiable import (
     is_compiled_later,
     is_traced,
@@ -18,12 +19,12 @@ from pyro_ext.ops.once_differentiable import (
 from pyro_ext.ops.precision import promoted_dtype
 
 #: The number of terms (points x channels x components) that are computed at once on a CPU.
-BLOCK_SIZE = 2**16
+BLOCK_SIZE = 2**17
 
 # The number of slices of which a transposed copy is made.
 _MANY = 64
 
-_kernel = Fused(evaluate_mixture)
+_kernel = Fused(evaluate_mixture, evaluate_by_passes)
 
 
 def discretized_logistic_mixture_log_prob(
@@ -210,20 +211,20 @@ def _evaluate(
     """
     N, C, K = inputs[-1].shape
     if inputs[-1].device.type != "cpu" or is_compiled_later() or N == 0:
-        points_last = map(_points_last, inputs)
-        return evaluate_mixture(*points_last, *ends, needs_gradient=needs_gradient)
+        evaluate = evaluate_mixture if is_compiled_later() else evaluate_by_passes
+        return evaluate(*map(_points_last, inputs), *ends, needs_gradient=needs_gradient)
     size = max(BLOCK_SIZE // (C * K), 1)
     shapes = ((N,), (K, N), (C, K, N), (C, K, N)) if needs_gradient else ((N,),)
     out = [torch.empty(shape, dtype=dtype) for shape in shapes]
     for block, run in _kernel.in_blocks(N, size, needs_gradient=needs_gradient):
-        found = run(*(_points_last(x[block]) for x in inputs), *ends)
-        for x, to in zip(found, out, strict=True):
-            to[..., block] = x
+        points_last = (_points_last(x[block]) for x in inputs)
+        run(*points_last, *ends, out=[x[..., block] for x in out])
     return out
 
 
 def _points_last(x: Tensor) -> Tensor:
+    """Return a contiguous copy with the first dim last."""
     if x[:1].numel() > _MANY:
-        return x.movedim(0, -1).contiguous()
+        return x.movedim(0, -1).clone(memory_format=torch.contiguous_format)
     # This is several times faster than a transposed copy.
     return torch.stack(x.flatten(1).unbind(-1)).unflatten(0, x.shape[1:])

@@ -44,50 +44,59 @@ def use_fused_kernels(enabled: bool = True) -> None:
 class Fused:
     """A function of tensors with kernels: one for each combination of shapes and dtypes.
 
-    :param function: a function of contiguous tensors that does not change them.
+    :param function: a function that returns tensors. It does not change its inputs, which are
+        contiguous.
+    :param usual: a function to use without kernels. It may change its inputs, and writes its
+        results to its keyword argument ``out``. By default, it is ``function`` and a copy.
     """
 
-    def __init__(self, function: Run) -> None:
+    def __init__(self, function: Run, usual: Callable[..., object] | None = None) -> None:
         self.function = function
+        self.usual = partial(_copied, function) if usual is None else usual
         self._kernels: dict[Any, Run] = {}
 
-    def in_blocks(self, length: int, size: int, **options: Any) -> Iterator[tuple[slice, Run]]:
+    def in_blocks(
+        self, length: int, size: int, **options: Any
+    ) -> Iterator[tuple[slice, Callable[..., object]]]:
         """Return blocks of a range, with the function to call for each block.
 
-        All blocks of a kernel have the same size, so the last two may overlap.
+        The function takes tensors, and writes its results to its keyword argument ``out``. All
+        blocks of a kernel have the same size, so the last two may overlap.
 
         :param length: the length of the range.
         :param size: the size of a block.
         :param options: keyword arguments of the function, which are no tensors.
         """
-        function = partial(self.function, **options)
         if not _State.is_enabled or length < size or dispatch_modes():
-            return ((slice(i, i + size), function) for i in range(0, length, size))
+            usual = partial(self.usual, **options)
+            return ((slice(i, i + size), usual) for i in range(0, length, size))
         starts = (min(i, length - size) for i in range(0, length, size))
-        run = partial(self._run, function)
+        run = partial(self._run, options)
         return ((slice(i, i + size), run) for i in starts)
 
-    def _run(self, function: partial[Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
-        if not _State.is_enabled:  # since the block before
-            return function(*inputs)
-        if is_forked():
-            _give_up("this process was forked after a compilation")
-            return function(*inputs)
+    def _run(self, options: dict[str, Any], *inputs: Tensor, out: Sequence[Tensor]) -> None:
         # The number of threads is a part of a kernel.
         of_inputs = ((x.shape, x.dtype) for x in inputs)
-        key = torch.get_num_threads(), *function.keywords.values(), *of_inputs
-        kernel = self._kernels.get(key)
-        if kernel is not None:
-            return kernel(*inputs)
-        try:
-            kernel = _compile(function, inputs)
-            found = kernel(*inputs)
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            _give_up(f"the compiler fails ({lines[0]})")
-            return function(*inputs)
-        self._kernels[key] = kernel
-        return found
+        key = torch.get_num_threads(), *options.values(), *of_inputs
+        if _State.is_enabled and is_forked():
+            _give_up("this process was forked after a compilation")
+        elif _State.is_enabled and key not in self._kernels:
+            try:
+                kernel = _compile(partial(self.function, **options), inputs)
+                kernel(*inputs)
+                self._kernels[key] = kernel
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                _give_up(f"the compiler fails ({lines[0]})")
+        if _State.is_enabled:
+            _copied(self._kernels[key], *inputs, out=out)
+        else:
+            self.usual(*inputs, out=out, **options)
+
+
+def _copied(run: Run, *inputs: Tensor, out: Sequence[Tensor], **options: Any) -> None:
+    for x, to in zip(run(*inputs, **options), out, strict=False):
+        to.copy_(x)
 
 
 def _compile(function: Run, inputs: Sequence[Tensor]) -> Run:

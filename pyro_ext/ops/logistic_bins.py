@@ -1,4 +1,6 @@
-"""The arithmetic of mixtures of discretized logistics, with gradients derived by hand.
+"""The arithmetic of mixtures of discretized logistics for a compiler, which fuses operations.
+
+The gradients are derived by hand.
 
 For a bin [x - 1/2, x + 1/2], let t = exp(-log_scale) and c = (x - loc) t. In units of the scale,
 the signed distance from loc to the nearer edge of the bin is n = |c| - t / 2. The distance to the
@@ -33,14 +35,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ext.ops.once_differentiable import is_compiled_later
-
 # exp(-LARGE) is zero in every dtype. LARGE x 0 is zero as well, but inf x 0 is NaN.
-_LARGE = 1e4
+LARGE = 1e4
 
 # A unit of distances. For log scales down to -80, no distance overflows in this unit, and one that
 # overflows without it does not underflow.
-_UNIT = 2.0**118
+UNIT = 2.0**118
 
 # A product of this many factors does not underflow.
 _MAX_FACTORS = 16
@@ -80,9 +80,9 @@ def evaluate_mixture(
     is_beyond = largest == smallest
     joint.sub_(largest)
     if needs_gradient:
-        from_nearest = terms.excess.sum(0).add_(logits, alpha=1 / _UNIT).clamp_(min=smallest)
+        from_nearest = terms.excess.sum(0).add_(logits, alpha=1 / UNIT).clamp_(min=smallest)
         from_nearest.sub_(from_nearest.amax(0))
-        joint.addcmul_(from_nearest, is_beyond.to(dtype).mul_(_UNIT))
+        joint.addcmul_(from_nearest, is_beyond.to(dtype).mul_(UNIT))
     shares = joint.exp_().mul_(factor)
     sums = shares.sum(0)
     by_sums = largest.sub_(total.log()).add_(sums.log()).masked_fill_(is_beyond, -math.inf)
@@ -150,10 +150,10 @@ def _evaluate_bins(
     # Subtract each edge separately: digits would cancel in |c| - t / 2.
     n = (value - 0.5).masked_fill_(is_low, -math.inf) - loc
     n = n.clamp_(min=loc - (value + 0.5).masked_fill_(is_high, math.inf)).to(dtype)
-    excess = n.clamp(min=0, max=largest).mul_(-1 / _UNIT).mul_(t) if needs_gradient else n
-    n = (n * t).clamp_(min=-_LARGE, max=largest)
+    excess = n.clamp(min=0, max=largest).mul_(-1 / UNIT).mul_(t) if needs_gradient else n
+    n = (n * t).clamp_(min=-LARGE, max=largest)
     # With this shift, the distance to the farther edge is at least LARGE.
-    width = t + is_end.to(dtype).mul_(2 * _LARGE)
+    width = t + is_end.to(dtype).mul_(2 * LARGE)
 
     is_outside = n > 0
     a = n.abs().neg_().exp_()
@@ -175,7 +175,7 @@ def _evaluate_bins(
     c = value.masked_fill(is_low, -math.inf).masked_fill_(is_high, math.inf) - loc
     c = c.to(dtype)
     by_loc = _difference((c.abs() * t).mul_(2), upper, lower.mul_(b)).mul_(D).mul_(t).copysign_(c)
-    minus_farther = (n + width).neg_().clamp_(min=-_LARGE)
+    minus_farther = (n + width).neg_().clamp_(min=-LARGE)
     p, q = (1 + b).mul_(upper).mul_(D), (1 + a).mul_(b).mul_(D)
     by_log_scale = exp_minus_t.mul_(t).div_(one_minus_exp).neg_()
     by_log_scale.addcmul_(n, p).addcmul_(minus_farther, q)
@@ -183,10 +183,7 @@ def _evaluate_bins(
 
 
 def _difference(x: Tensor, larger: Tensor, smaller: Tensor) -> Tensor:
-    """Return ``larger - smaller``, where ``smaller = larger * exp(-x)``."""
-    if not is_compiled_later():
-        return x.neg().expm1_().mul_(larger).neg_()
-    # A compiler makes one pass of this, without a further exponential.
+    """Return ``larger - smaller``, where ``smaller = larger * exp(-x)``, to all digits."""
     small = x.clamp(max=1)
     last = 11 if x.dtype == torch.float32 else 19
     series = torch.full_like(x, 1 / math.factorial(last))

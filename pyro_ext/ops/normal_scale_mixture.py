@@ -174,10 +174,8 @@ class _SharedLogProb(torch.autograd.Function):
         step = BLOCK_SIZE if is_blocked else max(len(flat), 1)
         options = {"dtype": dtype, "dtype_of_slope": wide}
         for block, run in _kernel.in_blocks(len(flat), step, **options):
-            found, slope = run(flat[block], *components)
-            log_prob[block] = found
-            if derivative is not None:
-                derivative[block] = slope
+            out = [x[block] for x in (log_prob, derivative) if x is not None]
+            run(flat[block], *components, out=out)
         ctx.save_for_backward(value, scales, log_weights, derivative)
         return log_prob.reshape(value.shape)
 

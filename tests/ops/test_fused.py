@@ -62,7 +62,7 @@ def logistic_step(value, parameters):
         pytest.param(C, K, dtype, marks=pytest.mark.long if is_quick else pytest.mark.slow)
         for C, K in ((1, 1), (1, 3), (3, 2), (20, 2))
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
-        for is_quick in [C == 3 and dtype == torch.float32]
+        for is_quick in [C == 3 and dtype == torch.float64]
     ],
     ids=str,
 )
@@ -72,8 +72,10 @@ def test_logistic_mixture_is_the_same(kernels, C, K, dtype):
     use_fused_kernels(False)
     expected = logistic_step(value, parameters)
     use_fused_kernels()
+    # A log mass of -400 is rounded by 2e-5 in float32, and its exponential by as much.
+    options = {"rtol": 5e-5, "atol": 1e-5} if dtype == torch.float32 else {}
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, **options)
 
 
 @pytest.mark.long
