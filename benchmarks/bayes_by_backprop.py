@@ -1,8 +1,9 @@
 """A Bayes-by-Backprop step, over the same step in plain PyTorch.
 
 A 784-400-400-10 network with the scale-mixture prior, a batch of 128, fused Adam, validation off.
-Then 8 particles, vectorised over looped. blitz-bayesian-pytorch and bayesian-torch take part where
-they are installed; what is used of them needs none of their dependencies but torch:
+Then 8 particles, vectorised over looped, and the log density of the prior at all weights, forward
+and backward. blitz-bayesian-pytorch and bayesian-torch take part where they are installed; what is
+used of them needs none of their dependencies but torch:
 
     pip install --no-deps blitz-bayesian-pytorch bayesian-torch
 """
@@ -20,7 +21,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Options, Step, Table, compare
+from benchmarks.harness import Options, Step, Table, compare, with_fused_kernels
 from pyro_ext.distributions import NormalScaleMixture
 from pyro_ext.infer import CompiledSVI, GeometricKL, ImportanceWeightedELBO, KLWeightedELBO
 from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
@@ -220,6 +221,36 @@ def tables(options: Options) -> Iterator[Table]:
 
             steps = {"looped": particles(False), "vectorised": particles(True)}
             yield table_of("Bayes by Backprop, 8 particles", steps, "looped", options)
+    yield prior_table(mixture, options)
+
+
+def prior_table(mixture: NormalScaleMixture, options: Options) -> Table:
+    """The log density of the prior at all weights, and its gradient."""
+    num_weights = sum(p.numel() for p in make_network().parameters())
+    weights = (0.1 * torch.randn(num_weights, device=options.device)).requires_grad_()
+
+    def step() -> None:
+        torch.autograd.grad(mixture.log_prob(weights).sum(), weights)
+
+    steps = {"logaddexp of normals": plain_prior(weights), "NormalScaleMixture": step}
+    steps["the same with a fused kernel"] = with_fused_kernels(step)
+    title = f"NormalScaleMixture at {num_weights:,} weights"
+    return table_of(title, steps, "logaddexp of normals", options)
+
+
+def plain_prior(weights: Tensor) -> Step:
+    """The log density in float32, as one would write it in PyTorch."""
+
+    def step() -> None:
+        log_p = torch.logaddexp(
+            *(
+                math.log(prob / s / math.sqrt(2 * math.pi)) - (weights / s).square() / 2
+                for prob, s in zip(PROBS, SCALES, strict=True)
+            )
+        )
+        torch.autograd.grad(log_p.sum(), weights)
+
+    return step
 
 
 def table_of(title: str, steps: dict[str, Step], base: str, options: Options) -> Table:

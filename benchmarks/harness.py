@@ -16,6 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
+from pyro_ext.ops import use_fused_kernels
+
 Step = Callable[[], Any]
 
 
@@ -149,6 +151,17 @@ def warm_up(step: Step, seconds: float, most: int = 20) -> None:
         step()
         if time.perf_counter() > end:
             break
+
+
+def with_fused_kernels(step: Step) -> Step:
+    """The step with fused kernels."""
+
+    def fused() -> None:
+        use_fused_kernels()
+        step()
+        use_fused_kernels(False)
+
+    return fused
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

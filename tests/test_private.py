@@ -19,7 +19,7 @@ IN_MODULES = {
     "torch._inductor.decomposition": ["select_decomp_table"],
     "torch.distributions.transforms": ["_InverseTransform"],
     "torch.utils._pytree": ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"],
-    "torch.utils._python_dispatch": ["TorchDispatchMode"],
+    "torch.utils._python_dispatch": ["TorchDispatchMode", "_get_current_dispatch_mode_stack"],
     "pyro.infer.discrete": ["_sample_posterior_from_trace"],
     "pyro.optim.optim": ["_load_state_dict"],
     "pyro.poutine.runtime": ["_PYRO_STACK"],

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from torch._C import DisableTorchFunction
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -22,10 +26,12 @@ __all__ = [
     "DisableTorchFunction",
     "Inductor",
     "InverseTransform",
+    "Recorder",
     "TorchDispatchMode",
     "buffers_of",
     "children_of",
     "default_store",
+    "dispatch_modes",
     "gathered",
     "global_hooks",
     "has_gradient_hooks",
@@ -33,6 +39,7 @@ __all__ = [
     "inductor",
     "inductor_with_checks",
     "is_check",
+    "is_forked",
     "is_fully_sharded",
     "is_in_transform",
     "is_nccl",
@@ -55,6 +62,15 @@ PACK_SEQUENCE = torch.ops.aten._pack_padded_sequence.default
 def is_in_transform(x: Tensor) -> bool:
     """Return whether a tensor belongs to a ``torch.func`` transform or to batched gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
+
+
+class Recorder(TorchDispatchMode):
+    """A base class of modes that record operations for a compiler."""
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Return the modes that see each operation, such as those of ``make_fx``."""
+    return _get_current_dispatch_mode_stack()
 
 
 def default_store() -> Any:
@@ -218,11 +234,27 @@ class Inductor(NamedTuple):
     select_decomp_table: Any
 
 
+_process_with_kernels: list[int] = []
+
+
+def is_forked() -> bool:
+    """Return whether this process was forked from one that has used the compiler.
+
+    Kernels of the compiler wait forever for threads, which do not exist in a fork.
+    """
+    return bool(_process_with_kernels) and _process_with_kernels[0] != os.getpid()
+
+
 def inductor() -> Inductor:
     """Return the compiler behind ``torch.compile``.
 
     The import takes seconds, so this function imports the compiler when it is needed.
+
+    :raises RuntimeError: in a process that was forked from one that has used the compiler.
     """
+    if is_forked():
+        raise RuntimeError("this process was forked after a compilation")
+    _process_with_kernels[:] = [os.getpid()]
     from torch._inductor import config, list_mode_options, metrics
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -5,6 +5,7 @@ from typing import Any
 
 from pyro_ext.ops.bits_per_dim import bits_per_dim
 from pyro_ext.ops.discretized_logistic import discretized_logistic_mixture_log_prob
+from pyro_ext.ops.fused import use_fused_kernels
 from pyro_ext.ops.jackknife import (
     MAX_SUBSETS,
     TooManySubsetsError,
@@ -42,6 +43,7 @@ __all__ = [
     "normal_scale_mixture_log_prob",
     "once_differentiable",
     "pareto_k",
+    "use_fused_kernels",
 ]
 
 

@@ -1,17 +1,18 @@
 """The log density of a mixture of normals with mean zero, without a dim for the components."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from pyro_ext.ops.once_differentiable import is_traced, is_transformed
+from pyro_ext.ops.fused import Fused
+from pyro_ext.ops.once_differentiable import is_compiled_later, is_traced, is_transformed
 
 #: The number of values that are computed at once on a CPU.
-BLOCK_SIZE = 2**17
+BLOCK_SIZE = 2**16
 
 
 def normal_scale_mixture_log_densities(
@@ -168,14 +169,13 @@ class _SharedLogProb(torch.autograd.Function):
         # The widest component comes first, and components without weight come last.
         order = scales.masked_fill(log_weights == -math.inf, 0.0).argsort(descending=True)
         scales, log_weights = scales[order], log_weights[order]
-        components = _Components.of(scales, log_weights)
-        step = BLOCK_SIZE if value.device.type == "cpu" else max(len(flat), 1)
-        for start in range(0, len(flat), step):
-            block = slice(start, start + step)
-            found, slope = _evaluate(flat[block].to(scales.dtype), components)
-            log_prob[block] = found
-            if derivative is not None:
-                derivative[block] = slope
+        components = _components(scales, log_weights)
+        is_blocked = value.device.type == "cpu" and not is_compiled_later()
+        step = BLOCK_SIZE if is_blocked else max(len(flat), 1)
+        options = {"dtype": dtype, "dtype_of_slope": wide}
+        for block, run in _kernel.in_blocks(len(flat), step, **options):
+            out = [x[block] for x in (log_prob, derivative) if x is not None]
+            run(flat[block], *components, out=out)
         ctx.save_for_backward(value, scales, log_weights, derivative)
         return log_prob.reshape(value.shape)
 
@@ -191,47 +191,56 @@ class _SharedLogProb(torch.autograd.Function):
         return (grad * by_value).to(value.dtype), None, None, None
 
 
-class _Components(NamedTuple):
-    """Components in units of the first one's scale and of the largest weighted density at zero.
+def _components(scales: Tensor, log_weights: Tensor) -> tuple[Tensor, ...]:
+    """Return what :func:`_evaluate` needs of components whose scales are of shape ``(K,)``.
 
-    The scale is multiplied by the root of two: z^2 / 2 is then a square, which overflows last.
+    They are in units of the first one's scale and of the largest weighted density at zero. The
+    scale is multiplied by the root of two: z^2 / 2 is then a square, which overflows last.
     """
-
-    scale: Tensor
-    constant: Tensor
-    constants: tuple[Tensor, ...]
-    precisions: tuple[Tensor, ...]
-    excess_precisions: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, scales: Tensor, log_weights: Tensor) -> "_Components":
-        """Return the components with given scales and log weights, each of shape ``(K,)``."""
-        constants = _constants(scales, log_weights)
-        # A ratio of scales whose square overflows: the number is finite, so that x 0 is not NaN.
-        precisions = (scales[0] / scales).square().clamp(max=torch.finfo(scales.dtype).max)
-        return cls(
-            scales[0] * math.sqrt(2),
-            constants.amax(),
-            (constants - constants.amax()).unbind(),
-            precisions.unbind(),
-            (precisions - 1).unbind(),
-        )
+    constants = _constants(scales, log_weights)
+    # A ratio of scales whose square overflows: the number is finite, so that x 0 is not NaN.
+    precisions = (scales[0] / scales).square().clamp(max=torch.finfo(scales.dtype).max)
+    largest = constants.amax()
+    return scales[0] * math.sqrt(2), largest, constants - largest, precisions
 
 
-def _evaluate(x: Tensor, components: _Components) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    x: Tensor,
+    scale: Tensor,
+    constant: Tensor,
+    constants: Tensor,
+    precisions: Tensor,
+    *,
+    dtype: torch.dtype,
+    dtype_of_slope: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Return the log density of a block, and its derivative.
 
     Components are added one by one, without the term of the first one, which may overflow.
     """
-    z = x / components.scale
+    z = x.to(scale.dtype) / scale
     square = z.square()
     # The product with an excess of zero is zero, also where the square overflows.
-    finite = square.clamp(max=torch.finfo(x.dtype).max)
-    (total, *constants), (mean_precision, *precisions), (_, *excess_precisions) = components[2:]
-    for constant, precision, excess in zip(constants, precisions, excess_precisions, strict=True):
-        log_density = torch.addcmul(constant, finite, excess, value=-1)
-        share = (log_density - total).sigmoid_()
-        total = torch.logaddexp(total, log_density)
-        mean_precision = torch.lerp(mean_precision, precision, share)
-    log_prob = (components.constant - square).add_(total)
-    return log_prob, z.mul_(mean_precision).div_(-components.scale / 2)
+    finite = square.clamp(max=torch.finfo(scale.dtype).max)
+    total, mean_precision = constants[0], precisions[0]
+    for k in range(1, len(constants)):
+        log_density = torch.addcmul(constants[k], finite, precisions[k] - 1, value=-1)
+        share, total = _add(log_density, total)
+        mean_precision = torch.lerp(mean_precision, precisions[k], share)
+    log_prob = (constant - square).add_(total)
+    slope = z.mul_(mean_precision).mul_(-2).div_(scale)
+    return log_prob.to(dtype), slope.to(dtype_of_slope)
+
+
+def _add(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share of ``exp(x)`` in ``exp(x) + exp(y)``, and the logarithm of this sum."""
+    difference = x - y
+    if not is_compiled_later():
+        return difference.sigmoid_(), torch.logaddexp(x, y)
+    # A compiler makes one pass of this, with one exponential less.
+    ratio = difference.abs().neg_().exp_()
+    share = torch.where(difference > 0, 1.0, ratio) / (1 + ratio)
+    return share, torch.maximum(x, y) + ratio.log1p()
+
+
+_kernel = Fused(_evaluate)

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_ext._private.of_torch import is_in_transform
+from pyro_ext._private.of_torch import Recorder, dispatch_modes, is_in_transform
 
 
 def is_traced() -> bool:
     """Return whether ``torch.compile`` or ``make_fx`` is recording operations."""
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def is_compiled_later() -> bool:
+    """Return whether operations are recorded for a compiler, which fuses them."""
+    return is_traced() or any(isinstance(mode, Recorder) for mode in dispatch_modes())
 
 
 def is_transformed(x: Tensor) -> bool:

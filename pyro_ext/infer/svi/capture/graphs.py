@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyro_ext._private.of_torch import global_hooks
+from pyro_ext._private.of_torch import global_hooks, is_forked
 from pyro_ext.infer.svi.capture.argument_keys import SameObject, describe_handler, describe_leaf
 from pyro_ext.infer.svi.capture.audit_times import AuditTimes
 from pyro_ext.infer.svi.capture.backends import Backend, CompileError
@@ -113,6 +113,8 @@ class Graphs:
         if step.has_gradients in self._given_up:
             self.report(self._given_up[step.has_gradients])
             return None
+        if self._by_key and self.backend.name == "inductor" and is_forked():
+            self._stop_compiling("this process was forked after a compilation")
         refusal = step.refusal()
         if refusal is not None:
             self.report(refusal)
@@ -288,7 +290,7 @@ class Graphs:
         graph.checked_at = step
         return True
 
-    def _stop_compiling(self, reason: str, error: Exception) -> None:
+    def _stop_compiling(self, reason: str, error: Exception | None = None) -> None:
         self.backend = Backend("eager", self.backend.mode)
         self._by_key.clear()
         self.report(reason, error, _WITHOUT_COMPILER)

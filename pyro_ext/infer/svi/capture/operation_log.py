@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_ext._private.of_torch import (
     DisableTorchFunction,
-    TorchDispatchMode,
+    Recorder,
     pytree,
     schema_of,
     storage_of,
@@ -191,7 +191,7 @@ class OperationLog:
         return None
 
 
-class _Logger(TorchDispatchMode):
+class _Logger(Recorder):
     """A mode that writes all operations to a log."""
 
     def __init__(
