@@ -22,9 +22,9 @@ class JointOptimizer:
     """One optimiser for all parameters of a ``PyroOptim``, which has one for each parameter.
 
     Pyro's optimisers keep their states and learning rates. Schedulers, ``get_state``, ``save`` and
-    ``load`` therefore work as usual. One fused (CPU) or foreach (CUDA) optimiser steps all
-    parameters with equal settings, and shares the states with Pyro's optimisers. If an optimiser
-    has neither implementation, Pyro steps the parameters one by one.
+    ``load`` therefore work as usual. One fused or foreach optimiser steps all parameters with equal
+    settings, and shares the states with Pyro's optimisers. If an optimiser has neither
+    implementation, Pyro steps the parameters one by one.
 
     :param optim: the optimiser of an SVI.
     """
@@ -114,6 +114,10 @@ class JointOptimizer:
             own = self._own_optimizer(param)
             self._states[param] = self._joint.state[param] = own.state[param]
             mark_as_stepped(own)
+        for group in self._joint.param_groups:
+            if group.get("fused"):
+                for param in group["params"]:
+                    _move_step(self._states[param], param.device)
 
     def _follow_settings(self) -> bool:
         """Copy the current settings, such as learning rates.
@@ -144,6 +148,13 @@ def _choose_implementation(group: dict[str, Any]) -> None:
         return
     # Fused SGD fails if only some of the parameters have momentum, so SGD is never fused.
     can_be_fused = {"fused", "betas"} <= group.keys() and all(
-        param.device.type == "cpu" and param.is_floating_point() for param in group["params"]
+        param.device.type in ("cpu", "cuda") and param.is_floating_point()
+        for param in group["params"]
     )
     group["fused" if can_be_fused else "foreach"] = True
+
+
+def _move_step(state: dict[str, Any], device: torch.device) -> None:
+    """Move the number of steps to the device on which a fused optimiser reads it."""
+    if isinstance(state.get("step"), Tensor):
+        state["step"] = state["step"].to(device)

@@ -87,3 +87,37 @@ def test_another_kind_of_optimizer_is_left_alone():
     value.grad = torch.ones(2)
     JointOptimizer(Own(torch.optim.Adam, {})).step([value])
     assert value.tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("start", ["fresh", "saved on a CPU", "foreach before"])
+def test_cuda_parameters_are_stepped_by_the_fused_optimizer(start):
+    def train_on(device, kinds):
+        torch.manual_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
+        joint = JointOptimizer(optim)
+        pyro.clear_param_store()
+        for name in "abc":
+            pyro.param(name, torch.randn(3).to(device))
+        params = [p for _, p in pyro.get_param_store().named_parameters()]
+        for number in range(9):
+            if number == 4 and start == "saved on a CPU":
+                state = optim.get_state()
+                for own in state.values():
+                    own["state"][0]["step"] = own["state"][0]["step"].cpu()
+                optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
+                optim.set_state(state)
+                joint = JointOptimizer(optim)
+            for param in params:
+                param.grad = torch.randn(3).to(device)
+            if number < 4 and start == "foreach before":
+                optim(params)
+            else:
+                joint.step(params)
+        kinds |= {group.get("fused") for group in joint._joint.param_groups}
+        return [param.detach().cpu() for param in params]
+
+    kinds = set()
+    found, expected = train_on("cuda", kinds), train_on("cpu", kinds)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert kinds == {True}
