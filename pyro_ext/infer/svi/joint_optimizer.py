@@ -1,5 +1,5 @@
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -36,9 +36,16 @@ class JointOptimizer:
         #: The parameters of the joint optimiser, with the states of Pyro's optimisers.
         self._states: dict[Tensor, Any] = {}
 
-    def step(self, params: Sequence[Tensor]) -> None:
-        """Clip the gradients, and step the parameters that have one."""
+    def step(self, params: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Clip the gradients, and step the parameters that have one.
+
+        :param params: the parameters.
+        :param loss: a loss that has not been read. If it is not finite, a fused optimiser changes
+            nothing, and any other optimiser gets gradients of zero.
+        """
+        is_bad = None if loss is None else ~loss.isfinite()
         if not self._can_join:
+            _clear_gradients(params, is_bad)
             self.optim(list(params))
             return
         params = tuple(param for param in params if param.grad is not None)
@@ -52,7 +59,15 @@ class JointOptimizer:
                 clip(param)
         if not (self._is_of(params) and self._follow_settings()):
             self._join(params)
-        self._joint.step()
+        joint: Any = self._joint
+        if is_bad is not None and all(group.get("fused") for group in joint.param_groups):
+            # A GradScaler skips a step in the same way.
+            joint.grad_scale, joint.found_inf = None, is_bad.float()
+            joint.step()
+            del joint.grad_scale, joint.found_inf
+        else:
+            _clear_gradients(params, is_bad)
+            joint.step()
 
     @cached_property
     def _can_join(self) -> bool:
@@ -158,3 +173,10 @@ def _move_step(state: dict[str, Any], device: torch.device) -> None:
     """Move the number of steps to the device on which a fused optimiser reads it."""
     if isinstance(state.get("step"), Tensor):
         state["step"] = state["step"].to(device)
+
+
+def _clear_gradients(params: Iterable[Tensor], where: Tensor | None) -> None:
+    """Replace gradients by zero if a condition on the device holds."""
+    for param in params:
+        if param.grad is not None and where is not None:
+            param.grad.masked_fill_(where.to(param.device), 0)
