@@ -19,6 +19,7 @@ from benchmarks.harness import Options, Table
 
 SUITES = (
     "training_step",
+    "step_budget",
     "bounds",
     "eager_step",
     "pyro_programs",

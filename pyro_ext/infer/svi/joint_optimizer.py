@@ -33,6 +33,8 @@ class JointOptimizer:
         self.optim = optim
         self._joint: Optimizer
         self._members: list[list[Optimizer]] = []
+        #: The settings of all members, in order, that the joint optimiser has.
+        self._known: list[dict[str, Any]] = []
         #: The parameters of the joint optimiser, with the states of Pyro's optimisers.
         self._states: dict[Tensor, Any] = {}
 
@@ -124,6 +126,7 @@ class JointOptimizer:
             _choose_implementation(group)
         constructor: Any = self.optim.pt_optim_constructor
         self._joint = constructor(groups)
+        self._known = [dict(own.param_groups[0]) for of_kind in self._members for own in of_kind]
         self._states = {}
         for param in params:
             own = self._own_optimizer(param)
@@ -139,13 +142,20 @@ class JointOptimizer:
 
         :returns: False if the settings of a group's members now differ.
         """
-        for group, members in zip(self._joint.param_groups, self._members, strict=True):
-            settings = _settings(members[0])
-            if any(_settings(member) != settings for member in members[1:]):
+        members = [member for group in self._members for member in group]
+        if all(
+            member.param_groups[0] == known
+            for member, known in zip(members, self._known, strict=True)
+        ):
+            return True
+        for group, own in zip(self._joint.param_groups, self._members, strict=True):
+            settings = _settings(own[0])
+            if any(_settings(member) != settings for member in own[1:]):
                 return False
             for key, value in settings.items():
                 if key not in ("foreach", "fused"):
                     group[key] = value
+        self._known = [dict(member.param_groups[0]) for member in members]
         return True
 
 

@@ -77,6 +77,23 @@ def test_all_parameters_are_stepped_at_once(monkeypatch):
     assert len(calls) == 12
 
 
+@pytest.mark.parametrize("names", ["abc", "b"])
+def test_a_new_learning_rate_takes_effect_at_once(names):
+    optim = pyro.optim.SGD({"lr": 0.0})
+    joint = JointOptimizer(optim)
+    params = {name: pyro.param(name, torch.zeros(1)) for name in "abc"}
+    for lr in (0.0, 0.0, 1.0, 0.0, 2.0):
+        for name in names:
+            if params[name] in optim.optim_objs:
+                optim.optim_objs[params[name]].param_groups[0]["lr"] = lr
+        for param in params.values():
+            param.grad = -torch.ones(1)
+        joint.step([*params.values()])
+    assert {name: param.item() for name, param in params.items()} == {
+        name: 3.0 if name in names else 0.0 for name in "abc"
+    }
+
+
 def test_another_kind_of_optimizer_is_left_alone():
     class Own(PyroOptim):
         def __call__(self, params):
