@@ -18,6 +18,7 @@ from benchmarks.harness import Options, Table, machine
 
 SUITES = (
     "training_step",
+    "step_budget",
     "bounds",
     "eager_step",
     "pyro_programs",

@@ -108,6 +108,8 @@ class ParticleStream:
 
     def _check(self, particles: Particles, block: DataBlock) -> None:
         log_w = particles.log_w
+        if log_w.amax() < math.inf:  # False for NaN; one read of a value, not two
+            return
         for is_bad, value in ((log_w.isnan(), math.nan), (log_w.isposinf(), math.inf)):
             if is_bad.any():
                 where = data_points(is_bad.any(0), block.offset(particles.plates))

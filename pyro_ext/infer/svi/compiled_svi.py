@@ -16,7 +16,6 @@ from pyro_ext.infer.svi.capture.graph_inputs import params_kept_in_place, params
 from pyro_ext.infer.svi.capture.graphs import ReadyGraph
 from pyro_ext.infer.svi.capture.step import SVIStep, as_tensor
 from pyro_ext.infer.svi.eager_svi import EagerSVI
-from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
 from pyro_ext.tracing import Program
 
 
@@ -71,7 +70,10 @@ class CompiledSVI(Front, EagerSVI):
         values get a graph. Set it if many steps come in shapes that come only a few times.
     :param audit_every: the largest number of steps of a graph from one audit to the next, >= 1. An
         audit costs about as much as one eager step and one compiled step.
-    :raises TypeError: if ``max_graphs``, ``compile_after`` or ``audit_every`` is not an integer.
+    :param reads_loss_every: the number of steps, >= 1, whose losses are read at once; see
+        :class:`EagerSVI`. Then a step that runs a graph does not wait for a GPU.
+    :raises TypeError: if ``max_graphs``, ``compile_after``, ``audit_every`` or ``reads_loss_every``
+        is not an integer.
     :raises ValueError: if an argument is out of range. A step raises it if the loss is not finite,
         and then leaves the parameters as they were.
     :raises RuntimeError: in a step, if the step cannot be captured or an audit fails, and
@@ -108,23 +110,14 @@ class CompiledSVI(Front, EagerSVI):
         max_graphs: int = 8,
         compile_after: int = 0,
         audit_every: int = 5000,
+        reads_loss_every: int = 1,
     ) -> None:
         settings = Settings.checked(
             self._front, backend, mode, fallback, max_graphs, compile_after, audit_every
         )
-        super().__init__(model, guide, optim, loss)
+        super().__init__(model, guide, optim, loss, reads_loss_every)
         self._with_gradients: set[str] = set()
-        self._optimizer = JointOptimizer(optim)
         self._set_up(settings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["_optimizer"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._optimizer = JointOptimizer(self.optim)
 
     def _announce(self, is_capturing: bool) -> None:
         """Show in the progress bar whether a step is being captured and compiled."""
@@ -194,11 +187,11 @@ class CompiledSVI(Front, EagerSVI):
 
     def _finish(
         self,
-        loss: float,
+        loss: Any,
         params: dict[str, Tensor],
         gradients: dict[str, Tensor | None],
         rows: list[int],
-    ) -> float:
+    ) -> Any:
         """Add the gradients to those of the user, and update the parameters.
 
         :param loss: the loss.
@@ -218,7 +211,7 @@ class CompiledSVI(Front, EagerSVI):
         used = list(params.values())
         if self._group is not None:
             loss, used = self._mean_in_place(loss, params, rows)
-        self._update(used)
+        self._update(used, loss)
         for param in used:
             param.grad = None
         return loss
@@ -232,9 +225,12 @@ class CompiledSVI(Front, EagerSVI):
         if outputs is None:
             return self._eager_step(*args, **kwargs)
         loss, *gradients = outputs
-        loss = loss.item()
-        if not math.isfinite(loss):
-            self._raise_for(loss, args, kwargs)
+        if self._reads_late:
+            loss = loss.clone() if ready.graph.reuses_memory else loss
+        else:
+            loss = loss.item()
+            if not math.isfinite(loss):
+                self._raise_for(loss, args, kwargs)
         loss = self._finish(loss, *ready.named(gradients), ready.graph.rows)
         if isinstance(self.objective, KLWeightedELBO):
             self.objective.note_loss()
@@ -264,7 +260,8 @@ class CompiledSVI(Front, EagerSVI):
             self._raise_for(loss, args, kwargs)
         of_names = [gradients.get(ready.params[name]) for name in ready.graph.names]
         if self._passes(ready, [as_tensor(loss), *of_names], found, used):
-            loss = as_tensor(found.tensors[0]).item()
+            loss = as_tensor(found.tensors[0])
+            loss = loss if self._reads_late else loss.item()
             return self._finish(loss, *ready.named(found.tensors[1:]), ready.graph.rows)
         first_names = {param: name for name, param in reversed(used.items())}
         params = {name: param for param, name in first_names.items()}
@@ -276,7 +273,7 @@ class CompiledSVI(Front, EagerSVI):
         if pyro.settings.get("module_local_params"):
             return super()._eager_step(*args, **kwargs)
         with poutine.trace(param_only=True) as trace:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            loss = self._loss_with_gradients(args, kwargs)
         used = params_of(trace.trace)
         for name, param in used.items():
             if param.grad is None and name in self._with_gradients:
@@ -284,14 +281,9 @@ class CompiledSVI(Front, EagerSVI):
         params = list(dict.fromkeys(used.values()))  # tied parameters once
         if self._group is not None:
             loss, params = self._mean_in_place(loss, used)
-        self._update(params)
+        self._update(params, loss)
         zero_grads(params)
-        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
-
-    def _update(self, params: list[Tensor]) -> None:
-        if self._optimizer.optim is not self.optim:
-            self._optimizer = JointOptimizer(self.optim)
-        self._optimizer.step(params)
+        return loss
 
     def _ready(
         self, has_gradients: bool, args: tuple[Any, ...], kwargs: dict[str, Any]

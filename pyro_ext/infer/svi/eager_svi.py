@@ -1,14 +1,17 @@
 from collections.abc import Collection
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
 
+import pyro
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_ext._arguments import check_integer
 from pyro_ext._files import StrPath
 from pyro_ext._private.of_pyro import set_waiting_states
 from pyro_ext._random_states import kept_random_states
@@ -18,23 +21,20 @@ from pyro_ext.infer.svi.capture.graph_inputs import params_of
 from pyro_ext.infer.svi.checkpoint import read
 from pyro_ext.infer.svi.comparison import Comparison
 from pyro_ext.infer.svi.history import TrainingHistory
-from pyro_ext.infer.svi.minibatches import (
-    Data,
-    arguments_of,
-    loader_settings,
-    minibatches,
-)
+from pyro_ext.infer.svi.joint_optimizer import JointOptimizer
+from pyro_ext.infer.svi.minibatches import Data, arguments_of, loader_settings, minibatches
 from pyro_ext.infer.svi.optimizer_states import optimizer_states
 from pyro_ext.infer.svi.run_loop import Callback, RunLoop, check_run
 from pyro_ext.infer.svi.saved_run import check_state, load_run, save_run, schedule_of
 from pyro_ext.infer.svi.scheduler_steps import SchedulerSteps
 from pyro_ext.infer.svi.training_group import TrainingGroup
+from pyro_ext.infer.svi.unread_losses import UnreadLosses, has_late_loss, late_loss
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.module_calls import called_modules
 
 
 class EagerSVI(SVI):
-    """Pyro's ``SVI`` with a training loop.
+    """Pyro's ``SVI`` with a training loop, and with one optimiser for all parameters.
 
     If ``torch.distributed`` has several processes, they train together. Each process calls the same
     methods with its share of the rows, and the plate keeps the size N of all data, as in
@@ -47,6 +47,14 @@ class EagerSVI(SVI):
     :param guide: the guide, a callable with Pyro primitives.
     :param optim: the optimiser.
     :param loss: an ELBO, or a function that returns a differentiable loss.
+    :param reads_loss_every: the number of steps, >= 1, whose losses are read at once. Reading waits
+        for a GPU. With 1, ``step`` returns a float. With a larger number, ``step`` returns a tensor
+        without dims on the device, and does not wait. Every so many steps it reads the losses, and
+        raises a ValueError if one was not finite. A step with such a loss changes no parameters if
+        the optimiser is fused, like Adam and AdamW on a CPU or on CUDA. Any other optimiser takes
+        this step with gradients of zero. In several processes, each step reads its loss.
+    :raises TypeError: if ``loss`` is a class, or ``reads_loss_every`` is no integer.
+    :raises ValueError: if ``reads_loss_every`` is below 1.
     :ivar history: the :class:`TrainingHistory` of the current run, or of the last run.
 
     >>> import pyro, pyro.distributions as dist, torch
@@ -71,18 +79,28 @@ class EagerSVI(SVI):
     #: The bytes of a vector of gradients that processes exchange during a backward pass.
     _bucket_bytes: float = 2**20
 
-    def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: Any) -> None:
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: PyroOptim,
+        loss: Any,
+        reads_loss_every: int = 1,
+    ) -> None:
         if isinstance(loss, type):
             raise TypeError(
                 f"{type(self).__name__}: the loss is the class {loss.__name__}. Pass an instance "
                 f"of it, such as {loss.__name__}()."
             )
+        check_integer(type(self).__name__, "reads_loss_every", reads_loss_every, 1)
         super().__init__(model, guide, optim, loss)
         self.history = TrainingHistory()
+        self._unread = UnreadLosses(type(self).__name__, reads_loss_every)
+        self._optimizer: JointOptimizer | None = None
         #: The modules that the first step called; None before the first step.
         self._called: list[nn.Module] | None = None
         self._epoch_start: dict[str, Any] | None = None
-        self._bar: Any = None  # the progress bar of the latest run
+        self._bar: Any = None  # of the latest run
         self._run_settings: dict[str, Any] = {}
         self._scheduler_steps: SchedulerSteps | None = None
         self._checks_state = False
@@ -93,7 +111,8 @@ class EagerSVI(SVI):
         optim = copy(self.optim)
         optim.optim_objs, optim.grad_clip = {}, {}
         set_waiting_states(optim, optimizer_states(self.optim))
-        return {**self.__dict__, "optim": optim, "_bar": None, "_group": None}
+        made_anew = dict.fromkeys(("_bar", "_group", "_optimizer"))
+        return {**self.__dict__, "optim": optim, **made_anew}
 
     @property
     def objective(self) -> Any:
@@ -105,17 +124,24 @@ class EagerSVI(SVI):
 
         :param args: positional arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
-        :returns: the loss before the step.
+        :returns: the loss before the step; a tensor with ``reads_loss_every`` above 1.
         """
         group = self._find_group()
-        noise = active_noise()
-        if noise is not None:
+        if (noise := active_noise()) is not None:
             noise.next_step()
         if group is None:
-            return self._take_step(args, kwargs)
+            loss = self._take_step(args, kwargs)
+            return self._unread.added(loss) if self._reads_late else loss
         group.start(self, args, kwargs)
         with group.step():
             return self._take_step(args, kwargs)
+
+    def read_losses(self) -> None:
+        """Read the losses that are still on the device, after the last step of your own loop.
+
+        :raises ValueError: if a loss was not finite.
+        """
+        self._unread.read()
 
     def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._called is not None:
@@ -134,14 +160,31 @@ class EagerSVI(SVI):
         return self._group
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._group is None:
+        if self._group is None and pyro.settings.get("module_local_params"):
             return super().step(*args, **kwargs)
-        with poutine.trace(param_only=True) as trace, self._group.overlapped():
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        loss, params = self._mean_in_place(loss, params_of(trace.trace))
-        self._update(params)
+        overlapped = nullcontext() if self._group is None else self._group.overlapped()
+        with poutine.trace(param_only=True) as trace, overlapped:
+            loss = self._loss_with_gradients(args, kwargs)
+        used = params_of(trace.trace)
+        params = list(dict.fromkeys(used.values()))  # tied parameters once
+        if self._group is not None:
+            loss, params = self._mean_in_place(loss, used)
+        self._update(params, loss)
         zero_grads(params)
         return loss
+
+    def _loss_with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add the gradients, and return the loss; on the device if it is read later."""
+        if self._reads_late and has_late_loss(self.objective):
+            return late_loss(self.objective, self.model, self.guide, args, kwargs)
+        loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        if self._reads_late and isinstance(loss, Tensor):
+            return loss.detach()
+        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
+
+    @property
+    def _reads_late(self) -> bool:
+        return self._unread.every > 1 and self._group is None
 
     def _mean_in_place(
         self, loss: Any, params: dict[str, Tensor], rows: list[int] | None = None
@@ -177,8 +220,14 @@ class EagerSVI(SVI):
         zero_grads(params.values())
         return loss
 
-    def _update(self, params: list[Tensor]) -> None:
-        self.optim(params)
+    def _update(self, params: list[Tensor], loss: Any = None) -> None:
+        """Step the parameters, unless a loss that is read later is not finite."""
+        if pyro.settings.get("module_local_params"):
+            self.optim(params)
+            return
+        if self._optimizer is None or self._optimizer.optim is not self.optim:
+            self._optimizer = JointOptimizer(self.optim)
+        self._optimizer.step(params, loss if isinstance(loss, Tensor) else None)
 
     def run(
         self,

@@ -1,5 +1,5 @@
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +22,9 @@ class JointOptimizer:
     """One optimiser for all parameters of a ``PyroOptim``, which has one for each parameter.
 
     Pyro's optimisers keep their states and learning rates. Schedulers, ``get_state``, ``save`` and
-    ``load`` therefore work as usual. One fused (CPU) or foreach (CUDA) optimiser steps all
-    parameters with equal settings, and shares the states with Pyro's optimisers. If an optimiser
-    has neither implementation, Pyro steps the parameters one by one.
+    ``load`` therefore work as usual. One fused or foreach optimiser steps all parameters with equal
+    settings, and shares the states with Pyro's optimisers. If an optimiser has neither
+    implementation, Pyro steps the parameters one by one.
 
     :param optim: the optimiser of an SVI.
     """
@@ -33,12 +33,21 @@ class JointOptimizer:
         self.optim = optim
         self._joint: Optimizer
         self._members: list[list[Optimizer]] = []
+        #: The settings of all members, in order, that the joint optimiser has.
+        self._known: list[dict[str, Any]] = []
         #: The parameters of the joint optimiser, with the states of Pyro's optimisers.
         self._states: dict[Tensor, Any] = {}
 
-    def step(self, params: Sequence[Tensor]) -> None:
-        """Clip the gradients, and step the parameters that have one."""
+    def step(self, params: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Clip the gradients, and step the parameters that have one.
+
+        :param params: the parameters.
+        :param loss: a loss that has not been read. If it is not finite, a fused optimiser changes
+            nothing, and any other optimiser gets gradients of zero.
+        """
+        is_bad = None if loss is None else ~loss.isfinite()
         if not self._can_join:
+            _clear_gradients(params, is_bad)
             self.optim(list(params))
             return
         params = tuple(param for param in params if param.grad is not None)
@@ -52,7 +61,15 @@ class JointOptimizer:
                 clip(param)
         if not (self._is_of(params) and self._follow_settings()):
             self._join(params)
-        self._joint.step()
+        joint: Any = self._joint
+        if is_bad is not None and all(group.get("fused") for group in joint.param_groups):
+            # A GradScaler skips a step in the same way.
+            joint.grad_scale, joint.found_inf = None, is_bad.float()
+            joint.step()
+            del joint.grad_scale, joint.found_inf
+        else:
+            _clear_gradients(params, is_bad)
+            joint.step()
 
     @cached_property
     def _can_join(self) -> bool:
@@ -109,24 +126,36 @@ class JointOptimizer:
             _choose_implementation(group)
         constructor: Any = self.optim.pt_optim_constructor
         self._joint = constructor(groups)
+        self._known = [dict(own.param_groups[0]) for of_kind in self._members for own in of_kind]
         self._states = {}
         for param in params:
             own = self._own_optimizer(param)
             self._states[param] = self._joint.state[param] = own.state[param]
             mark_as_stepped(own)
+        for group in self._joint.param_groups:
+            if group.get("fused"):
+                for param in group["params"]:
+                    _move_step(self._states[param], param.device)
 
     def _follow_settings(self) -> bool:
         """Copy the current settings, such as learning rates.
 
         :returns: False if the settings of a group's members now differ.
         """
-        for group, members in zip(self._joint.param_groups, self._members, strict=True):
-            settings = _settings(members[0])
-            if any(_settings(member) != settings for member in members[1:]):
+        members = [member for group in self._members for member in group]
+        if all(
+            member.param_groups[0] == known
+            for member, known in zip(members, self._known, strict=True)
+        ):
+            return True
+        for group, own in zip(self._joint.param_groups, self._members, strict=True):
+            settings = _settings(own[0])
+            if any(_settings(member) != settings for member in own[1:]):
                 return False
             for key, value in settings.items():
                 if key not in ("foreach", "fused"):
                     group[key] = value
+        self._known = [dict(member.param_groups[0]) for member in members]
         return True
 
 
@@ -144,6 +173,20 @@ def _choose_implementation(group: dict[str, Any]) -> None:
         return
     # Fused SGD fails if only some of the parameters have momentum, so SGD is never fused.
     can_be_fused = {"fused", "betas"} <= group.keys() and all(
-        param.device.type == "cpu" and param.is_floating_point() for param in group["params"]
+        param.device.type in ("cpu", "cuda") and param.is_floating_point()
+        for param in group["params"]
     )
     group["fused" if can_be_fused else "foreach"] = True
+
+
+def _move_step(state: dict[str, Any], device: torch.device) -> None:
+    """Move the number of steps to the device on which a fused optimiser reads it."""
+    if isinstance(state.get("step"), Tensor):
+        state["step"] = state["step"].to(device)
+
+
+def _clear_gradients(params: Iterable[Tensor], where: Tensor | None) -> None:
+    """Replace gradients by zero if a condition on the device holds."""
+    for param in params:
+        if param.grad is not None and where is not None:
+            param.grad.masked_fill_(where.to(param.device), 0)

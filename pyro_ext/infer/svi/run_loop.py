@@ -21,6 +21,7 @@ from pyro_ext.distributed.loaders import set_epoch
 from pyro_ext.infer.svi.history import TrainingHistory
 from pyro_ext.infer.svi.minibatches import Data, arguments_of, length_of, minibatches
 from pyro_ext.infer.svi.saved_run import check_state, save_run
+from pyro_ext.infer.svi.unread_losses import read_together
 
 Callback = Callable[[TrainingHistory], Any]
 
@@ -100,11 +101,16 @@ class RunLoop:
                 group.has_signal = lambda: bool(interrupts)
             try:
                 for _ in self._steps(bar):
+                    is_due = self.checkpoint_every is not None and (
+                        len(history.losses) % self.checkpoint_every == 0
+                    )
+                    if is_due:
+                        self._read_losses()
                     wants_stop = self._wants_stop(history)
-                    is_due = history.is_epoch_end or wants_stop
-                    if self.checkpoint_every is not None:
-                        is_due = is_due or len(history.losses) % self.checkpoint_every == 0
+                    is_due = is_due or history.is_epoch_end or wants_stop
                     is_interrupted = bool(interrupts) if group is None else group.is_interrupted
+                    if is_interrupted:
+                        self._read_losses()
                     if group is not None and (is_due or is_interrupted):
                         group.copy_state(self.svi._called)
                     if self.checkpoint is not None and (is_due or is_interrupted):
@@ -117,13 +123,29 @@ class RunLoop:
                 if not interrupts or group is not None:
                     raise
                 # The workers of the loader got the signal, too, and failed. Save no half step.
+                self._fill_in_losses()
                 if self.checkpoint is not None and not _is_in_step(error):
                     save_run(self.svi, self.checkpoint, self.data)
                 interrupts.deliver()
                 raise
+            finally:
+                self._fill_in_losses()
+
+    def _read_losses(self) -> None:
+        """Read the losses that are still on the device, and raise an error if one is not finite."""
+        self.svi.read_losses()
+        self._fill_in_losses()
+
+    def _fill_in_losses(self) -> None:
+        """Replace the unread losses of the history by floats."""
+        losses: list[Any] = self.svi.history.losses
+        start = len(losses)
+        while start and isinstance(losses[start - 1], Tensor):
+            start -= 1
+        losses[start:] = read_together(losses[start:])
 
     def _wants_stop(self, history: TrainingHistory) -> bool:
-        if self.callback is None:
+        if self.callback is None or isinstance(history.losses[-1], Tensor):
             return False
         callback = self.callback
         if self.group is None:
@@ -163,17 +185,19 @@ class RunLoop:
                 if history.is_epoch_end:
                     break
             if not history.is_epoch_end:  # the data has no length, or ends before it
+                self._read_losses()
                 history.epoch_ends.append(len(history.losses))
                 self.svi._scheduler_steps.at("epoch", self.svi.optim, history.last_epoch_loss)
                 yield
 
-    def _step(self, batch: Any) -> float | None:
+    def _step(self, batch: Any) -> float | Tensor | None:
         """Take a step, and return the loss; None if no process has data."""
         if batch is _NO_DATA:
             loss: float | None = self.svi._rest()
             return loss
         args, kwargs = arguments_of(batch)
-        return float(self.svi.step(*args, *self.args, **kwargs, **self.kwargs))
+        found = self.svi.step(*args, *self.args, **kwargs, **self.kwargs)
+        return found if isinstance(found, Tensor) else float(found)
 
     def _batches(self, length: int | None) -> Iterator[Any]:
         """Yield the remaining minibatches of an epoch.
@@ -220,9 +244,9 @@ class RunLoop:
                 "generator can be used once only, so pass a list or a DataLoader that is not empty."
             )
 
-    def _after_step(self, loss: float, length: int | None, bar: Any) -> None:
+    def _after_step(self, loss: float | Tensor, length: int | None, bar: Any) -> None:
         svi, history = self.svi, self.svi.history
-        if math.isnan(loss):
+        if not isinstance(loss, Tensor) and math.isnan(loss):
             raise ValueError(
                 f"{type(svi).__name__}.run: the loss of step {len(history.losses) + 1} is NaN. "
                 "Check the data, the parameters and the learning rate. If there is a checkpoint, "
@@ -231,6 +255,8 @@ class RunLoop:
         history.losses.append(loss)
         if history.steps_of_epoch == length:
             history.epoch_ends.append(len(history.losses))
+        if history.is_epoch_end or not svi._unread.losses:
+            self._read_losses()
         if svi._schedule is not None:
             svi._schedule.step()
         svi._scheduler_steps.at("step", svi.optim, loss)
@@ -241,7 +267,8 @@ class RunLoop:
             svi._checks_state = False
         if not bar.disable:
             recent = history.losses[-_WINDOW:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
+            if not isinstance(recent[-1], Tensor):
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
             bar.update()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro.optim import PyroLRScheduler, PyroOptim
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_ext._arguments import describe
@@ -38,7 +39,7 @@ class SchedulerSteps:
         """Return the setting that a resumed run must have as well."""
         return {"step_scheduler": self.time} if isinstance(optim, PyroLRScheduler) else {}
 
-    def at(self, time: str, optim: PyroOptim, loss: float) -> None:
+    def at(self, time: str, optim: PyroOptim, loss: float | Tensor) -> None:
         """Step the schedulers if it is time.
 
         :param time: ``"epoch"`` or ``"step"``, at the end of one.

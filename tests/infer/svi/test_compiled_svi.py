@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_eager_step_on_the_same_noise():
     for param in params.values():
         param.grad = None
     found = {}
-    svi._optimizer.step = lambda params: found.update({p: p.grad.clone() for p in params})
+    svi._optimizer.step = lambda params, _: found.update({p: p.grad.clone() for p in params})
     pyro.set_rng_seed(3)
     svi.step(*problem.args)
     for name, param in params.items():

@@ -77,6 +77,23 @@ def test_all_parameters_are_stepped_at_once(monkeypatch):
     assert len(calls) == 12
 
 
+@pytest.mark.parametrize("names", ["abc", "b"])
+def test_a_new_learning_rate_takes_effect_at_once(names):
+    optim = pyro.optim.SGD({"lr": 0.0})
+    joint = JointOptimizer(optim)
+    params = {name: pyro.param(name, torch.zeros(1)) for name in "abc"}
+    for lr in (0.0, 0.0, 1.0, 0.0, 2.0):
+        for name in names:
+            if params[name] in optim.optim_objs:
+                optim.optim_objs[params[name]].param_groups[0]["lr"] = lr
+        for param in params.values():
+            param.grad = -torch.ones(1)
+        joint.step([*params.values()])
+    assert {name: param.item() for name, param in params.items()} == {
+        name: 3.0 if name in names else 0.0 for name in "abc"
+    }
+
+
 def test_another_kind_of_optimizer_is_left_alone():
     class Own(PyroOptim):
         def __call__(self, params):
@@ -87,3 +104,37 @@ def test_another_kind_of_optimizer_is_left_alone():
     value.grad = torch.ones(2)
     JointOptimizer(Own(torch.optim.Adam, {})).step([value])
     assert value.tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("start", ["fresh", "saved on a CPU", "foreach before"])
+def test_cuda_parameters_are_stepped_by_the_fused_optimizer(start):
+    def train_on(device, kinds):
+        torch.manual_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
+        joint = JointOptimizer(optim)
+        pyro.clear_param_store()
+        for name in "abc":
+            pyro.param(name, torch.randn(3).to(device))
+        params = [p for _, p in pyro.get_param_store().named_parameters()]
+        for number in range(9):
+            if number == 4 and start == "saved on a CPU":
+                state = optim.get_state()
+                for own in state.values():
+                    own["state"][0]["step"] = own["state"][0]["step"].cpu()
+                optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
+                optim.set_state(state)
+                joint = JointOptimizer(optim)
+            for param in params:
+                param.grad = torch.randn(3).to(device)
+            if number < 4 and start == "foreach before":
+                optim(params)
+            else:
+                joint.step(params)
+        kinds |= {group.get("fused") for group in joint._joint.param_groups}
+        return [param.detach().cpu() for param in params]
+
+    kinds = set()
+    found, expected = train_on("cuda", kinds), train_on("cpu", kinds)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert kinds == {True}

@@ -150,6 +150,13 @@ class ReachableState:
             [value for _, value in attributes],
         )
 
+    @cached_property
+    def _by_size(self) -> tuple[list[Mapping[Any, Any]], list[int], list[Entries]]:
+        """The namespaces whose size shows new entries, their sizes, and the other entries."""
+        named = [x for x in self.entries if x.names is not None]
+        ordered = [x for x in self.entries if x.names is None]
+        return [x.namespace for x in named], [len(x.contents) for x in named], ordered
+
     def changed(self) -> str | None:
         """Return the label of the first value that has changed, or None."""
         if not self._all_identical():
@@ -160,11 +167,11 @@ class ReachableState:
         for label, read, contents, _ in self.snapshots:
             if not _is_equal(read(), contents):
                 return label
-        for entries in self.entries:
-            label, namespace, contents, names = entries
-            is_same_size = names is not None and len(namespace) == len(contents)
-            if not is_same_size and entries.has_changed:
-                return label
+        namespaces, sizes, ordered = self._by_size
+        if [*map(len, namespaces)] != sizes or any(x.has_changed for x in ordered):
+            for entries in self.entries:
+                if entries.has_changed:
+                    return entries.label
         return None
 
     def keep(self, is_kept: Callable[[Place, Tensor, Any], bool]) -> list[Tensor]:

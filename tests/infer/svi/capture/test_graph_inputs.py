@@ -45,7 +45,7 @@ def test_minibatch_indices_are_fresh():
     problem = PROBLEMS["subsampled plate, locals"]()
     svi = still(problem.model, problem.guide, problem.loss)
     svi.step(*problem.args)
-    svi._optimizer.step = lambda params: rows_seen.append(
+    svi._optimizer.step = lambda params, _: rows_seen.append(
         tuple(params[0].grad.nonzero().flatten().tolist())
     )
     for _ in range(5):
