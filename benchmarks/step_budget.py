@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Options, Step, Table, compare
+from benchmarks.plain_steps import matmuls
 from benchmarks.vae import VAE, random_images
 from pyro_ext.infer import CompiledSVI, ImportanceWeightedELBO
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
@@ -59,25 +60,6 @@ class Clock:
         return call
 
 
-def matmuls(batch_size: int, K: int) -> Step:
-    """The matrix products of a step alone, forward and backward."""
-    layers = [(batch_size, 784, 200), (batch_size, 200, 200), (batch_size, 200, 100)]
-    layers += [(batch_size * K, 50, 200), (batch_size * K, 200, 200), (batch_size * K, 200, 784)]
-    tensors = [
-        (torch.randn(n, a), torch.randn(b, a), torch.randn(n, b), i > 0)
-        for i, (n, a, b) in enumerate(layers)
-    ]
-
-    def step() -> None:
-        for x, weight, gradient, has_input_gradient in tensors:
-            torch.mm(x, weight.t())
-            torch.mm(gradient.t(), x)
-            if has_input_gradient:  # not for the images
-                torch.mm(gradient, weight)
-
-    return step
-
-
 def medians(step: Step, num_steps: int) -> dict[str, float]:
     """The median microseconds of each part over steps."""
     rows = []
@@ -106,7 +88,7 @@ def tables(options: Options) -> Iterator[Table]:
         step = lambda svi=svi, images=images: svi.step(images)  # noqa: E731
         for _ in range(300):
             step()
-        found = compare({"matmuls alone": matmuls(batch_size, K), "whole step": step}, options)
+        found = compare({"matmuls alone": matmuls(images, K), "whole step": step}, options)
         rows = {name: 1e3 * spread.median for name, (spread, _) in found.items()}
         rows |= medians(step, 300 if options.quick else 1000)
         table.rows += [[batch_size, K, name, value] for name, value in rows.items()]
