@@ -37,7 +37,9 @@ __all__ = [
     "has_gradient_hooks",
     "hooks_of",
     "inductor",
+    "inductor_with_cache",
     "inductor_with_checks",
+    "inductor_with_random_operators",
     "is_check",
     "is_forked",
     "is_fully_sharded",
@@ -231,7 +233,6 @@ class Inductor(NamedTuple):
     metrics: Any
     list_mode_options: Any
     compile_fx: Any
-    select_decomp_table: Any
 
 
 _process_with_kernels: list[int] = []
@@ -257,9 +258,8 @@ def inductor() -> Inductor:
     _process_with_kernels[:] = [os.getpid()]
     from torch._inductor import config, list_mode_options, metrics
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    return Inductor(config, metrics, list_mode_options, compile_fx, select_decomp_table)
+    return Inductor(config, metrics, list_mode_options, compile_fx)
 
 
 @contextmanager
@@ -273,4 +273,30 @@ def inductor_with_checks() -> Iterator[None]:
         return has_side_effects(self) or is_check(self.op_overload)
 
     with patch.object(FallbackKernel, "has_side_effects", is_kept):
+        yield
+
+
+@contextmanager
+def inductor_with_cache() -> Iterator[None]:
+    """Let Inductor keep its results on disk in a block, which it does in a tracing context only."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv(assume_static_by_default=True)
+    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):
+        yield
+
+
+@contextmanager
+def inductor_with_random_operators() -> Iterator[None]:
+    """Let Inductor keep all random operators of torch as they are, in a block.
+
+    The results are not kept on disk if a table of decompositions is passed instead.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    with patch.dict(decompositions):
+        for operator in [operator for operator in decompositions if is_random(operator)]:
+            del decompositions[operator]
         yield

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_ext._private.of_torch import inductor, inductor_with_checks, is_random
+from pyro_ext._private.of_torch import (
+    inductor,
+    inductor_with_cache,
+    inductor_with_checks,
+    inductor_with_random_operators,
+)
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -68,15 +73,15 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
     options = {"fallback_random": True, "reorder_for_peak_memory": False}
     options = {key: value for key, value in options.items() if hasattr(compiler.config, key)}
     options = {**compiler.list_mode_options(mode), **options}
-    with compiler.config.patch(options), inductor_with_checks():
-        decompositions = {
-            operator: decomposition
-            for operator, decomposition in compiler.select_decomp_table().items()
-            if not is_random(operator)
-        }
+    with (
+        compiler.config.patch(options),
+        inductor_with_checks(),
+        inductor_with_random_operators(),
+        inductor_with_cache(),
+        _deterministic_algorithms(inputs),
+    ):
         num_before = compiler.metrics.generated_kernel_count
-        with _deterministic_algorithms(inputs):
-            run = compiler.compile_fx(graph, list(inputs), decompositions=decompositions)
+        run = compiler.compile_fx(graph, list(inputs))
         return Compiled(run, compiler.metrics.generated_kernel_count - num_before)
 
 
