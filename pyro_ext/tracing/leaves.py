@@ -17,10 +17,12 @@ class Gate:
     """The identity, with a factor on the gradient that passes through it.
 
     :ivar factor: the factor, which broadcasts against the gradient; None if nothing passes.
+    :ivar is_taken: whether an objective relies on the factor.
     """
 
     def __init__(self, factor: Tensor | float | None) -> None:
         self.factor = factor
+        self.is_taken = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the same values behind the gate."""
@@ -75,28 +77,29 @@ class Draw(NamedTuple):
         return self.leaf is not self.value
 
 
-def origins(x: Tensor, leaves: Collection[Tensor]) -> set[str]:
-    """Return the kinds of tensors from which a tensor is computed, ``"leaf"`` and ``"parameter"``.
+def last_gates(x: Tensor, gates: Collection[Gate | None]) -> set[Gate | None]:
+    """Return the gates that a gradient of a tensor reaches first, among some gates.
 
     :param x: a tensor with an autograd graph.
-    :param leaves: leaves of draws, at which the search ends.
+    :param gates: gates, at which the search ends.
+    :returns: the gates; None among them stands for a parameter that no gate separates from ``x``.
     """
-    kinds = set()
-    ends = {leaf.grad_fn for leaf in leaves}
-    seen: set[Any] = set()
-    nodes = [x.grad_fn]
+    found: set[Gate | None] = set()
+    seen: set[Any] = {None}
+    nodes: list[Any] = [x.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node in seen or node is None:
+        if node in seen:
             continue
         seen.add(node)
-        if node in ends:
-            kinds.add("leaf")
+        gate = getattr(node, "gate", None)
+        if gate is not None and gate in gates:
+            found.add(gate)
         elif node.next_functions:
             nodes += [parent for parent, _ in node.next_functions]
         else:  # the end of a graph accumulates the gradient of a parameter
-            kinds.add("parameter")
-    return kinds or {"parameter"}
+            found.add(None)
+    return found
 
 
 class Leaves(Enum):

@@ -136,3 +136,9 @@ class JackknifeELBO(MultiSampleELBO):
     def guide_bound(self) -> MultiSampleELBO:
         """The estimator that trains the guide."""
         return self if self._guide_bound is None else self._guide_bound
+
+    @property
+    def gradient_bound(self) -> MultiSampleELBO:
+        """The importance-weighted bound, if it trains both model and guide; else this estimator."""
+        trains_both = self.guide == self.weights == "importance-weighted"
+        return self.guide_bound if trains_both else self

@@ -34,7 +34,7 @@ class MultiSampleELBO(ELBO):
 
     A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
     :meth:`learning_signal`, :attr:`guide_bound` and :attr:`is_linear`. The gradient rules, particle
-    chunks and compiled steps combine these five members in different ways. An override of another
+    chunks and compiled steps combine these members in different ways. An override of another
     method, such as :meth:`loss`, would therefore change only some of the results.
 
     A common plate encloses every site that depends on the particle. Each element of the common
@@ -189,8 +189,7 @@ class MultiSampleELBO(ELBO):
 
         Source: Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives.
         """
-        K = log_w.shape[0]
-        if K == 1:
+        if (K := log_w.shape[0]) == 1:
             return self.bound(log_w).unsqueeze(0)
         if self.is_linear:
             return (log_w - leave_one_out_mean(log_w)) / K
@@ -210,6 +209,11 @@ class MultiSampleELBO(ELBO):
     @property
     def guide_bound(self) -> "MultiSampleELBO":
         """The estimator whose bound trains the guide; this estimator, unless overridden."""
+        return self
+
+    @property
+    def gradient_bound(self) -> "MultiSampleELBO":
+        """The estimator that trains model and guide; this estimator, unless overridden."""
         return self
 
     def model_weights(self, log_w: Float[Tensor, "K *common"]) -> Float[Tensor, "K *common"]:
@@ -265,7 +269,7 @@ class MultiSampleELBO(ELBO):
         if self._is_chunked:
             return self._loss_and_grads_in_chunks(programs)
         particles = self._trace(programs)
-        differentiable_loss = self._differentiable_loss(particles)
+        differentiable_loss = -self._rule.objective(self, particles)
         loss = differentiable_loss.item()
         if not math.isfinite(loss):
             self._raise_for_loss(loss, particles)
@@ -299,7 +303,7 @@ class MultiSampleELBO(ELBO):
                 "graph of all particles. Use loss_and_grads or SVI."
             )
         particles = self._trace(self._programs(model, guide, args, kwargs))
-        loss = self._differentiable_loss(particles)
+        loss = -self._rule.objective(self, particles)
         if is_validation_enabled() and not loss.isfinite():
             self._raise_for_loss(loss.item(), particles)
         return loss
@@ -345,9 +349,8 @@ class MultiSampleELBO(ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Programs:
         owner = type(self).__name__
-        return Programs(
-            check_program(owner, "model", model), check_program(owner, "guide", guide), args, kwargs
-        )
+        model, guide = check_program(owner, "model", model), check_program(owner, "guide", guide)
+        return Programs(model, guide, args, kwargs)
 
     def _trace(self, programs: Programs) -> Particles:
         has_gradients = torch.is_grad_enabled()
@@ -386,9 +389,6 @@ class MultiSampleELBO(ELBO):
     @property
     def _rule(self) -> GradientRule:
         return GRADIENT_RULES[self.gradient]
-
-    def _differentiable_loss(self, particles: Particles) -> Tensor:
-        return -self._rule.objective(self, particles)
 
     def _raise_for_loss(self, loss: float, particles: Particles) -> NoReturn:
         raise_not_finite(f"{type(self).__name__}: the loss", loss, particles)

@@ -8,61 +8,71 @@ the model then also yields the gradients at the draws. Otherwise these take a pa
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._private.of_pyro import mask_of
-from pyro_ext.tracing.leaves import Draw, origins
+from pyro_ext.tracing.leaves import Draw, last_gates
 from pyro_ext.tracing.particles import Particles
 
 
-class Coefficients(NamedTuple):
-    """The coefficients of an objective, each of shape ``(K, *common)``.
-
-    :ivar model: the coefficients of log p.
-    :ivar guide: the coefficients of log q, and of the paths to the parameters of points.
-    :ivar paths: the coefficients of the paths to draws.
-    """
-
-    model: Float[Tensor, "K *common"]
-    guide: Float[Tensor, "K *common"]
-    paths: Float[Tensor, "K *common"]
-
-
-def set_ratios(particles: Particles, coefficients: Coefficients) -> Tensor | None:
+def set_ratios(
+    particles: Particles, first: Float[Tensor, "K *common"], paths: Float[Tensor, "K *common"]
+) -> Tensor | None:
     """Let gradients of log p reach the draws with the coefficients of the paths.
 
+    :param first: the coefficients of log p.
+    :param paths: the coefficients of the paths to draws.
     :returns: the coefficients of log p, with tiny numbers instead of zeros where a ratio would be
         infinite; None if the ratio is not one number for each particle.
     """
-    model, guide, paths = coefficients
-    if model is guide is paths:
-        return model
-    draws = particles.draws + particles.points
-    if particles.global_draws or any(draw.model_gate is None for draw in draws):
+    if paths is first:
+        return first
+    draws, points = particles.draws, particles.points
+    if (
+        particles.global_draws
+        or any(draw.model_gate is None for draw in draws + points)
+        or any(density_factor(draw, particles.scale) is not None for draw in draws)
+    ):
         return None
-    of_draws = [paths] * len(draws)
-    if paths is not guide:
-        drawn = [draw for draw in particles.draws if not draw.is_point]
-        if any(density_factor(draw, particles.scale) is not None for draw in drawn):
-            return None
-        leaves = [draw.leaf for draw in drawn]
-        kinds = [origins(draw.value, leaves) if draw.is_point else {"leaf"} for draw in draws]
-        if {"leaf", "parameter"} in kinds:
-            return None
-        of_draws = [paths if "leaf" in kind else guide for kind in kinds]
-    info = torch.finfo(model.dtype)
+    gates = {draw.gate for draw in draws}
+    before = [last_gates(point.value, gates) for point in points]
+    if any(None in found and len(found) > 1 for found in before):
+        return None  # its parameters need the coefficient of log p, and its draws that of paths
+    of_draws = [point for point, found in zip(points, before, strict=True) if None not in found]
+    gated = [draw.model_gate for draw in draws + points]
+    if gates & last_gates(particles.log_p, {*gates, *gated}):
+        return None  # the model reads a draw other than as the value of its site
+    info = torch.finfo(first.dtype)
     # This is far below the rounding errors of the coefficients.
-    least = info.eps**2 * torch.maximum(paths.abs(), guide.abs())
-    model = torch.where(model.abs() < least, least, model)
-    divisor = torch.where(model.abs() < info.tiny, 1, model)
-    for draw, coefficient in zip(draws, of_draws, strict=True):
+    least = info.eps**2 * paths.abs()
+    first = torch.where(first.abs() < least, least, first)
+    ratio = paths / torch.where(first.abs() < info.tiny, 1, first)
+    for draw in (*draws, *of_draws):
         if draw.model_gate is not None:
-            draw.model_gate.factor = particles.along(draw, coefficient / divisor)
-    return model
+            draw.model_gate.factor = particles.along(draw, ratio)
+    return first
+
+
+def take_gates(draws: Sequence[Draw]) -> bool:
+    """Take the gates of draws for an objective, and return whether it is the first that does.
+
+    :raises RuntimeError: if an earlier objective has opened the gates, and thus the graph of the
+        particles.
+    """
+    gates = [draw.gate for draw in draws]
+    if any(gate.factor is not None for gate in gates):
+        raise RuntimeError(
+            "An objective has opened the graph of these particles. Trace them anew for another "
+            "objective, or use a custom gradient rule that reads draw.leaf and draw.value."
+        )
+    is_first = not any(gate.is_taken for gate in gates)
+    for gate in gates:
+        gate.is_taken = True
+    return is_first
 
 
 def leaf_gradients(draws: Sequence[Draw], objective: Tensor | float) -> list[Tensor]:
@@ -88,7 +98,7 @@ def partial_derivatives(
     objective: Tensor | float, leaves: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """Return the derivatives at leaves whose gates are closed, so that no other leaf is between."""
-    if not leaves or not isinstance(objective, Tensor):
+    if not leaves or not isinstance(objective, Tensor) or not objective.requires_grad:
         return [None] * len(leaves)
     return torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
 

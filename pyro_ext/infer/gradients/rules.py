@@ -34,19 +34,19 @@ coefficient f_k of log w_k. The coefficient f_k - f_kk is used only on paths fro
 the plate to the guide's parameters.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ext._arguments import abbreviate, describe
 from pyro_ext.infer.gradients.paths import (
-    Coefficients,
     density_factor,
     leaf_gradients,
     partial_derivatives,
     set_ratios,
+    take_gates,
 )
 from pyro_ext.tracing.leaves import Leaves
 from pyro_ext.tracing.particles import Particles
@@ -73,6 +73,10 @@ class Bound(Protocol):
     @property
     def guide_bound(self) -> "Bound":
         """The bound that trains the guide; usually this bound itself."""
+
+    @property
+    def gradient_bound(self) -> "Bound":
+        """The bound that trains model and guide; usually this bound itself."""
 
 
 class GradientRule(NamedTuple):
@@ -102,6 +106,7 @@ class GradientRule(NamedTuple):
 
         Every rule needs them in the model if the guide has a bound of its own.
         """
+        bound = bound.gradient_bound
         if bound.guide_bound is bound:
             return Leaves.EVERYWHERE if self.has_leaves else Leaves.NOWHERE
         # The guide's parameters also reach the model through points.
@@ -114,6 +119,7 @@ class GradientRule(NamedTuple):
         :param particles: the particles, with the leaves that :meth:`leaves` asks for.
         :raises ValueError: if the rule needs reparameterised sites and the guide has only other
             sites.
+        :raises RuntimeError: if an objective of the same particles has opened their graph.
         """
         names = [site["name"] for site, _ in score_sites(particles.guide_traces[0])]
         draws = particles.global_draws + particles.draws
@@ -128,7 +134,10 @@ class GradientRule(NamedTuple):
                 f"guide, but its sites {abbreviate(names)} are not reparameterised. Use "
                 "gradient='pathwise', which takes a score-function gradient for such sites."
             )
-        return self.estimate(bound, particles)
+        estimate = self.estimate(bound.gradient_bound, particles)
+        if bound.gradient_bound is bound:
+            return estimate
+        return _value(bound, particles) + _without_value(estimate)
 
 
 def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
@@ -142,7 +151,7 @@ def pathwise_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
         value = _total(particles, bound_value(bound, particles.log_w)) + particles.outer
         return value + _without_value(_reward(bound, particles))
     first, _ = bound.guide_bound.derivatives(particles.log_w.detach())
-    return _with_paths(bound, particles, first, first, is_explicit=True)
+    return _in_two_passes(bound, particles, first, first, particles.log_q, particles.outer)
 
 
 def sticking_the_landing_objective(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
@@ -239,6 +248,12 @@ def _reward(bound: Bound, particles: Particles) -> Float[Tensor, ""] | float:
     return reward
 
 
+def _value(bound: Bound, particles: Particles) -> Float[Tensor, ""]:
+    """Return the scaled bound with the outer terms, without a gradient."""
+    value = _total(particles, bound_value(bound, particles.log_w.detach()))
+    return value + _detached(particles.outer)
+
+
 def _detached(x: Tensor | float) -> Tensor | float:
     return x.detach() if isinstance(x, Tensor) else x
 
@@ -250,65 +265,80 @@ def _without_value(surrogate: Tensor | float) -> Tensor | float:
 def _with_paths(
     bound: Bound,
     particles: Particles,
-    guide: Tensor,
+    first: Tensor,
     paths: Tensor,
     score: Tensor | float = 0.0,
-    is_explicit: bool = False,
 ) -> Tensor:
-    """Return the objective with coefficients of their own on the paths to draws.
+    """Return the objective without explicit terms, and with coefficients of its own on the paths.
 
     If one pass is enough, the gates between draws and leaves are opened, so that the gradient of
     log p goes on to the parameters of the guide. The gradient of log q on the paths is computed
     before, at closed gates.
 
-    :param guide: the coefficients of log q.
+    :param first: the coefficients f_k of log q.
     :param paths: the coefficients of log p - log q on the paths.
     :param score: a term to subtract on the paths.
-    :param is_explicit: whether the explicit term of the draws counts.
     """
-    model = guide
+    draws = particles.global_draws + particles.draws
+    model = None
+    if take_gates(draws) and bound.guide_bound is bound:
+        model = set_ratios(particles, first, paths)
+    log_q, outer = particles.log_q_rest, particles.outer_rest
+    if model is None:
+        return _in_two_passes(bound, particles, first, paths, log_q, outer, score)
+    rest = first * _finite(log_q)
+    of_guide = _total(particles, (rest - paths * _finite(particles.log_q)).sum(0)) - score
+    of_guide = of_guide + sum(term.value.sum() for term in particles.outer_terms if term.is_leaf)
+    gradients = partial_derivatives(of_guide, [draw.leaf for draw in draws])
+    explicit = (model * _finite(particles.log_p) - rest).sum(0)
+    surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
+    for draw, gradient in zip(draws, gradients, strict=True):
+        draw.gate.factor = 1.0
+        if gradient is not None:
+            surrogate = surrogate + (gradient * draw.leaf).sum()
+    return _value(bound, particles) + _without_value(surrogate)
+
+
+def _in_two_passes(
+    bound: Bound,
+    particles: Particles,
+    first: Tensor,
+    paths: Tensor,
+    log_q: Tensor,
+    outer: Any,
+    score: Tensor | float = 0.0,
+) -> Tensor:
+    """Return the objective with the gradients of the leaves from backward passes of their own.
+
+    The paths of the explicit terms end at the leaves. The explicit terms belong to the model, and
+    to the part of the guide in ``log_q`` and ``outer``.
+
+    See :func:`_with_paths` for the other arguments.
+    """
+    gradients = _gradients_of_leaves(bound, particles, first, paths, score)
+    model = first
     if bound.guide_bound is not bound:
         model = bound.model_weights(particles.log_w.detach())
-    draws = particles.global_draws + particles.draws
-    values = [draw.leaf for draw in draws]
-    log_q, outer = particles.log_q, particles.outer
-    if not is_explicit:
-        log_q, outer = particles.log_q_rest, particles.outer_rest
-    explicit = guide * _finite(log_q)
-    gradients: Sequence[Tensor | None] = [None] * len(draws)
-    gated = set_ratios(particles, Coefficients(model, guide, paths))
-    if gated is None:
-        gradients = _gradients_of_leaves(bound, particles, guide, paths, score)
-        values = [draw.value for draw in draws]
-    else:
-        model = gated
-        if not is_explicit:
-            of_guide = _total(particles, (explicit - paths * _finite(particles.log_q)).sum(0))
-            of_guide = of_guide + sum(t.value.sum() for t in particles.outer_terms if t.is_leaf)
-            gradients = partial_derivatives(of_guide - score, values)
-        for draw in draws:
-            draw.gate.factor = 1.0
-    explicit = (model * _finite(particles.log_p) - explicit).sum(0)
+    explicit = (model * _finite(particles.log_p) - first * _finite(log_q)).sum(0)
     surrogate = _total(particles, explicit) + outer + _reward(bound, particles)
-    for value, gradient in zip(values, gradients, strict=True):
-        if gradient is not None:
-            surrogate = surrogate + (gradient * value).sum()
-    value = _total(particles, bound_value(bound, particles.log_w.detach()))
-    return value + _detached(particles.outer) + _without_value(surrogate)
+    draws = particles.global_draws + particles.draws
+    for draw, gradient in zip(draws, gradients, strict=True):
+        surrogate = surrogate + (gradient * draw.value).sum()
+    return _value(bound, particles) + _without_value(surrogate)
 
 
 def _gradients_of_leaves(
-    bound: Bound, particles: Particles, guide: Tensor, paths: Tensor, score: Tensor | float
+    bound: Bound, particles: Particles, first: Tensor, paths: Tensor, score: Tensor | float
 ) -> list[Tensor]:
     """Return the derivatives of an objective at the leaves of all draws, from passes of their own.
 
     See :func:`_with_paths` for the arguments.
     """
-    along_paths = _weighted(particles, guide) + particles.outer + _reward(bound, particles)
+    along_paths = _weighted(particles, first) + particles.outer + _reward(bound, particles)
     global_draws, draws = particles.global_draws, particles.draws
-    if paths is guide:
+    if paths is first:
         return leaf_gradients(global_draws + draws, along_paths)
-    replaced = _weighted(particles, guide - paths) + score
+    replaced = _weighted(particles, first - paths) + score
     factors = [density_factor(draw, particles.scale) for draw in draws]
     if not global_draws and all(factor is None for factor in factors):
         return leaf_gradients(draws, along_paths - replaced)

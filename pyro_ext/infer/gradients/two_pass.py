@@ -135,6 +135,11 @@ class LinearBound(NamedTuple):
         """The bound that trains the guide."""
         return self if self.own_guide_bound is None else self.own_guide_bound
 
+    @property
+    def gradient_bound(self) -> "LinearBound":
+        """This bound, which trains model and guide."""
+        return self
+
 
 def linearize(bound: Bound, log_w: Float[Tensor, "K *common"], has_score: bool) -> LinearBound:
     """Return the linear function with the derivatives of a bound at the given log weights.
@@ -143,6 +148,7 @@ def linearize(bound: Bound, log_w: Float[Tensor, "K *common"], has_score: bool) 
     :param log_w: the log weights of all particles.
     :param has_score: whether the guide has non-reparameterised sites.
     """
+    bound = bound.gradient_bound
     guide_bound = bound.guide_bound
     first, second = bound.derivatives(log_w)
     return LinearBound(
