@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch._C import DisableTorchFunction
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.distributions.transforms import _InverseTransform as InverseTransform
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -48,10 +49,12 @@ __all__ = [
     "is_random",
     "is_sharded",
     "mark_as_stepped",
+    "onednn_linear",
     "outside_of_dynamo",
     "parameters_of",
     "pytree",
     "schema_of",
+    "set_fake_values",
     "storage_of",
     "with_batches",
     "without_gradient_hooks",
@@ -260,6 +263,35 @@ def inductor() -> Inductor:
     from torch._inductor.compile_fx import compile_fx
 
     return Inductor(config, metrics, list_mode_options, compile_fx)
+
+
+def set_fake_values(graph: GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Set ``meta["val"]`` of each node of a graph to a tensor without memory."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    FakeTensorProp(graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
+@functools.cache
+def onednn_linear() -> Any:
+    """Return an operator ``(x, weight, bias)`` of oneDNN for ``x @ weight.T + bias``.
+
+    It hides the operator of torch, which Inductor accepts with constant weights only.
+    """
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+
+    def like_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(len(x), len(weight))
+
+    schema = torch.library.infer_schema(linear, mutates_args=())
+    torch.library.define("pyro_ext::linear", schema)
+    torch.library.impl("pyro_ext::linear", "cpu", linear)
+    torch.library.register_fake("pyro_ext::linear", like_product)
+    return torch.ops.pyro_ext.linear.default
 
 
 @contextmanager

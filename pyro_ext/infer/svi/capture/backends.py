@@ -15,6 +15,7 @@ from pyro_ext._private.of_torch import (
     inductor_with_checks,
     inductor_with_random_operators,
 )
+from pyro_ext.infer.svi.capture.matrix_products import with_faster_products
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -81,7 +82,7 @@ def _compile_by_inductor(graph: GraphModule, inputs: Sequence[Tensor], mode: str
         _deterministic_algorithms(inputs),
     ):
         num_before = compiler.metrics.generated_kernel_count
-        run = compiler.compile_fx(graph, list(inputs))
+        run = compiler.compile_fx(with_faster_products(graph, inputs), list(inputs))
         return Compiled(run, compiler.metrics.generated_kernel_count - num_before)
 
 
