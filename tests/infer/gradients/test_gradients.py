@@ -83,7 +83,7 @@ def test_default_derivatives_by_autograd():
     assert (second == 0).all()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_gradient_of_the_elbo_is_exact_in_expectation():
     """K = 1: the derivative of E log w in the location b of q(z | x) = N(b, 1.2)."""
     x = torch.tensor([0.7, -0.4], dtype=torch.float64)

@@ -63,7 +63,13 @@ AUTOGUIDES = {
 
 @pytest.mark.long
 @pytest.mark.parametrize(("model", "make_guide"), AUTOGUIDES.values(), ids=AUTOGUIDES)
-@pytest.mark.parametrize(("make", "K"), [(ImportanceWeightedELBO, 3), (PublishedJackknife, 4)])
+@pytest.mark.parametrize(
+    ("make", "K"),
+    [
+        (ImportanceWeightedELBO, 3),
+        pytest.param(PublishedJackknife, 4, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("float64")
 def test_autoguides(model, make_guide, make, K):
     assert_same_mean(make, K, model, make_guide(model), max_plate_nesting=1, num_seeds=250)

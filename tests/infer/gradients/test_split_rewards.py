@@ -106,7 +106,13 @@ LINEAR = {
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient": "dreg"}, {"vectorize_particles": False}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"gradient": "dreg"}, marks=pytest.mark.slow),
+        pytest.param({"vectorize_particles": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
 def test_several_particles_of_a_linear_bound(make, options):
