@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the folder of the results")
     parser.add_argument("--no-progress", action="store_true")
     arguments = parser.parse_args()
+    # Saturating units make denormal numbers, which slow a CPU's matrix products.
+    torch.set_flush_denormal(True)
     if arguments.gpu:
         measure_gpu(arguments)
     else:
@@ -72,8 +74,6 @@ def run_suites(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device or "cpu")
     options = Options(device, arguments.quick, 3.0 if arguments.quick else 12.0)
     output = arguments.output or Path("benchmark_results")
-    # Saturating units make denormal numbers, which slow a CPU's matrix products.
-    torch.set_flush_denormal(True)
     output.mkdir(parents=True, exist_ok=True)
     print(machine(options.device), end="\n\n")
     tables: list[Table] = []

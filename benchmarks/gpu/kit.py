@@ -59,7 +59,6 @@ def run(
 ) -> Path:
     """Runs the parts for which there is time, and returns the path of their file."""
     start = time.perf_counter()
-    torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("highest")
     options = Options(device, quick=True, seconds=0.1 if is_rehearsal else 1.5)
     report = Report(folder, device, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
