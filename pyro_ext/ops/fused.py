@@ -23,15 +23,16 @@ class _State:
 def use_fused_kernels(enabled: bool = True) -> None:
     """Compile the likelihoods of this package to fused kernels, for large tensors on a CPU.
 
-    The kernels are for ``log_prob`` and its gradient of :class:`NormalScaleMixture` with fixed
-    components, and of :class:`DiscretizedLogisticMixture` and its relatives. The first large
+    The kernels are for ``log_prob`` and its gradient, of
+    :class:`~pyro_ext.distributions.NormalScaleMixture` with fixed components, and of
+    :class:`~pyro_ext.distributions.DiscretizedLogisticMixture` and its relatives. The first large
     evaluation with another number of components or dtype compiles a kernel. That takes seconds and
     needs a C++ compiler. Results differ by rounding from those without kernels. The kernels are off
     by default, because a short program does not repay them.
 
     If no kernel can be compiled, the usual code gives the results, with one warning. The same holds
-    in a process that was forked after a kernel was compiled. :class:`CompiledSVI` compiles whole
-    steps, and ignores this setting.
+    in a process that was forked after a kernel was compiled.
+    :class:`~pyro_ext.infer.CompiledSVI` compiles whole steps, and ignores this setting.
 
     :param enabled: whether to use kernels from now on, in all threads of this process.
 
