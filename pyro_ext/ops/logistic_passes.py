@@ -1,6 +1,7 @@
 """The arithmetic of mixtures of discretized logistics, operation by operation.
 
-It is that of ``logistic_bins`` in other terms, because torch has fast operations for them. With
+It is that of ``logistic_bins`` in other terms, because torch has fast operations for them. They are
+not for a compiler, whose kernels would lose the digits of a mass near one. With
 m = min(p, 1 - p) and Q = m + q - m q,
 
     log mass             = min(-n, 0) + log r,    r = (1 - exp(-t)) (1 - Q)

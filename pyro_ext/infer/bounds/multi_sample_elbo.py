@@ -33,9 +33,9 @@ class MultiSampleELBO(ELBO):
         \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn})
 
     A subclass overrides :meth:`bound`, the function f, and optionally :meth:`derivatives`,
-    :meth:`learning_signal`, :attr:`guide_bound` and :attr:`is_linear`. The gradient rules, particle
-    chunks and compiled steps combine these members in different ways. An override of another
-    method, such as :meth:`loss`, would therefore change only some of the results.
+    :meth:`learning_signal`, :attr:`guide_bound`, :attr:`gradient_bound` and :attr:`is_linear`. The
+    gradient rules, particle chunks and compiled steps combine these members in different ways. An
+    override of another method, such as :meth:`loss`, would change only some of the results.
 
     A common plate encloses every site that depends on the particle. Each element of the common
     plates has its own log weights and its own bound. The subsampling scale N / B multiplies f

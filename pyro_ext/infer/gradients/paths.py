@@ -67,7 +67,7 @@ def take_gates(draws: Sequence[Draw]) -> bool:
     if any(gate.factor is not None for gate in gates):
         raise RuntimeError(
             "An objective has opened the graph of these particles. Trace them anew for another "
-            "objective, or use a custom gradient rule that reads draw.leaf and draw.value."
+            "objective."
         )
     is_first = not any(gate.is_taken for gate in gates)
     for gate in gates:
