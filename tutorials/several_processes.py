@@ -20,6 +20,7 @@ and several machines.
 
 # %%
 import argparse
+import gc
 import operator
 import os
 import statistics
@@ -163,14 +164,15 @@ def losses_of_equal_draws(num_epochs: int) -> list[float]:
 # of a step does not grow with the particles. With 200 of them, a step has enough work for it.
 
 
-def rows_per_second(backend: str) -> float:
-    """Return how many rows all processes take per second."""
+def rows_per_second(backend: str, num_steps: int) -> float:
+    """Return how many rows all processes take per second, by the second half of some steps."""
     svi, x = make_svi(backend, num_particles=200), TRAIN[RANK::SIZE][:BATCH_SIZE]
     times = []
-    for _ in range(100):
+    for _ in range(num_steps):
         svi.step(x)
         times.append(time.perf_counter())
-    return SIZE * BATCH_SIZE / statistics.median(map(operator.sub, times[51:], times[50:]))
+    times = times[num_steps // 2 :]
+    return SIZE * BATCH_SIZE / statistics.median(map(operator.sub, times[1:], times))
 
 
 # %%
@@ -184,9 +186,12 @@ def train_in_group(options: argparse.Namespace) -> None:
     train_and_estimate(options, options.checkpoint)
     if options.result is not None:
         losses = losses_of_equal_draws(options.num_epochs // 2)
-        found = {"losses": losses, "speed": rows_per_second(options.backend)}
+        found = {"losses": losses, "speed": rows_per_second(options.backend, options.num_steps)}
         if RANK == 0:
             torch.save(found, options.result)
+    # No process may leave the group while another still needs it.
+    gc.collect()
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
@@ -198,7 +203,12 @@ def start_group(num_processes: int, folder: str) -> dict[str, Any]:
         *(f"--nproc-per-node={num_processes}", *sys.argv),
         *(f"--checkpoint={folder}/{num_processes}.pt", f"--result={result}"),
     ]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # Without progress bars, errors are all that processes write there.
+    stderr = subprocess.PIPE if "--no-progress-bar" in sys.argv else None
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    group = subprocess.run(command, env=environment, stderr=stderr, text=True)
+    if group.returncode != 0:
+        raise RuntimeError(f"{num_processes} processes failed. {(group.stderr or '')[-5000:]}")
     return torch.load(result)
 
 
@@ -250,7 +260,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="several_processes.pt", help="under torchrun")
     parser.add_argument("--result", help="path of measurements under torchrun")
     options = parser.parse_args()
-    options.num_epochs, options.backend = (2, "eager") if options.smoke else (20, "inductor")
+    options.num_epochs, options.num_steps, options.backend = (
+        (2, 10, "eager") if options.smoke else (20, 100, "inductor")
+    )
     # The guide is too narrow for a few digits.
     warnings.filterwarnings("ignore", message=".*Pareto k")
     if "LOCAL_WORLD_SIZE" in os.environ:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ext.infer.annealing.slopes import slopes_at
 from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
 
 
@@ -46,11 +47,11 @@ def transition(
     }
     start = {name: torch.randn_like(position) for name, position in state.positions.items()}
     momenta, positions = start, state.positions
-    slopes = _slopes(programs, positions, beta)[1]
+    slopes = slopes_at(programs, positions, beta)[1]
     for _ in range(num_leapfrog_steps):
         momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
         positions = {name: u + steps[name] * momenta[name] for name, u in positions.items()}
-        densities, slopes = _slopes(programs, positions, beta)
+        densities, slopes = slopes_at(programs, positions, beta)
         momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
     before = state.densities.annealed(beta) - _kinetic_energy(programs, start)
     after = densities.annealed(beta) - _kinetic_energy(programs, momenta)
@@ -64,43 +65,6 @@ def transition(
     pairs = zip(densities, state.densities, strict=True)
     densities = Densities(*(torch.where(accepted, new, old) for new, old in pairs))
     return ChainState(positions, densities), log_acceptance.exp()
-
-
-def _slopes(
-    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
-) -> tuple[Densities, dict[str, Tensor]]:
-    """Return the densities, and the gradient of the annealed density."""
-    leaves = {name: u.detach().requires_grad_() for name, u in positions.items()}
-    try:
-        with torch.enable_grad():
-            densities = programs(leaves)
-            # Chains and data points are independent, so one gradient of the sum holds all of them.
-            slopes = torch.autograd.grad(densities.annealed(beta).sum(), list(leaves.values()))
-    except Exception as error:
-        if not isinstance(error.__cause__ or error, torch.linalg.LinAlgError):
-            raise
-        return _slopes_one_by_one(programs, positions, beta)
-    return Densities(*(x.detach() for x in densities)), dict(zip(leaves, slopes, strict=True))
-
-
-def _slopes_one_by_one(
-    programs: UnconstrainedPrograms, positions: dict[str, Tensor], beta: float
-) -> tuple[Densities, dict[str, Tensor]]:
-    """Return the result of :func:`_slopes` if a chain is at a singular matrix.
-
-    That chain has no density and stays where it is.
-    """
-    num_chains = len(next(iter(positions.values())))
-    if num_chains == 1:
-        zero = programs.sum_out([next(iter(positions.values())).new_zeros(())], 1)
-        densities = Densities(*[torch.full_like(zero, -math.inf)] * 3)
-        return densities, {name: torch.zeros_like(u) for name, u in positions.items()}
-    rows = [
-        _slopes(programs, {name: u[i : i + 1] for name, u in positions.items()}, beta)
-        for i in range(num_chains)
-    ]
-    densities = Densities(*map(torch.cat, zip(*(row[0] for row in rows), strict=True)))
-    return densities, {name: torch.cat([row[1][name] for row in rows]) for name in positions}
 
 
 def _kinetic_energy(programs: UnconstrainedPrograms, momenta: dict[str, Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ class Densities(NamedTuple):
         """The log weights log p - log q."""
         return self.log_p - self.log_q
 
-    def annealed(self, beta: float) -> Tensor:
+    def annealed(self, beta: float | Tensor) -> Tensor:
         """Return the log density of p^beta q^(1 - beta) in unconstrained space."""
         return beta * self.log_p + (1 - beta) * self.log_q + self.log_det
 
