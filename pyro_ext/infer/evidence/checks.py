@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from pyro_ext._arguments import check_integer, check_type
 from pyro_ext.infer.evidence.evidence import Evidence
-from pyro_ext.ops import MIN_DRAWS
+from pyro_ext.infer.evidence.flags import is_heavy
 from pyro_ext.tracing.failures import data_points
 
 
@@ -16,11 +16,10 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
     :param evidence: the estimate.
     :param advice: the last sentence of the message.
     """
-    # If the weights differ only by rounding, their tail has no meaning.
-    is_heavy = (evidence.pareto_k > 0.7) & (evidence.ess < 0.99 * evidence.num_samples)
-    if evidence.num_samples >= MIN_DRAWS and is_heavy.any():
+    heavy = is_heavy(evidence)
+    if heavy.any():
         warnings.warn(
-            f"{owner}: Pareto k is above 0.7{data_points(is_heavy)}. A few draws dominate the "
+            f"{owner}: Pareto k is above 0.7{data_points(heavy)}. A few draws dominate the "
             f"estimate, and its standard error is too small. {advice}",
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_ext._deprecated import renamed_arguments
 from pyro_ext._figures import axes_or_new
+from pyro_ext.infer.evidence.flags import weight_flags
 from pyro_ext.ops import MIN_DRAWS
 
 
@@ -100,6 +101,11 @@ class Evidence:
         The draws of different data points are independent.
         """
         return self.std_error.square().sum().sqrt().item()
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Reasons not to trust the estimate, by a short name; empty if none is known."""
+        return weight_flags(self)
 
     def bits_per_dim(self, num_dims: int) -> Tensor:
         """Return the negative log evidence in bits per dimension of a data point.
@@ -227,6 +233,7 @@ class Evidence:
             )
         if self.log_evidence.dim():
             lines.append(f"  total          {self.total:.4f} +- {self.total_std_error:.4f} nats")
+        lines += [f"  flag           {name}: {reason}" for name, reason in self.flags.items()]
         if self.outer:
             lines.append(f"  outer          {self.outer:.4f} (once, beside the data points)")
         return "\n".join(lines)
