@@ -11,6 +11,7 @@ from pyro_ext._arguments import check_integer, check_real
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
+from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
@@ -149,7 +150,7 @@ def annealed_importance_sampling(
         size = min(num_chains, chunk_size or 100)
         num_passes = -(-num_chains // (size * call.size)) * (1 if exact_sample is None else 2)
         total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
-        target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
+        target = FlatTarget(UnconstrainedPrograms(NAME, programs, max_plate_nesting))
         is_hidden = not progress_bar or call.rank > 0
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)

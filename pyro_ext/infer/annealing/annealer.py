@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
+from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.hmc import ChainState, transition
-from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
+from pyro_ext.infer.annealing.metric import Metric
 from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.ops import accumulation_dtype, log_mean_exp
 from pyro_ext.tracing.failures import data_points
@@ -28,13 +29,12 @@ class Annealer:
     An interrupt waits for the end of a transition.
     """
 
-    programs: UnconstrainedPrograms
+    target: FlatTarget
     betas: tuple[float, ...]
     num_leapfrog_steps: int
     target_acceptance: float
     call: JointCall
     bar: "tqdm[Any]"
-    scales: dict[str, Tensor] = field(default_factory=dict)
     step_sizes: list[Tensor] = field(default_factory=list)
 
     def adapt(self, num_chains: int) -> None:
@@ -43,11 +43,7 @@ class Annealer:
         :param num_chains: the number of these chains.
         """
         state = self._start(num_chains)
-        for name, position in state.positions.items():
-            self.scales[name] = torch.ones_like(position[:1])
-            if num_chains >= 8:
-                spread = position.std(0, keepdim=True)
-                self.scales[name] = spread.where(spread.isfinite() & (spread > 0), 1.0)
+        self._metric = Metric.of_spread(state.positions)
         log_step = torch.full_like(state.densities.log_p[0], math.log(0.3))
         inner = self.betas[1:-1]
         for index, beta in enumerate(inner[:1] * NUM_WARMUP + inner):
@@ -71,7 +67,7 @@ class Annealer:
         :param exact_sample: for reverse chains, a dict from the name of a site to its value in a
             sample from the posterior. With None, there are no reverse chains.
         """
-        programs = self.programs
+        programs = self.target.programs
         names = tuple(plate.name for plate in programs.plates)
         block = BlockState(names, 0, programs.outer)
         acceptances, reverse = [], []
@@ -142,13 +138,13 @@ class Annealer:
         return log_w, torch.stack(acceptances).nanmean(0)
 
     def _start(self, num_chains: int, exact_sample: dict[str, Tensor] | None = None) -> ChainState:
-        positions = self.programs.draw(num_chains, exact_sample)
-        return ChainState(positions, self.programs(positions))
+        return ChainState(*self.target.draw(num_chains, exact_sample))
 
     def _step(self, state: ChainState, beta: float, step_size: Tensor) -> tuple[ChainState, Tensor]:
         self.call.interrupts.deliver()
         state, acceptance = transition(
-            self.programs, state, beta, step_size, self.scales, self.num_leapfrog_steps
+            self.target, state, beta, step_size, self._metric, self.num_leapfrog_steps
         )
         self.bar.update()
-        return state, acceptance.mean(0)
+        # The slopes belong to this inverse temperature.
+        return state._replace(slopes=None), acceptance.mean(0)

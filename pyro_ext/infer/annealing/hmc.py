@@ -6,34 +6,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ext.infer.annealing.slopes import slopes_at
-from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
+from pyro_ext.infer.annealing.flat_target import FlatTarget
+from pyro_ext.infer.annealing.metric import Metric
+from pyro_ext.infer.annealing.unconstrained import Densities
 
 
 class ChainState(NamedTuple):
-    """The positions of the chains, and the densities there."""
+    """The positions of the chains, of shape ``(C, *common, D)``, and the densities there.
 
-    positions: dict[str, Tensor]
+    :ivar slopes: the gradient of the annealed density, at the inverse temperature of the next
+        transition; None if it is not known.
+    """
+
+    positions: Tensor
     densities: Densities
+    slopes: Tensor | None = None
 
 
 def transition(
-    programs: UnconstrainedPrograms,
+    target: FlatTarget,
     state: ChainState,
-    beta: float,
+    beta: float | Tensor,
     step_size: Tensor,
-    scales: dict[str, Tensor],
+    metric: Metric,
     num_leapfrog_steps: int,
 ) -> tuple[ChainState, Tensor]:
     """Return the state after one transition, and the acceptance probabilities.
 
     The transition leaves p^beta q^(1 - beta) invariant.
 
-    :param programs: the densities.
+    :param target: the densities.
     :param state: the state of C chains.
-    :param beta: the inverse temperature.
+    :param beta: the inverse temperature, a number or a tensor of shape ``common``.
     :param step_size: the largest step size, for each element of the common plates.
-    :param scales: a dict from site name to the factors of the step sizes.
+    :param metric: the scale of the positions.
     :param num_leapfrog_steps: the number of leapfrog steps.
     :returns: the state, and probabilities of shape ``(C, *common)``.
 
@@ -41,36 +47,24 @@ def transition(
     """
     # Step sizes are random, because a path of fixed length may return to its start.
     step_size = step_size * (1 - 0.5 * torch.rand_like(state.densities.log_p))
-    steps = {
-        name: scales[name] * programs.expand(step_size, position)
-        for name, position in state.positions.items()
-    }
-    start = {name: torch.randn_like(position) for name, position in state.positions.items()}
-    momenta, positions = start, state.positions
-    slopes = slopes_at(programs, positions, beta)[1]
+    step = step_size.to(state.positions.dtype).unsqueeze(-1)
+    start = momenta = torch.randn_like(state.positions)
+    positions, slopes = state.positions, state.slopes
+    if slopes is None:
+        slopes = target.slopes(positions, beta)[1]
+    first = slopes
     for _ in range(num_leapfrog_steps):
-        momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
-        positions = {name: u + steps[name] * momenta[name] for name, u in positions.items()}
-        densities, slopes = slopes_at(programs, positions, beta)
-        momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
-    before = state.densities.annealed(beta) - _kinetic_energy(programs, start)
-    after = densities.annealed(beta) - _kinetic_energy(programs, momenta)
+        momenta = momenta + 0.5 * step * metric.to_momenta(slopes)
+        positions = positions + step * metric.to_positions(momenta)
+        densities, slopes = target.slopes(positions, beta)
+        momenta = momenta + 0.5 * step * metric.to_momenta(slopes)
+    before = state.densities.annealed(beta) - start.square().sum(-1) / 2
+    after = densities.annealed(beta) - momenta.square().sum(-1) / 2
     # NaN means that the path has left the domain of the densities: reject.
     log_acceptance = (after - before).nan_to_num(nan=-math.inf).clamp(max=0)
     accepted = torch.rand_like(log_acceptance).log() < log_acceptance
-    positions = {
-        name: torch.where(programs.expand(accepted, u), u, state.positions[name])
-        for name, u in positions.items()
-    }
+    positions = torch.where(accepted.unsqueeze(-1), positions, state.positions)
+    slopes = torch.where(accepted.unsqueeze(-1), slopes, first)
     pairs = zip(densities, state.densities, strict=True)
     densities = Densities(*(torch.where(accepted, new, old) for new, old in pairs))
-    return ChainState(positions, densities), log_acceptance.exp()
-
-
-def _kinetic_energy(programs: UnconstrainedPrograms, momenta: dict[str, Tensor]) -> Tensor:
-    terms = []
-    for p in momenta.values():
-        event_dims = list(range(-programs.num_event_dims(p), 0))
-        squares = p.square() / 2
-        terms.append(squares.sum(event_dims) if event_dims else squares)
-    return programs.sum_out(terms, len(terms[0]))
+    return ChainState(positions, densities, slopes), log_acceptance.exp()

@@ -50,6 +50,10 @@ class UnconstrainedPrograms:
     Every site has its particles in the leftmost dim of its batch. The shapes are known after
     :meth:`draw`.
 
+    :ivar particle_dim: the dim of the particles, counted from the right of a site's batch.
+    :ivar plates: the common plates.
+    :ivar outer: the sum of the terms outside of the common plates.
+
     :param owner: the name of the algorithm, for error messages.
     :param programs: the model and guide.
     :param max_plate_nesting: the number of nested plates. With infinity, one run of model and guide
@@ -66,7 +70,7 @@ class UnconstrainedPrograms:
             is_proposal=True,
             advice=_ADVICE,
         )
-        self._particle_dim = 0
+        self.particle_dim = 0
         self.plates: tuple[Any, ...] = ()
         self.outer = 0.0
 
@@ -94,7 +98,7 @@ class UnconstrainedPrograms:
                 f"{abbreviate(sorted(sites.positions))}, but it has {abbreviate(sorted(sample))}."
             )
         warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
-        self._particle_dim = sites.particle_dim
+        self.particle_dim = sites.particle_dim
         self.plates = particles.plates
         self.outer = particles.unscaled_outer
         self._raise_for_scales(particles)
@@ -138,27 +142,10 @@ class UnconstrainedPrograms:
 
     def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
         """Return the sum of terms with the batch dims of sites, of shape ``(C, *common)``."""
-        dims = {self._particle_dim, *(plate.dim for plate in self.plates)}
+        dims = {self.particle_dim, *(plate.dim for plate in self.plates)}
         shape = torch.Size(plate.size for plate in self.plates)
-        layout = Layout(num_particles, self._particle_dim, shape, dims, terms[0])
+        layout = Layout(num_particles, self.particle_dim, shape, dims, terms[0])
         return layout.stack([terms])
-
-    def num_event_dims(self, position: Tensor) -> int:
-        """Return the number of dims of a position to the right of its batch."""
-        return position.dim() + self._particle_dim
-
-    def expand(self, x: Tensor, position: Tensor) -> Tensor:
-        """Return a tensor that broadcasts against a position.
-
-        :param x: a tensor of shape ``(C, *common)`` or ``common``.
-        :param position: the position, whose other dims are added with size 1.
-        """
-        shape = [1] * -self._particle_dim
-        if x.dim() > len(self.plates):
-            shape[0] = len(x)
-        for plate in self.plates:
-            shape[plate.dim] = plate.size
-        return x.reshape(shape + [1] * self.num_event_dims(position))
 
     def _trace(self, sites: UnconstrainedSites, num_particles: int) -> Particles:
         with sites:
