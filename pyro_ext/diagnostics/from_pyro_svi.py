@@ -14,6 +14,7 @@ from pyro_ext.diagnostics.draw_source import CannotDrawError, DrawSource, draw_s
 from pyro_ext.diagnostics.predictions import draw_predictions
 from pyro_ext.diagnostics.sample_statistics import resample_draws, sample_statistics
 from pyro_ext.diagnostics.site_arrays import Groups
+from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
 from pyro_ext.tracing import Program, Programs
 from pyro_ext.tracing.arguments import NOT_GIVEN, is_svi, read_programs
 
@@ -71,16 +72,21 @@ def from_pyro_svi(
     deterministic sites outside the common plates, and the joint ``log_p``, ``log_q`` and
     ``log_weight``.
 
+    The result of :func:`~pyro_ext.infer.sequential_monte_carlo`, in the place of the guide, is
+    exported with one chain for each run. ``sample_stats`` then has only ``log_p``.
+
     Under a process group of ``torch.distributed``, each process makes all draws by itself.
 
     :param model: a trained SVI, or the model: a callable with Pyro primitives. It may also be a
         list of SVIs or (model, guide) tuples, one per chain.
-    :param guide: the guide. Leave it out after an SVI or a list.
+    :param guide: the guide, or a :class:`~pyro_ext.infer.PosteriorDraws`. Leave it out after an SVI
+        or a list.
     :param args: positional arguments of model and guide.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of model and guide whose names clash with arguments of
         this function.
-    :param num_samples: the number of draws of each chain, >= 2.
+    :param num_samples: the number of draws of each chain, >= 2. A run has no more draws than its
+        particles.
     :param prior: whether to draw from the prior; or a dict from site name to an array
         ``(draw, ...)``.
     :param posterior_predictive: whether to draw observations; or a dict from site name to an array
@@ -131,11 +137,16 @@ def from_pyro_svi(
     runs = _runs(model, guide)
     if isinstance(model, list) and guide is not NOT_GIVEN:
         args = (guide, *args)
+    is_drawn = isinstance(guide, PosteriorDraws)
+    if is_drawn:
+        num_samples = min(num_samples, guide.guides[0].num_draws)
     chains = []
     for run in runs:
         programs = read_programs(NAME, *run, args, kwargs, model_args, model_kwargs)
         source = draw_source(NAME, programs, num_samples, chunk_size)
         chain = _posterior(source, num_samples, posterior_predictive is True, resample)
+        if is_drawn:  # the guide's density is not that of the draws
+            chain["sample_stats"] = {"log_p": chain["sample_stats"]["log_p"]}
         if predictions is not None and not isinstance(predictions, Mapping):
             new = _with_arguments(programs, predictions)
             chain["predictions"] = draw_predictions(new, chain, source.chunk_size)
@@ -159,7 +170,7 @@ def from_pyro_svi(
     attributes = {
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
-        "sampling": "variational",
+        "sampling": "sequential Monte Carlo" if is_drawn else "variational",
         "resample": resample or "none",
         "common_plates": list(source.common),
     }
@@ -168,6 +179,8 @@ def from_pyro_svi(
 
 def _runs(model: Any, guide: Any) -> list[tuple[Any, Any]]:
     """Return the model and guide, or the SVI, of each chain."""
+    if isinstance(guide, PosteriorDraws):
+        return [(model, of_run) for of_run in guide.guides]
     if not isinstance(model, list):
         return [(model, guide)]
     runs = [run if isinstance(run, tuple) else (run, NOT_GIVEN) for run in model]

@@ -2,6 +2,9 @@
 
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealed_importance_sampling import annealed_importance_sampling
+from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
+from pyro_ext.infer.annealing.sequential_monte_carlo import sequential_monte_carlo
+from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
 from pyro_ext.infer.bounds.combined import CombinedELBO
 from pyro_ext.infer.bounds.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.bounds.jackknife import JackknifeELBO
@@ -57,6 +60,8 @@ __all__ = [
     "MultiplyImportanceWeightedELBO",
     "PartiallyImportanceWeightedELBO",
     "Particles",
+    "PosteriorDraws",
+    "TemperedEvidence",
     "TensorMonteCarloELBO",
     "ThermodynamicELBO",
     "TrainingHistory",
@@ -67,4 +72,5 @@ __all__ = [
     "estimate_evidence",
     "estimate_expectation",
     "gradient_diagnostics",
+    "sequential_monte_carlo",
 ]

@@ -79,6 +79,7 @@ class ParticleTracer:
         if the objective is linear.
     :ivar is_proposal: whether the guide counts only with the density of its draws. An ELBO also
         counts the sites that the guide observes.
+    :ivar has_loose_weights: whether one weight for all data of a plate makes the result worse.
     :ivar has_dim_for_one: whether a single particle also has the particle dim.
     :ivar num_draws: the number of draws of each guide site, combined in all ways, for a single
         particle; None for one draw.
@@ -93,6 +94,7 @@ class ParticleTracer:
     is_linear: bool = False
     splits_rewards: bool = True
     is_proposal: bool = False
+    has_loose_weights: bool = True
     has_dim_for_one: bool = False
     num_draws: int | None = None
     advice: Advice = field(default_factory=Advice)
@@ -200,7 +202,7 @@ class ParticleTracer:
         common = find_common_plates(sites, depends)
         if not self.is_linear:
             check_subsampling(sites, common, depends, self.advice)
-            if not common:
+            if not common and self.has_loose_weights:
                 warn_of_joint_weights(sites, memory.warned_plates)
 
         def is_outside(site: DensitySite) -> bool:

@@ -67,6 +67,12 @@ class FlatTarget:
         flat, *rest = map(torch.cat, zip(*found, strict=True))
         return Densities(*rest), flat
 
+    def values(self, positions: Tensor) -> dict[str, Tensor]:
+        """Return the values of the model's latent sites, of shape ``(C, *plates, *event)``."""
+        parts = positions.split(self._chunk_size or len(positions))
+        found = [self.programs.values(self.by_site(part)) for part in parts]
+        return {name: torch.cat([values[name] for values in found]) for name in found[0]}
+
     def by_site(self, positions: Tensor) -> dict[str, Tensor]:
         """Return the positions as a dict from site name to a tensor with the dims of the site."""
         sizes = [x[0].numel() // self._num_points for x in self._sites.values()]

@@ -84,9 +84,10 @@ class TemperedRuns:
     bar: "tqdm[Any]"
     stages: list[Stage] = field(default_factory=list)
 
-    def adapt(self, num_runs: int) -> Cloud:
+    def adapt(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Find the settings, and return the particles of the runs that found them."""
         cloud = self._start(num_runs)
+        found = []
         beta = torch.zeros_like(cloud.log_z[0])
         step_size = torch.ones_like(beta)
         while (beta < 1).any():
@@ -102,10 +103,11 @@ class TemperedRuns:
             weights = cloud.log_weights.flatten(0, 1).exp() / num_runs
             metric = Metric.of_cloud(cloud.state.positions, weights)
             stage = Stage(beta, step, metric, step_size, 1, 1)
-            cloud, _, stage = self._grown(cloud, stage, adapts=True)
+            cloud, statistics, stage = self._grown(cloud, stage, adapts=True)
             step_size = stage.step_size
             self.stages.append(stage)
-        return cloud
+            found.append(statistics)
+        return cloud, found
 
     def run(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Return the particles of some runs with their statistics."""

@@ -1,11 +1,13 @@
 """The densities as functions of unconstrained tensors, one for each latent site of a guide."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ext._arguments import abbreviate
@@ -13,8 +15,9 @@ from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
 from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
-from pyro_ext.tracing.density_sites import DensitySite, density_sites
-from pyro_ext.tracing.failures import data_points, warn_of_points
+from pyro_ext.tracing.density_sites import DensitySite, density_sites, plates_of
+from pyro_ext.tracing.enumeration import is_enumerated
+from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_points
 from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.sites import is_delta
@@ -68,6 +71,7 @@ class UnconstrainedPrograms:
             max_plate_nesting=max_plate_nesting,
             has_dim_for_one=True,
             is_proposal=True,
+            has_loose_weights=False,
             advice=_ADVICE,
         )
         self.particle_dim = 0
@@ -106,10 +110,7 @@ class UnconstrainedPrograms:
         log_w = particles.log_w
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))
-            raise ValueError(
-                f"{self.owner}: a log weight of the guide's draws is NaN{where}. Check the data, "
-                "the parameters and the network outputs for NaN."
-            )
+            raise_not_finite(f"{self.owner}: a log weight{where}", math.nan, particles)
         return sites.positions
 
     def _raise_for_scales(self, particles: Particles) -> None:
@@ -139,6 +140,25 @@ class UnconstrainedPrograms:
         ]
         log_det = self.sum_out([*sites.log_dets.values(), *deltas], num_particles)
         return Densities(particles.log_p, particles.log_q, log_det)
+
+    def values(self, positions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values of the model's latent sites, of shape ``(C, *plates, *event)``."""
+        num_particles = len(next(iter(positions.values())))
+        particles = self._trace(UnconstrainedSites(self.owner, positions), num_particles)
+        found = {}
+        node: Any
+        for name, node in particles.model_traces[0].nodes.items():
+            if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+                continue
+            if is_enumerated(node):
+                continue
+            value, event_dim = node["value"], node["fn"].event_dim
+            sizes = {plate.dim: plate.size for plate in plates_of(node) if plate.dim is not None}
+            batch = [sizes.get(dim, 1) for dim in range(self.particle_dim + 1, 0)]
+            event = value.shape[value.dim() - event_dim :]
+            shape = (num_particles, *(sizes[dim] for dim in sorted(sizes)), *event)
+            found[name] = value.expand(num_particles, *batch, *event).reshape(shape)
+        return found
 
     def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
         """Return the sum of terms with the batch dims of sites, of shape ``(C, *common)``."""

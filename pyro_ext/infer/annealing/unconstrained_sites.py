@@ -43,7 +43,7 @@ class UnconstrainedSites(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         # A site with a value is a guide site that is replayed in the model.
-        if msg["value"] is not None or not _is_latent(msg):
+        if msg["value"] is not None or not is_latent(msg):
             return
         name: Any = msg["name"]
         if is_masked_out(msg):
@@ -53,7 +53,7 @@ class UnconstrainedSites(Messenger):
             )
         self._of_guide.add(name)
         if self.given is not None:
-            transform = self._transform(msg)
+            transform = to_support(self.owner, msg)
             msg["value"] = transform(self.given[name])
             msg["done"] = True
             self.log_dets[name] = transform.log_abs_det_jacobian(self.given[name], msg["value"])
@@ -66,24 +66,32 @@ class UnconstrainedSites(Messenger):
         name: Any = msg["name"]
         if self.given is not None or name in self.positions or name not in self._of_guide:
             return
-        self.positions[name] = self._transform(msg).inv(msg["value"])
+        self.positions[name] = to_support(self.owner, msg).inv(msg["value"])
         frames = {frame.name: frame.dim or 0 for frame in msg["cond_indep_stack"]}
         self.particle_dim = frames[PARTICLE_PLATE]
 
-    def _transform(self, msg: Any) -> Any:
-        support = msg["fn"].support
-        try:
-            # Circular distributions declare the real line as support, where they are improper.
-            if support.is_discrete or isinstance(base_of(msg["fn"]), CIRCULAR):
-                raise NotImplementedError
-            return biject_to(support)
-        except NotImplementedError:
-            raise SiteError(
-                f"{self.owner}: site '{msg['name']}' ({type(base_of(msg['fn'])).__name__}) is "
-                "discrete, or has no map to unconstrained space. Mark a discrete site of the model "
-                "with infer={'enumerate': 'parallel'}, without the guide, or use estimate_evidence."
-            ) from None
+
+def to_support(owner: str, msg: Any) -> Any:
+    """Return the transform from unconstrained values to the support of a site.
+
+    :param owner: the name of the algorithm, for the error.
+    :param msg: the site.
+    :raises SiteError: if the site has no such transform.
+    """
+    support = msg["fn"].support
+    try:
+        # Circular distributions declare the real line as support, where they are improper.
+        if support.is_discrete or isinstance(base_of(msg["fn"]), CIRCULAR):
+            raise NotImplementedError
+        return biject_to(support)
+    except NotImplementedError:
+        raise SiteError(
+            f"{owner}: site '{msg['name']}' ({type(base_of(msg['fn'])).__name__}) is "
+            "discrete, or has no map to unconstrained space. Mark a discrete site of the model "
+            "with infer={'enumerate': 'parallel'}, without the guide, or use estimate_evidence."
+        ) from None
 
 
-def _is_latent(msg: Any) -> bool:
+def is_latent(msg: Any) -> bool:
+    """Return whether a site of a guide is a draw."""
     return not (msg["is_observed"] or site_is_subsample(msg) or is_delta(msg["fn"]))

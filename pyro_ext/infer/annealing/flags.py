@@ -1,0 +1,27 @@
+"""Reasons not to trust a chain that starts at a guide."""
+
+from pyro_ext.infer.evidence.evidence import Evidence
+from pyro_ext.tracing.failures import data_points
+
+#: The number of standard errors at which two estimates differ.
+NUM_ERRORS = 4.0
+
+
+def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str]:
+    """Return the flag ``prior`` if chains from the prior find more evidence than others.
+
+    :param evidence: the estimate from chains that start at the guide.
+    :param from_prior: the estimate from chains that start at the prior; None if there is none.
+    """
+    if from_prior is None:
+        return {}
+    error = (evidence.std_error.square() + from_prior.std_error.square()).sqrt()
+    more = from_prior.log_evidence - evidence.log_evidence > NUM_ERRORS * error
+    if not more.any():
+        return {}
+    return {
+        "prior": (
+            f"Chains from the prior find more evidence{data_points(more)}. The guide misses a part "
+            "of the posterior. Leave the guide out, or use a wider one."
+        )
+    }

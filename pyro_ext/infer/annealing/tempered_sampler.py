@@ -1,0 +1,152 @@
+"""Sequential Monte Carlo from a guide, compared with the same from the prior."""
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ext.distributed.joint_call import JointCall
+from pyro_ext.infer.annealing.cloud import Cloud
+from pyro_ext.infer.annealing.flat_target import FlatTarget
+from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
+from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
+from pyro_ext.infer.annealing.tempered_runs import StageStatistics, TemperedRuns
+from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
+from pyro_ext.infer.evidence.block_state import BlockState
+from pyro_ext.infer.evidence.proposals import PriorProposal
+from pyro_ext.tracing import Programs
+
+#: The number of runs that find the settings.
+NUM_PILOT_RUNS = 4
+
+Result = tuple[Cloud, list[StageStatistics]]
+
+
+@dataclass
+class TemperedSampler:
+    """A sampler of posteriors with one set of settings.
+
+    :ivar owner: the name of the calling function, for messages.
+    :ivar call: the call, which divides the runs over the processes.
+    :ivar bar: a progress bar, which counts transitions.
+
+    The others are arguments of :func:`~pyro_ext.infer.sequential_monte_carlo`.
+    """
+
+    owner: str
+    call: JointCall
+    bar: "tqdm[Any]"
+    num_particles: int
+    num_runs: int
+    chain_length: int
+    chunk_size: int
+    target_ess: float
+    target_acceptance: float
+    max_plate_nesting: float
+    check_prior: bool
+
+    def posterior(self, programs: Programs) -> PosteriorDraws:
+        """Return draws from the posterior, with the evidence."""
+        runs = self._runs(programs)
+        pilot = runs.adapt(NUM_PILOT_RUNS)
+        from_prior = self._adapted_from_prior(programs)
+        self.call.check_parameters(programs)
+        self.call.use_own_random_numbers()
+        if not self.bar.disable:
+            self.bar.total = self.bar.n * 2
+        try:
+            found = _to_draws(runs, self._all_runs(runs))
+        except KeyboardInterrupt:
+            if self.call.interrupts:  # a second interrupt
+                raise
+            warnings.warn(
+                f"{self.owner} was interrupted. The result has the {NUM_PILOT_RUNS} runs of the "
+                "first pass.",
+                stacklevel=3,
+            )
+            return _to_draws(runs, [pilot])
+        if from_prior is None:
+            return found
+        evidence = _to_evidence(from_prior, self._all_runs(from_prior))
+        return replace(found, evidence=replace(found.evidence, from_prior=evidence))
+
+    def _runs(self, programs: Programs) -> TemperedRuns:
+        densities = UnconstrainedPrograms(self.owner, programs, self.max_plate_nesting)
+        return TemperedRuns(
+            FlatTarget(densities, self.chunk_size),
+            self.num_particles,
+            self.chain_length,
+            self.target_ess,
+            self.target_acceptance,
+            self.call,
+            self.bar,
+        )
+
+    def _adapted_from_prior(self, programs: Programs) -> TemperedRuns | None:
+        """Return runs from the prior; None if the guide is the prior, or without a check."""
+        if not self.check_prior or isinstance(poutine.unwrap(programs.guide), PriorProposal):
+            return None
+        runs = self._runs(replace(programs, guide=PriorProposal(programs.model)))
+        try:
+            runs.adapt(NUM_PILOT_RUNS)
+        except (NotImplementedError, ValueError):  # the prior cannot be drawn from, or has no mass
+            return None
+        return runs
+
+    def _all_runs(self, runs: TemperedRuns) -> list[Result]:
+        results: list[Result] = []
+        done = 0
+        while done < self.num_runs:
+            sizes = self.call.share(self.num_runs - done, self.num_runs)
+            for found in self.call.parts(runs.run(size) for size in sizes):
+                results.append(found)
+                done += len(found[0].log_z)
+        return results
+
+
+def _to_evidence(runs: TemperedRuns, results: list[Result]) -> TemperedEvidence:
+    programs = runs.target.programs
+    names = tuple(plate.name for plate in programs.plates)
+    block = BlockState(names, 0, programs.outer)
+    log_z = torch.cat([cloud.log_z for cloud, _ in results])
+    block.add(log_z, (), len(log_z), 0, {})
+
+    def joined(name: str) -> Tensor:
+        by_stage = zip(*([getattr(x, name) for x in found] for _, found in results), strict=True)
+        return torch.stack([torch.cat(parts) for parts in by_stage])
+
+    return TemperedEvidence(
+        **vars(block.to_evidence(())),
+        num_particles=runs.num_particles,
+        by_run=log_z + (0.0 if names else programs.outer),
+        temperatures=torch.stack([stage.beta for stage in runs.stages]),
+        run_ess=joined("ess"),
+        acceptance=joined("acceptance"),
+        num_ancestors=joined("num_ancestors"),
+        from_prior=None,
+    )
+
+
+def _to_draws(runs: TemperedRuns, results: list[Result]) -> PosteriorDraws:
+    evidence, target = _to_evidence(runs, results), runs.target
+    positions = torch.cat([cloud.state.positions for cloud, _ in results])
+    shape = (len(evidence.by_run), runs.num_particles)
+    by_site = target.by_site(positions)
+    guides = [
+        DrawnGuide(
+            target.programs.programs.guide,
+            {name: x.reshape(*shape, *x.shape[1:])[run] for name, x in by_site.items()},
+            -target.programs.particle_dim,
+        )
+        for run in range(len(evidence.by_run))
+    ]
+    draws = target.values(positions)
+    return PosteriorDraws(
+        evidence,
+        {name: x.reshape(*shape, *x.shape[1:]) for name, x in draws.items()},
+        tuple(guides),
+    )
