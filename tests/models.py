@@ -133,6 +133,6 @@ class Interrupted:
 
     def __call__(self, *args):
         self.calls -= 1
-        if self.calls < 0:
+        if self.calls == -1:
             raise KeyboardInterrupt
         self.program(*args)

@@ -21,6 +21,7 @@ from pyro_ext.infer import (
     LinearKL,
     annealed_importance_sampling,
     estimate_evidence,
+    sequential_monte_carlo,
 )
 from pyro_ext.nn import BayesianModule, MeanFieldGuide, flipout, local_reparameterization
 from pyro_ext.ops import jackknife, jackknife_derivatives, leave_one_out_log_mean_exp, pareto_k
@@ -136,6 +137,15 @@ def test_annealing(x, dtype):
     error = found.log_evidence - programs.log_evidence()
     assert (error.abs() < 5 * found.std_error).all()
     assert "nats" in repr(found)
+
+
+def test_sequential_monte_carlo(x):
+    programs = NormalNormal(x)
+    found = sequential_monte_carlo(programs.model, programs.guide, check_prior=False)
+    assert found.draws["z"].is_cuda
+    evidence = found.evidence
+    error = evidence.log_evidence - programs.log_evidence()
+    assert (error.abs() < 5 * evidence.std_error).all()
 
 
 def test_autoguide(x):

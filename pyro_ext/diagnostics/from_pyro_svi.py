@@ -14,11 +14,12 @@ from pyro_ext.diagnostics.draw_source import CannotDrawError, DrawSource, draw_s
 from pyro_ext.diagnostics.predictions import draw_predictions
 from pyro_ext.diagnostics.sample_statistics import resample_draws, sample_statistics
 from pyro_ext.diagnostics.site_arrays import Groups
-from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
+from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
 from pyro_ext.tracing import Program, Programs
 from pyro_ext.tracing.arguments import NOT_GIVEN, is_svi, read_programs
 
 NAME = "from_pyro_svi"
+_DRAWN_GROUPS = ("prior", "posterior_predictive", "predictions")
 
 
 @renamed_arguments(svi="model", batch_size="chunk_size")
@@ -138,15 +139,12 @@ def from_pyro_svi(
     if isinstance(model, list) and guide is not NOT_GIVEN:
         args = (guide, *args)
     is_drawn = isinstance(guide, PosteriorDraws)
-    if is_drawn:
-        num_samples = min(num_samples, guide.guides[0].num_draws)
+    num_samples = min(num_samples, guide.guides[0].num_draws) if is_drawn else num_samples
     chains = []
     for run in runs:
         programs = read_programs(NAME, *run, args, kwargs, model_args, model_kwargs)
         source = draw_source(NAME, programs, num_samples, chunk_size)
         chain = _posterior(source, num_samples, posterior_predictive is True, resample)
-        if is_drawn:  # the guide's density is not that of the draws
-            chain["sample_stats"] = {"log_p": chain["sample_stats"]["log_p"]}
         if predictions is not None and not isinstance(predictions, Mapping):
             new = _with_arguments(programs, predictions)
             chain["predictions"] = draw_predictions(new, chain, source.chunk_size)
@@ -157,12 +155,8 @@ def from_pyro_svi(
     groups, names = _stack(chains, dims or {}, left_out)
     if not log_likelihood:
         groups.pop("log_likelihood")
-    given = {
-        "prior": prior,
-        "posterior_predictive": posterior_predictive,
-        "predictions": predictions,
-    }
-    for group, arrays in given.items():
+    given = (prior, posterior_predictive, predictions)
+    for group, arrays in zip(_DRAWN_GROUPS, given, strict=True):
         if isinstance(arrays, Mapping):
             groups[group] = {name: _as_array(values)[None] for name, values in arrays.items()}
     if constant_data is not None:
@@ -206,6 +200,8 @@ def _posterior(
     statistics = sample_statistics(groups, source.common)
     if resample:
         resample_draws(groups, statistics, source.common)
+    if isinstance(source.programs.guide, DrawnGuide):  # its density is not that of the draws
+        statistics = {"log_p": statistics["log_p"]}
     groups["sample_stats"] = statistics
     return groups
 

@@ -15,8 +15,14 @@ from pyro_ext._random_states import seed_all
 from pyro_ext.diagnostics import diagnose, from_pyro_svi, loo, simulation_based_calibration
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.distributed.streams import seed_of
-from pyro_ext.infer import annealed_importance_sampling, estimate_evidence, estimate_expectation
+from pyro_ext.infer import (
+    annealed_importance_sampling,
+    estimate_evidence,
+    estimate_expectation,
+    sequential_monte_carlo,
+)
 from pyro_ext.infer.annealing.annealer import Annealer
+from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.tracing import Programs
@@ -71,7 +77,7 @@ def chains_one_by_one(size):
     pyro.set_rng_seed(0)
     seed = int(torch.randint(2**62, ()))
     seed_all(seed_of(seed, "all"))
-    target = UnconstrainedPrograms("", Programs(model, guide, (X,), {}), 1)
+    target = FlatTarget(UnconstrainedPrograms("", Programs(model, guide, (X,), {}), 1))
     betas = inverse_temperatures("sigmoid", 8)
     call = JointCall("", Interrupts({}))
     annealer = Annealer(target, betas, 10, 0.8, call, tqdm(disable=True))
@@ -106,6 +112,23 @@ def test_chains_are_the_same_in_all_processes(pools, options):
     found = pools(4).results(chains_of, options)
     assert found == found[:1] * 4
     assert found[0]["num_samples "] == options["num_chains"]
+
+
+def particles_of(num_runs):
+    found = sequential_monte_carlo(
+        model, guide, X, num_particles=16, num_runs=num_runs, max_plate_nesting=1
+    )
+    return figures(found.evidence) | {"draws": found.draws["z"].tolist()}
+
+
+@pytest.mark.filterwarnings("ignore:sequential_monte_carlo")
+@pytest.mark.parametrize("num_runs", [4, 7])
+def test_processes_divide_the_runs(pools, num_runs):
+    found = pools(4).results(particles_of, num_runs)
+    assert found == found[:1] * 4
+    assert len(found[0]["draws"]) == num_runs
+    runs = {str(run) for run in found[0]["draws"]}
+    assert len(runs) == num_runs
 
 
 def sizes_of_chains(num_chains, chunk_size):

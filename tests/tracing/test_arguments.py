@@ -25,6 +25,7 @@ from pyro_ext.infer import (
     estimate_evidence,
     estimate_expectation,
     gradient_diagnostics,
+    sequential_monte_carlo,
 )
 
 X = torch.linspace(-1.0, 2.0, 4)
@@ -64,6 +65,10 @@ FUNCTIONS = {
     "annealed_importance_sampling": (
         partial(annealed_importance_sampling, num_chains=3, num_temperatures=3),
         lambda found: found.total,
+    ),
+    "sequential_monte_carlo": (
+        partial(sequential_monte_carlo, num_particles=8, num_runs=4),
+        lambda found: found.evidence.total,
     ),
     "gradient_diagnostics": (
         partial(

@@ -3,7 +3,12 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, prior_flag
 from pyro_ext.infer.evidence.evidence import Evidence
+from pyro_ext.tracing.failures import data_points
+
+#: The gap between both directions, in nats, that is never a reason for a flag.
+MAX_GAP = 0.1
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,6 +22,8 @@ class AnnealedEvidence(Evidence):
     :ivar acceptance: the mean acceptance probability of the transitions, over chains and over all
         inverse temperatures except the first and the last. It is NaN if there are only two inverse
         temperatures.
+    :ivar from_prior: the evidence of runs from the prior, with which a guide's evidence is
+        compared; None without this check.
     :ivar upper: an estimate from above, in nats, from reverse chains that start at an exact sample;
         None without such a sample. The probability that this estimate lies more than b below log
         p(x) is at most e^-b.
@@ -34,6 +41,32 @@ class AnnealedEvidence(Evidence):
     temperatures: tuple[float, ...]
     acceptance: Tensor
     upper: Tensor | None
+    from_prior: Evidence | None = None
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Reasons not to trust the estimate, by a short name; empty if none is known.
+
+        Beside those of :class:`Evidence`, there are ``acceptance`` (below 0.3 on average), ``gap``
+        (the reverse chains find more than the others, by more than 0.1 nats and 6 standard errors)
+        and ``prior`` (chains from the prior find more evidence, so the guide misses a part of the
+        posterior).
+        """
+        flags = super().flags
+        stuck = self.acceptance < MIN_ACCEPTANCE
+        if stuck.any():
+            flags["acceptance"] = (
+                f"Fewer than {MIN_ACCEPTANCE:.0%} of the transitions are accepted"
+                f"{data_points(stuck)}. Use more leapfrog steps, or reparameterise the model."
+            )
+        if self.upper is not None:
+            gap = self.upper - self.log_evidence > MAX_GAP + 6 * self.std_error
+            if gap.any():
+                flags["gap"] = (
+                    f"The reverse chains find more evidence{data_points(gap)}. Use more "
+                    "temperatures."
+                )
+        return flags | prior_flag(self, self.from_prior)
 
     def to_dataset(self) -> Any:
         """Return the dataset of :meth:`Evidence.to_dataset` with ``acceptance`` and ``upper``.

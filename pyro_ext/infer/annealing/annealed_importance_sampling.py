@@ -13,6 +13,7 @@ from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
+from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
 from pyro_ext.infer.evidence.proposals import PriorProposal
@@ -34,6 +35,7 @@ def annealed_importance_sampling(
     ladder: str | Sequence[float] = "sigmoid",
     target_acceptance: float = 0.8,
     exact_sample: dict[str, Tensor] | None = None,
+    check_prior: bool | None = None,
     chunk_size: int | None = None,
     jackknife_orders: Iterable[int] = (),
     progress_bar: bool = False,
@@ -65,6 +67,10 @@ def annealed_importance_sampling(
     data, the simulated latent values are an exact sample. The two estimates then bracket the
     evidence (bidirectional Monte Carlo).
 
+    If chains start at a guide, the evidence is compared with that of
+    :func:`sequential_monte_carlo` from the prior. If the prior leads to more evidence, the guide
+    misses a part of the posterior, and the result has the flag ``prior``.
+
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning, and the
     result uses the chunks of chains that were complete. If there are none, it raises
     ``KeyboardInterrupt``. A second interrupt ends the call at once.
@@ -93,6 +99,9 @@ def annealed_importance_sampling(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide to its value.
+    :param check_prior: whether to compare a guide's evidence with the evidence from the prior. With
+        None, it is compared unless data points have latents of their own. A prior that cannot be
+        drawn from is not compared.
     :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
         chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
@@ -144,6 +153,7 @@ def annealed_importance_sampling(
             "ladder": betas,
             "target_acceptance": target_acceptance,
             "jackknife_orders": orders,
+            "check_prior": check_prior,
             "max_plate_nesting": max_plate_nesting,
         }
         call.check_inputs(programs, settings, exact_sample=exact_sample)
@@ -154,12 +164,11 @@ def annealed_importance_sampling(
         is_hidden = not progress_bar or call.rank > 0
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
+        sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting)
         with bar:
-            annealer.adapt(size)
-            call.check_parameters(programs)
-            call.use_own_random_numbers()
-            evidence = annealer.evidence(num_chains, size, orders, exact_sample)
-        del bar, annealer  # here, because Python ignores an interrupt inside of a destructor
+            evidence = annealer.run(num_chains, size, orders, exact_sample, sampler, check_prior)
+        # Here, because Python ignores an interrupt inside of a destructor.
+        del bar, annealer, sampler
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
     return evidence

@@ -12,6 +12,7 @@ from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.hmc import ChainState, transition
 from pyro_ext.infer.annealing.metric import Metric
+from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
 from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.ops import accumulation_dtype, log_mean_exp
 from pyro_ext.tracing.failures import data_points
@@ -36,6 +37,32 @@ class Annealer:
     call: JointCall
     bar: "tqdm[Any]"
     step_sizes: list[Tensor] = field(default_factory=list)
+
+    def run(
+        self,
+        num_chains: int,
+        chunk_size: int,
+        orders: tuple[int, ...],
+        exact_sample: dict[str, Tensor] | None,
+        sampler: TemperedSampler,
+        check_prior: bool | None,
+    ) -> AnnealedEvidence:
+        """Find the step sizes, and return the evidence, compared with that from the prior.
+
+        :param sampler: the sampler of runs from the prior.
+        :param check_prior: whether to compare; None to compare unless there are common plates.
+
+        The others are parameters of :meth:`evidence`.
+        """
+        self.adapt(chunk_size)
+        programs = self.target.programs.programs
+        compares = not self.target.programs.plates if check_prior is None else check_prior
+        from_prior = sampler.adapted_from_prior(programs) if compares else None
+        self.call.check_parameters(programs)
+        self.call.use_own_random_numbers()
+        found = self.evidence(num_chains, chunk_size, orders, exact_sample)
+        is_complete = found.num_samples == num_chains
+        return sampler.compared(found, from_prior) if is_complete else found
 
     def adapt(self, num_chains: int) -> None:
         """Find the step sizes, from chains that adapt them to their acceptance.

@@ -3,6 +3,8 @@
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
+#: The acceptance below which chains hardly move.
+MIN_ACCEPTANCE = 0.3
 #: The number of standard errors at which two estimates differ.
 NUM_ERRORS = 4.0
 

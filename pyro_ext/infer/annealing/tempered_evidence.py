@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from pyro_ext._figures import axes_or_new
-from pyro_ext.infer.annealing.flags import prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, prior_flag
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
 #: The spread of the runs' log evidences above which the standard error says little.
 MAX_SPREAD = 1.0
-#: The acceptance below which chains hardly move.
-MIN_ACCEPTANCE = 0.3
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,3 +120,10 @@ class TemperedEvidence(Evidence):
         ax.set(xlabel="step", ylabel="smallest of all runs", ylim=(0, 1.05))
         ax.legend()
         return ax
+
+    def __repr__(self) -> str:
+        mean, smallest = self.acceptance.mean(), self.acceptance.mean(1).min()
+        lines = [super().__repr__().replace("draws)", "runs)")]
+        lines.append(f"  temperatures   {len(self.temperatures)}")
+        lines.append(f"  acceptance     {mean:.2f} (smallest {smallest:.2f})")
+        return "\n".join(lines)

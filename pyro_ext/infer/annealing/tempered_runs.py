@@ -22,7 +22,7 @@ PATH_LENGTH = 1.5
 MAX_LEAPFROG_STEPS = 32
 #: The correlation of successive particles of a chain above which transitions are left out.
 MAX_CORRELATION = 0.5
-MAX_THINNING = 4
+MAX_THINNING = 2
 MAX_TEMPERATURES = 1000
 
 

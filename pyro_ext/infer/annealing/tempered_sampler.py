@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext.distributed.joint_call import JointCall
+from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.cloud import Cloud
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
@@ -23,6 +24,7 @@ from pyro_ext.tracing import Programs
 #: The number of runs that find the settings.
 NUM_PILOT_RUNS = 4
 
+E = TypeVar("E", AnnealedEvidence, TemperedEvidence)
 Result = tuple[Cloud, list[StageStatistics]]
 
 
@@ -40,20 +42,20 @@ class TemperedSampler:
     owner: str
     call: JointCall
     bar: "tqdm[Any]"
-    num_particles: int
-    num_runs: int
-    chain_length: int
     chunk_size: int
-    target_ess: float
-    target_acceptance: float
     max_plate_nesting: float
-    check_prior: bool
+    num_particles: int = 256
+    num_runs: int = 16
+    chain_length: int = 4
+    target_ess: float = 0.8
+    target_acceptance: float = 0.8
+    check_prior: bool = True
 
     def posterior(self, programs: Programs) -> PosteriorDraws:
         """Return draws from the posterior, with the evidence."""
         runs = self._runs(programs)
         pilot = runs.adapt(NUM_PILOT_RUNS)
-        from_prior = self._adapted_from_prior(programs)
+        from_prior = self.adapted_from_prior(programs) if self.check_prior else None
         self.call.check_parameters(programs)
         self.call.use_own_random_numbers()
         if not self.bar.disable:
@@ -69,10 +71,21 @@ class TemperedSampler:
                 stacklevel=3,
             )
             return _to_draws(runs, [pilot])
+        return replace(found, evidence=self.compared(found.evidence, from_prior))
+
+    def compared(self, evidence: E, from_prior: TemperedRuns | None) -> E:
+        """Return an evidence with the evidence of runs from the prior, unless they are None."""
         if from_prior is None:
-            return found
-        evidence = _to_evidence(from_prior, self._all_runs(from_prior))
-        return replace(found, evidence=replace(found.evidence, from_prior=evidence))
+            return evidence
+        try:
+            found = _to_evidence(from_prior, self._all_runs(from_prior))
+        except KeyboardInterrupt:
+            if self.call.interrupts:  # a second interrupt
+                raise
+            message = f"{self.owner} was interrupted. The prior was not compared."
+            warnings.warn(message, stacklevel=3)
+            return evidence
+        return replace(evidence, from_prior=found)
 
     def _runs(self, programs: Programs) -> TemperedRuns:
         densities = UnconstrainedPrograms(self.owner, programs, self.max_plate_nesting)
@@ -86,14 +99,17 @@ class TemperedSampler:
             self.bar,
         )
 
-    def _adapted_from_prior(self, programs: Programs) -> TemperedRuns | None:
-        """Return runs from the prior; None if the guide is the prior, or without a check."""
-        if not self.check_prior or isinstance(poutine.unwrap(programs.guide), PriorProposal):
+    def adapted_from_prior(self, programs: Programs) -> TemperedRuns | None:
+        """Return runs from the prior, with settings.
+
+        :returns: the runs; None if the guide is the prior, or if the prior cannot be drawn from.
+        """
+        if isinstance(poutine.unwrap(programs.guide), PriorProposal):
             return None
         runs = self._runs(replace(programs, guide=PriorProposal(programs.model)))
         try:
             runs.adapt(NUM_PILOT_RUNS)
-        except (NotImplementedError, ValueError):  # the prior cannot be drawn from, or has no mass
+        except (NotImplementedError, ValueError):  # such as an improper prior
             return None
         return runs
 

@@ -23,8 +23,17 @@ class PriorProposal:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw from the prior."""
-        with poutine.block(hide_fn=_is_hidden):
+        with poutine.block(hide_fn=_is_hidden), _ProperSites():
             return self.model(*args, **kwargs)
+
+
+class _ProperSites(Messenger):
+    def _pyro_sample(self, msg: Message) -> None:
+        if not msg["is_observed"] and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
+            raise SiteError(
+                f"The prior of site '{msg['name']}' is improper, so it cannot be drawn from. Pass "
+                "a guide."
+            )
 
 
 def _is_hidden(msg: Message) -> bool:

@@ -324,7 +324,7 @@ def test_a_guide_at_one_point_is_warned_of():
 def test_bad_weights_name_the_data_points():
     programs = NormalNormal(X)
     for bad, message in (
-        (math.nan, r"log weight .* is NaN for data points \[2\] \(of 4\)"),
+        (math.nan, r"log weight for data points \[2\] \(of 4\) is nan\..* site 'f'"),
         (-math.inf, r"weights are zero for data points \[2\] \(of 4\)"),
     ):
 
