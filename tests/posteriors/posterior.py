@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro_ext.tracing import Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Posterior:
     """A model of continuous latents, with its data and its log evidence.
 
@@ -30,7 +30,7 @@ class Posterior:
     guides: dict[str, Callable[[Program], Program]] = field(default_factory=dict)
     start: str | None = None
 
-    def guide(self, name: str | None, num_steps: int = 2000) -> Program | None:
+    def guide(self, name: str | None, num_steps: int = 1000) -> Program | None:
         """Return a guide, trained if it has parameters, or None for the prior.
 
         :param name: a key of ``guides``, or None.
