@@ -1,0 +1,178 @@
+"""Estimators of the evidence on the posteriors of ``tests/posteriors``, beside other libraries.
+
+``benchmarks/evidence_peers`` says how to install these libraries. Those that are missing are left
+out. The efficiency is the root mean square error times the root of the number of evaluations.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pyro
+from pyro.poutine.messenger import Messenger
+
+from benchmarks.evidence_run import Run
+from benchmarks.harness import Options, Table
+from pyro_ext import infer
+from pyro_ext.infer import Evidence, annealed_importance_sampling, estimate_evidence
+from pyro_ext.tracing import Program
+from pyro_ext.tracing.sites import PARTICLE_PLATE
+from tests.posteriors import POSTERIORS, Posterior
+
+#: estimator -> (library, module of benchmarks.evidence_peers)
+PEERS = {
+    "PyMC sample_smc": ("pymc", "pymc_smc"),
+    "BlackJAX tempered SMC": ("blackjax", "tempered"),
+    "dynesty": ("dynesty", "nested"),
+}
+NUM_SEEDS = 50
+#: The seeds of an estimator of another library, for these take minutes.
+NUM_PEER_SEEDS = 8
+NUM_QUICK_SEEDS = 2
+COLUMNS = [
+    "posterior",
+    "estimator",
+    "log evidence",
+    "mean estimate",
+    "root mean square error",
+    "reported error",
+    "mean square of error / reported error, without flag",
+    "runs with a flag",
+    "evaluations",
+    "seconds",
+    "error x sqrt(evaluations)",
+]
+
+
+class CountedModel(Messenger):
+    """A model that counts the evaluations of its joint density, one for each particle.
+
+    :param program: the model.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.evaluations = 0
+        self._num_particles = 1
+        self._is_prior = False
+
+    def model(self, *args: Any) -> None:
+        """Run the model."""
+        self._num_particles, self._is_prior = 1, False
+        with self:
+            self.program(*args)
+        if not self._is_prior:
+            self.evaluations += self._num_particles
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == PARTICLE_PLATE:
+                self._num_particles = frame.size
+        # The prior as a guide hides observed sites from the tracer.
+        self._is_prior |= bool(msg["is_observed"] and msg["stop"])
+
+
+def annealed(model: Program, posterior: Posterior, guide: Any) -> Evidence:
+    """Anneal 64 chains."""
+    return annealed_importance_sampling(
+        model,
+        guide,
+        *posterior.args,
+        num_chains=64,
+        num_temperatures=100,
+        num_leapfrog_steps=5,
+    )
+
+
+def sequential(model: Program, posterior: Posterior, guide: Any) -> Evidence:
+    """Run sequential Monte Carlo with default settings."""
+    return infer.sequential_monte_carlo(model, guide, *posterior.args).evidence
+
+
+def importance(model: Program, posterior: Posterior, guide: Any) -> Evidence:
+    """Draw 10,000 times from a guide. Its training does not count."""
+    return estimate_evidence(
+        model, guide, *posterior.args, num_samples=10_000, chunk_size=1000, jackknife_orders=()
+    )
+
+
+Estimator = Callable[[Program, Posterior, Any], Evidence]
+
+
+def estimators(posterior: Posterior) -> Iterator[tuple[str, Estimator, str | None]]:
+    """Yield the name of each estimator, the estimator, and the name of its guide."""
+    start = posterior.start
+    end = f", {start} guide" if start else ""
+    yield f"annealing{end}", annealed, start
+    if hasattr(infer, "sequential_monte_carlo"):
+        yield f"sequential_monte_carlo{end}", sequential, start
+    for name in posterior.guides:
+        yield f"importance sampling, {name} guide", importance, name
+
+
+def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -> Run:
+    """Run an estimator of this package."""
+    pyro.set_rng_seed(seed)
+    counted = CountedModel(posterior.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Pareto k|holds all the data)")
+        found = estimator(counted.model, posterior, guide)
+    error = found.std_error.item()
+    return Run(found.log_evidence.item(), counted.evaluations, error, tuple(found.flags))
+
+
+def row(
+    name: str, run: Callable[[Posterior, int], Run], posterior: Posterior, num_seeds: int
+) -> list[Any]:
+    """Run an estimator with several seeds, and return its columns without the posterior's name."""
+    runs, seconds = [], []
+    for seed in range(num_seeds):
+        start = time.perf_counter()
+        runs.append(run(posterior, seed))
+        seconds.append(time.perf_counter() - start)
+    errors = np.array([run.log_evidence - posterior.log_evidence for run in runs])
+    reported = np.array([run.std_error for run in runs])
+    flagged = np.array([bool(run.flags) for run in runs])
+    rmse = float(np.sqrt((errors**2).mean()))
+    evaluations = float(np.mean([run.evaluations for run in runs]))
+    known = np.hypot(reported, posterior.log_evidence_error)[~flagged]
+    names = ", ".join(sorted({flag for run in runs for flag in run.flags}))
+    return [
+        name,
+        f"{posterior.log_evidence:.4f}",
+        f"{posterior.log_evidence + errors.mean():.4f}",
+        rmse,
+        float(reported.mean()),
+        float(((errors[~flagged] / known) ** 2).mean()) if len(known) else math.nan,
+        f"{flagged.sum()} of {num_seeds}" + (f" ({names})" if names else ""),
+        round(evaluations),
+        float(np.median(seconds)),
+        rmse * math.sqrt(evaluations),
+    ]
+
+
+def tables(options: Options) -> Iterator[Table]:
+    """One row for each posterior and estimator."""
+    table = Table("Estimators of the evidence", COLUMNS, chart=(COLUMNS[:2], COLUMNS[-1]))
+    num_seeds = NUM_QUICK_SEEDS if options.quick else NUM_SEEDS
+    installed = {name: module for name, (lib, module) in PEERS.items() if find_spec(lib)}
+    for name, build in POSTERIORS.items():
+        posterior = build()
+        for label, estimator, guide_name in estimators(posterior):
+            pyro.set_rng_seed(0)
+            run = partial(own_run, estimator, posterior.guide(guide_name))
+            table.rows.append([name, *row(label, run, posterior, num_seeds)])
+        for label, module in installed.items():
+            peer = import_module(f"benchmarks.evidence_peers.{module}").run
+            table.rows.append([name, *row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS))])
+    missing = [name for name in PEERS if name not in installed]
+    if missing:
+        table.note = f"Left out, not installed: {', '.join(missing)}."
+    yield table

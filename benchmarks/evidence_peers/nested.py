@@ -1,0 +1,22 @@
+"""Nested sampling by dynesty (Speagle 2020)."""
+
+import dynesty
+import numpy as np
+
+from benchmarks.evidence_peers.densities import Densities
+from benchmarks.evidence_run import Run
+from tests.posteriors import Posterior
+
+
+def run(posterior: Posterior, seed: int) -> Run:
+    """Estimate the evidence with the default settings, but a weaker end: dlogz is 0.1."""
+    density = Densities(np).of(posterior)
+    sampler = dynesty.NestedSampler(
+        density.log_ratio,
+        density.from_uniform,
+        density.num_dims,
+        rstate=np.random.default_rng(seed),
+    )
+    sampler.run_nested(dlogz=0.1, print_progress=False)
+    found = sampler.results
+    return Run(float(found.logz[-1]), int(found.ncall.sum()), float(found.logzerr[-1]))
