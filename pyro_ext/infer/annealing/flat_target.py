@@ -54,6 +54,12 @@ class FlatTarget:
         flat, *rest = map(torch.cat, zip(*found, strict=True))
         return flat, Densities(*rest)
 
+    def densities(self, positions: Tensor) -> Densities:
+        """Return the densities at some positions."""
+        parts = positions.split(self._chunk_size or len(positions))
+        found = [self.programs(self.by_site(part)) for part in parts]
+        return Densities(*map(torch.cat, zip(*found, strict=True)))
+
     def slopes(self, positions: Tensor, beta: float | Tensor) -> tuple[Densities, Tensor]:
         """Return the densities, and the gradient of the annealed density, at some positions.
 

@@ -60,11 +60,43 @@ def transition(
         momenta = momenta + 0.5 * step * metric.to_momenta(slopes)
     before = state.densities.annealed(beta) - start.square().sum(-1) / 2
     after = densities.annealed(beta) - momenta.square().sum(-1) / 2
-    # NaN means that the path has left the domain of the densities: reject.
-    log_acceptance = (after - before).nan_to_num(nan=-math.inf).clamp(max=0)
+    proposal = ChainState(positions, densities, slopes)
+    return accept(state._replace(slopes=first), proposal, after - before)
+
+
+def independent_transition(
+    target: FlatTarget, state: ChainState, beta: float | Tensor, metric: Metric
+) -> tuple[ChainState, Tensor]:
+    """Return the state after an independent normal proposal, and the acceptance probabilities.
+
+    The parameters are those of :func:`transition`.
+    """
+    unit = torch.randn_like(state.positions)
+    positions = metric.center + metric.to_positions(unit)
+    densities = target.densities(positions)
+    before = state.densities.annealed(beta) + metric.to_unit(state.positions).square().sum(-1) / 2
+    after = densities.annealed(beta) + unit.square().sum(-1) / 2
+    return accept(state._replace(slopes=None), ChainState(positions, densities), after - before)
+
+
+def accept(state: ChainState, proposal: ChainState, log_ratio: Tensor) -> tuple[ChainState, Tensor]:
+    """Return the proposals where they are accepted, and the acceptance probabilities.
+
+    :param state: the current state.
+    :param proposal: the proposed state.
+    :param log_ratio: the log of the Metropolis-Hastings ratio, of shape ``(C, *common)``. NaN means
+        that a proposal has left the domain of the densities.
+    """
+    log_acceptance = log_ratio.nan_to_num(nan=-math.inf).clamp(max=0)
     accepted = torch.rand_like(log_acceptance).log() < log_acceptance
-    positions = torch.where(accepted.unsqueeze(-1), positions, state.positions)
-    slopes = torch.where(accepted.unsqueeze(-1), slopes, first)
-    pairs = zip(densities, state.densities, strict=True)
-    densities = Densities(*(torch.where(accepted, new, old) for new, old in pairs))
-    return ChainState(positions, densities, slopes), log_acceptance.exp()
+    where = accepted.unsqueeze(-1)
+    pairs = zip(proposal.densities, state.densities, strict=True)
+    slopes = None
+    if proposal.slopes is not None and state.slopes is not None:
+        slopes = torch.where(where, proposal.slopes, state.slopes)
+    chosen = ChainState(
+        torch.where(where, proposal.positions, state.positions),
+        Densities(*(torch.where(accepted, new, old) for new, old in pairs)),
+        slopes,
+    )
+    return chosen, log_acceptance.exp()

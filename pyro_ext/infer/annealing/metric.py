@@ -10,12 +10,14 @@ MAX_DENSE = 256
 class Metric:
     """A linear map from coordinates of unit scale to positions.
 
+    :param center: the mean of the positions, of shape ``(*common, D)``.
     :param scale: standard deviations of shape ``(*common, D)``, or the Cholesky factors of
         covariances, of shape ``(*common, D, D)``.
     :param is_dense: whether ``scale`` holds Cholesky factors.
     """
 
-    def __init__(self, scale: Tensor, is_dense: bool = False) -> None:
+    def __init__(self, center: Tensor, scale: Tensor, is_dense: bool = False) -> None:
+        self.center = center
         self.scale = scale
         self.is_dense = is_dense
 
@@ -27,8 +29,8 @@ class Metric:
             all deviations are one.
         """
         if len(positions) < 8:
-            return cls(torch.ones_like(positions[0]))
-        return cls(_positive(positions.std(0)))
+            return cls(positions.mean(0), torch.ones_like(positions[0]))
+        return cls(positions.mean(0), _positive(positions.std(0)))
 
     @classmethod
     def of_cloud(cls, positions: Tensor, weights: Tensor) -> "Metric":
@@ -40,12 +42,13 @@ class Metric:
         :param weights: the normalised weights, of shape ``(C, *common)``.
         """
         weights = weights.to(positions.dtype).unsqueeze(-1)
-        centred = positions - (weights * positions).sum(0)
+        center = (weights * positions).sum(0)
+        centred = positions - center
         spread = _positive((weights * centred.square()).sum(0).sqrt())
         size, num_coordinates = len(positions), positions.shape[-1]
         # The weights count for fewer particles than there are.
         if num_coordinates > min(MAX_DENSE, size // 5):
-            return cls(spread)
+            return cls(center, spread)
         unit = centred / spread
         correlation = torch.einsum("c...i,c...j->...ij", weights * unit, unit)
         shrinkage = num_coordinates / (num_coordinates + size)
@@ -53,7 +56,15 @@ class Metric:
         correlation = correlation + shrinkage * (identity - correlation)
         factor, info = torch.linalg.cholesky_ex(correlation)
         factor = torch.where((info == 0)[..., None, None], factor, identity)
-        return cls(spread.unsqueeze(-1) * factor, is_dense=True)
+        return cls(center, spread.unsqueeze(-1) * factor, is_dense=True)
+
+    def to_unit(self, positions: Tensor) -> Tensor:
+        """Return the coordinates of positions, with mean 0 and unit scale."""
+        centred = positions - self.center
+        if self.is_dense:
+            found = torch.linalg.solve_triangular(self.scale, centred.unsqueeze(-1), upper=False)
+            return found.squeeze(-1)
+        return centred / self.scale
 
     def to_positions(self, momenta: Tensor) -> Tensor:
         """Return the change of positions for momenta of unit scale."""

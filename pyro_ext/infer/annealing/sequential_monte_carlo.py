@@ -26,7 +26,7 @@ def sequential_monte_carlo(
     model_kwargs: Mapping[str, Any] | None = None,
     num_particles: int = 256,
     num_runs: int = 16,
-    chain_length: int = 4,
+    chain_length: int = 8,
     target_ess: float = 0.8,
     target_acceptance: float = 0.8,
     check_prior: bool = True,

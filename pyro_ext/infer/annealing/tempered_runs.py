@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.cloud import Cloud, next_step
 from pyro_ext.infer.annealing.flat_target import FlatTarget
-from pyro_ext.infer.annealing.hmc import ChainState, transition
+from pyro_ext.infer.annealing.hmc import ChainState, independent_transition, transition
 from pyro_ext.infer.annealing.metric import Metric
 from pyro_ext.tracing.failures import data_points
 
@@ -34,7 +34,8 @@ class Stage(NamedTuple):
     :ivar metric: the scale of the positions.
     :ivar step_size: the largest step size of each element of the common plates.
     :ivar num_leapfrog_steps: the number of leapfrog steps of a transition.
-    :ivar thinning: the number of transitions between two particles of a chain.
+    :ivar thinning: the number of Hamiltonian transitions between two particles of a chain.
+    :ivar is_independent: whether independent proposals make all particles of a chain but two.
     """
 
     beta: Tensor
@@ -42,7 +43,8 @@ class Stage(NamedTuple):
     metric: Metric
     step_size: Tensor
     num_leapfrog_steps: int
-    thinning: int
+    thinning: int = 1
+    is_independent: bool = False
 
 
 class StageStatistics(NamedTuple):
@@ -102,7 +104,7 @@ class TemperedRuns:
             cloud = cloud.reweighted(step)
             weights = cloud.log_weights.flatten(0, 1).exp() / num_runs
             metric = Metric.of_cloud(cloud.state.positions, weights)
-            stage = Stage(beta, step, metric, step_size, 1, 1)
+            stage = Stage(beta, step, metric, step_size, _path_steps(step_size))
             cloud, statistics, stage = self._grown(cloud, stage, adapts=True)
             step_size = stage.step_size
             self.stages.append(stage)
@@ -144,27 +146,33 @@ class TemperedRuns:
         cloud = cloud.resampled(self.num_particles // self.chain_length)
         beta = stage.beta.to(cloud.state.positions.dtype)
         state, states, acceptances = cloud.state, [cloud.state], []
-        start = _features(state, beta)
         while len(states) < self.chain_length:
-            count = 0
-            while count < stage.thinning:
-                self.call.interrupts.deliver()
-                state, acceptance = transition(
-                    self.target,
-                    state,
-                    beta,
-                    stage.step_size,
-                    stage.metric,
-                    stage.num_leapfrog_steps,
-                )
+            self.call.interrupts.deliver()
+            is_second = len(states) == 2
+            if len(states) > 1 and (stage.is_independent or (adapts and is_second)):
+                state, acceptance = independent_transition(self.target, state, beta, stage.metric)
                 self.bar.update()
+                if adapts and is_second:
+                    stage = stage._replace(is_independent=_is_cheap(acceptance, stage))
+            else:
+                count = 0
+                while count < stage.thinning:
+                    state, acceptance = transition(
+                        self.target,
+                        state,
+                        beta,
+                        stage.step_size,
+                        stage.metric,
+                        stage.num_leapfrog_steps,
+                    )
+                    self.bar.update()
+                    count += 1
+                    if adapts:
+                        stage = self._tuned(stage, acceptance)
+                        if len(states) == 1 and count < MAX_THINNING:
+                            is_slow = _correlation(cloud.state, state, beta) > MAX_CORRELATION
+                            stage = stage._replace(thinning=count + is_slow)
                 acceptances.append(acceptance)
-                count += 1
-                if adapts:
-                    stage = self._tuned(stage, acceptance)
-                if adapts and len(states) == 1 and count < MAX_THINNING:
-                    correlation = (start * _features(state, beta)).sum(0).abs().max()
-                    stage = stage._replace(thinning=count + int(correlation > MAX_CORRELATION))
             states.append(state)
         cloud = cloud.joined(states)
         mean = torch.stack(acceptances).mean(0)
@@ -175,17 +183,33 @@ class TemperedRuns:
         """Return settings whose acceptance is closer to the target."""
         error = acceptance.mean(0) - self.target_acceptance
         step_size = stage.step_size * (ADAPTATION_RATE * error).exp()
-        num_steps = math.ceil(PATH_LENGTH / 0.75 / step_size.median().item())
-        return stage._replace(
-            step_size=step_size, num_leapfrog_steps=min(num_steps, MAX_LEAPFROG_STEPS)
-        )
+        return stage._replace(step_size=step_size, num_leapfrog_steps=_path_steps(step_size))
 
 
-def _features(state: ChainState, beta: Tensor) -> Tensor:
-    """Return the coordinates and the log density of all particles, with unit norm."""
-    log_density = state.densities.annealed(beta).unsqueeze(-1)
-    x = torch.cat([state.positions, log_density], -1)
-    x = x.where(x.isfinite(), 0.0)
-    x = x - x.mean(0)
-    norm = x.square().sum(0).sqrt()
-    return x / norm.where(norm > 0, 1.0)
+def _path_steps(step_size: Tensor) -> int:
+    """Return the number of leapfrog steps of a path, whose steps are 3/4 of the largest."""
+    num_steps = math.ceil(PATH_LENGTH / (0.75 * step_size.median().item()))
+    return min(num_steps, MAX_LEAPFROG_STEPS)
+
+
+def _is_cheap(acceptance: Tensor, stage: Stage) -> bool:
+    """Return whether independent proposals cost less than Hamiltonian transitions.
+
+    The cost is the number of evaluations, divided by the effective number of draws that the
+    correlation leaves. A rejection repeats a draw.
+    """
+    mean = acceptance.mean().item()
+    return 2 - mean < mean * (1 + stage.num_leapfrog_steps) * stage.thinning
+
+
+def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
+    """Return the largest correlation of a coordinate, or of the log density, at two times."""
+    pair = []
+    for state in (start, end):
+        log_density = state.densities.annealed(beta).unsqueeze(-1)
+        x = torch.cat([state.positions, log_density], -1)
+        x = x.where(x.isfinite(), 0.0)
+        x = x - x.mean(0)
+        norm = x.square().sum(0).sqrt()
+        pair.append(x / norm.where(norm > 0, 1.0))
+    return (pair[0] * pair[1]).sum(0).abs().max().item()

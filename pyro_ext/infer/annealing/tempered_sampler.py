@@ -46,7 +46,7 @@ class TemperedSampler:
     max_plate_nesting: float
     num_particles: int = 256
     num_runs: int = 16
-    chain_length: int = 4
+    chain_length: int = 8
     target_ess: float = 0.8
     target_acceptance: float = 0.8
     check_prior: bool = True
