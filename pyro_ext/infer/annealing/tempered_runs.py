@@ -19,7 +19,7 @@ from pyro_ext.tracing.failures import data_points
 ADAPTATION_RATE = 1.0
 #: The length of a leapfrog path, in standard deviations of the particles.
 PATH_LENGTH = 1.5
-MAX_LEAPFROG_STEPS = 32
+MAX_LEAPFROG_STEPS = 8
 #: The correlation of successive particles of a chain above which transitions are left out.
 MAX_CORRELATION = 0.5
 MAX_THINNING = 2
