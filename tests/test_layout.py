@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Where each public name has always been imported from.
 PUBLIC = {
-    "diagnostics": """Calibration Diagnosis diagnose from_pyro_svi loo
-        simulation_based_calibration""",
+    "diagnostics": """Calibration Diagnosis compare_models diagnose from_pyro_svi loo
+        plot_model_comparison simulation_based_calibration""",
     "distributed": "DistributedNoise ShardedDataset",
     "distributions": """DiscretizedLogistic DiscretizedLogisticMixture NormalScaleMixture
         RGBDiscretizedLogisticMixture""",

@@ -195,3 +195,8 @@ def elpd_data(elpd_i: Any, p_loo: float, pareto_k: Any, num_samples: int) -> Any
     names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
     index = [names.get(name, name) for name in values]
     return arviz().stats.ELPDData(data=list(values.values()), index=index)
+
+
+def elpd_and_error(found: Any) -> tuple[float, float]:
+    """Return the expected log predictive density and its standard error of an ELPDData."""
+    return float(found["elpd" if has_data_tree() else "elpd_loo"]), float(found["se"])
