@@ -11,6 +11,7 @@ from pyro_ext._arguments import check_integer, check_real
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
+from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
@@ -36,6 +37,7 @@ def annealed_importance_sampling(
     chunk_size: int | None = None,
     jackknife_orders: Iterable[int] = (),
     progress_bar: bool = False,
+    compile: bool | str = False,
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> AnnealedEvidence:
@@ -96,6 +98,10 @@ def annealed_importance_sampling(
         chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
     :param progress_bar: whether to show a progress bar.
+    :param compile: whether to compute the density and its gradient by one compiled graph, under the
+        contract of :class:`CompiledSVI`. The results are the same up to rounding. Compiling takes
+        seconds. Programs that cannot be captured run without a graph, with one warning.
+        ``"eager"`` makes a graph and does not compile it.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
@@ -135,6 +141,7 @@ def annealed_importance_sampling(
             check_integer(NAME, name, value, 1)
         orders = checked_orders(NAME, jackknife_orders, num_chains)
         check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
+        slopes_of = chosen_slopes(NAME, compile)
         betas = inverse_temperatures(ladder, num_temperatures)
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
@@ -152,7 +159,9 @@ def annealed_importance_sampling(
         target = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
         is_hidden = not progress_bar or call.rank > 0
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
-        annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
+        annealer = Annealer(
+            target, betas, num_leapfrog_steps, target_acceptance, call, bar, slopes_of
+        )
         with bar:
             annealer.adapt(size)
             call.check_parameters(programs)

@@ -9,7 +9,9 @@ from tqdm.auto import tqdm
 
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
+from pyro_ext.infer.annealing.compiled_slopes import Slopes
 from pyro_ext.infer.annealing.hmc import ChainState, transition
+from pyro_ext.infer.annealing.slopes import slopes_at
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.ops import accumulation_dtype, log_mean_exp
@@ -34,6 +36,7 @@ class Annealer:
     target_acceptance: float
     call: JointCall
     bar: "tqdm[Any]"
+    slopes_of: Slopes = slopes_at
     scales: dict[str, Tensor] = field(default_factory=dict)
     step_sizes: list[Tensor] = field(default_factory=list)
 
@@ -148,7 +151,13 @@ class Annealer:
     def _step(self, state: ChainState, beta: float, step_size: Tensor) -> tuple[ChainState, Tensor]:
         self.call.interrupts.deliver()
         state, acceptance = transition(
-            self.programs, state, beta, step_size, self.scales, self.num_leapfrog_steps
+            self.programs,
+            state,
+            beta,
+            step_size,
+            self.scales,
+            self.num_leapfrog_steps,
+            self.slopes_of,
         )
         self.bar.update()
         return state, acceptance.mean(0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ext.infer.annealing.compiled_slopes import Slopes
 from pyro_ext.infer.annealing.slopes import slopes_at
 from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
 
@@ -24,6 +25,7 @@ def transition(
     step_size: Tensor,
     scales: dict[str, Tensor],
     num_leapfrog_steps: int,
+    slopes_of: Slopes = slopes_at,
 ) -> tuple[ChainState, Tensor]:
     """Return the state after one transition, and the acceptance probabilities.
 
@@ -35,6 +37,7 @@ def transition(
     :param step_size: the largest step size, for each element of the common plates.
     :param scales: a dict from site name to the factors of the step sizes.
     :param num_leapfrog_steps: the number of leapfrog steps.
+    :param slopes_of: the function that computes densities and gradients.
     :returns: the state, and probabilities of shape ``(C, *common)``.
 
     Source: Neal (2011), MCMC Using Hamiltonian Dynamics.
@@ -47,11 +50,11 @@ def transition(
     }
     start = {name: torch.randn_like(position) for name, position in state.positions.items()}
     momenta, positions = start, state.positions
-    slopes = slopes_at(programs, positions, beta)[1]
+    slopes = slopes_of(programs, positions, beta)[1]
     for _ in range(num_leapfrog_steps):
         momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
         positions = {name: u + steps[name] * momenta[name] for name, u in positions.items()}
-        densities, slopes = slopes_at(programs, positions, beta)
+        densities, slopes = slopes_of(programs, positions, beta)
         momenta = {name: p + 0.5 * steps[name] * slopes[name] for name, p in momenta.items()}
     before = state.densities.annealed(beta) - _kinetic_energy(programs, start)
     after = densities.annealed(beta) - _kinetic_energy(programs, momenta)

@@ -1,5 +1,7 @@
 """The densities as functions of unconstrained tensors, one for each latent site of a guide."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -69,6 +71,14 @@ class UnconstrainedPrograms:
         self._particle_dim = 0
         self.plates: tuple[Any, ...] = ()
         self.outer = 0.0
+
+    def with_arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "UnconstrainedPrograms":
+        """Return the same functions for other arguments of model and guide, of equal shapes."""
+        other = copy.copy(self)
+        other.programs = replace(self.programs, args=tuple(args), kwargs=kwargs)
+        return other
 
     @torch.no_grad()
     def draw(
