@@ -30,8 +30,8 @@ class SharedSubsamples(Messenger):
         self.drawn: set[str] = set()
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """The indices that the programs would not choose themselves again, after a first run."""
+    def chosen(self) -> dict[str, Any] | None:
+        """The indices that the programs do not choose themselves; None before they are known."""
         return {name: self.indices[name] for name in self.drawn}
 
     def _pyro_sample(self, msg: Message) -> None:
@@ -100,9 +100,10 @@ class RowsOfPlate(SharedSubsamples):
         self._fn: Any = None
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """The indices that the programs would not choose themselves again, after a first run."""
-        return {**super().chosen, self.plate: self._rows()}
+    def chosen(self) -> dict[str, Any] | None:
+        """The indices that the programs do not choose themselves; None before they are known."""
+        found = super().chosen
+        return None if self._fn is None or found is None else {**found, self.plate: self._rows()}
 
     def _rows(self) -> Tensor:
         """Return the rows of the present block, for the plate of the last run."""

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pyro_ext._random_states import kept_random_states
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.infer.svi.capture.compiled_step import CompiledStep
@@ -17,7 +18,7 @@ from pyro_ext.infer.svi.capture.front import Front, Settings
 from pyro_ext.infer.svi.capture.function_step import FunctionStep, Values
 from pyro_ext.infer.svi.capture.graphs import ReadyGraph
 from pyro_ext.tracing import Particles, ParticleTracer, Program, Programs
-from pyro_ext.tracing.shared_values import RowsOfPlate, SharedSubsamples
+from pyro_ext.tracing.shared_values import SharedSubsamples
 
 #: The graphs of the last programs, for later calls.
 _KEPT: deque["CompiledWeights"] = deque(maxlen=4)
@@ -60,8 +61,8 @@ class CompiledWeights(Front):
     """The log weights of chunks as compiled graphs, under the contract of CompiledSVI.
 
     The arguments of the programs and the rows of minibatches are inputs of a graph. In each call,
-    the programs run for the first chunk, with all checks, and the first use of a graph is compared
-    with them. Where there is no graph, they run for each chunk.
+    the programs run for the first chunk, with all checks, and the first use of a graph is an audit.
+    Where there is no graph, they run for each chunk.
 
     :param owner: the name of the estimate, for messages.
     :param settings: the settings of the graphs.
@@ -109,9 +110,8 @@ class CompiledWeights(Front):
         if self._programs is None:
             self._programs = block.programs.without_arguments
             self._function = _LogDensities(tracer)
-        is_first, is_new = self._block is None, self._block is not block
+        ready = self._ready(block, num_particles, tracer)
         self._block = block
-        ready = None if is_first else self._ready(block, num_particles, is_new)
         self._count(num_eager=ready is None)
         if ready is None:
             particles = draw_eagerly()
@@ -124,16 +124,25 @@ class CompiledWeights(Front):
             return draw_eagerly(), False
         return _with_densities(self._known[ready.graph], outputs[0]), True
 
-    def _ready(self, block: DataBlock, num_particles: int, is_new: bool) -> ReadyGraph | None:
-        """Return the graph for a chunk, or None to run the programs.
-
-        :param is_new: whether this is the first chunk of the block.
-        """
+    def _ready(
+        self, block: DataBlock, num_particles: int, tracer: ParticleTracer
+    ) -> ReadyGraph | None:
+        """Return the graph for a chunk, or None to run the programs."""
+        is_new = self._block is not block
+        if self._block is None:
+            # In a first chunk, the programs show whether they can take several particles at once.
+            sizes = [len(particles.log_p) for particles in self._known.values()]
+            if num_particles == 1 or num_particles not in sizes:
+                return None
+            # A run begins with this, and draws numbers again if it has to enumerate.
+            is_undone = self._function.tracer.memory.enumerates
+            with kept_random_states() if is_undone else nullcontext():
+                tracer.plate_nesting(block.programs, block.subsamples)
         assert self._programs is not None  # since the first chunk
-        rows = block.subsamples
-        if is_new and self._draws_rows and not isinstance(rows, RowsOfPlate):
-            return None  # the programs draw the minibatch of the block
-        inputs = rows.chosen, num_particles, block.programs.args, dict(block.programs.kwargs)
+        rows = block.subsamples.chosen
+        if rows is None or (self._draws_rows and not block.subsamples.drawn):
+            return None  # the programs choose the minibatch of the block
+        inputs = rows, num_particles, block.programs.args, dict(block.programs.kwargs)
         ready = self._find(FunctionStep.of(self._function, self._programs), inputs, {})
         known = ready and self._known.get(ready.graph)
         has_outer = known is not None and len(known.outer_terms) > 0

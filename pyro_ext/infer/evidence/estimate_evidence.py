@@ -26,6 +26,7 @@ from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
 NAME = "estimate_evidence"
+_ADVICE = "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
 
 
 def estimate_evidence(
@@ -116,10 +117,10 @@ def estimate_evidence(
     :param progress_bar: whether to show a progress bar.
     :param compile: whether to compute the log weights of a chunk by one compiled graph, under the
         contract of :class:`CompiledSVI`. Equal seeds give the same draws, and the same results up
-        to rounding. Compiling takes seconds, at the third chunk of the same shapes at most. A call
-        runs model and guide for its first two chunks, in audits, and where they cannot be captured,
-        with one warning. The graphs of the last four models are kept for later calls. ``"eager"``
-        makes graphs and does not compile them.
+        to rounding. Compiling takes seconds, at the second chunk with the same shapes. Model and
+        guide still run for the first chunk of a call, in audits, and with one warning if they
+        cannot be captured. The graphs of the last four models are kept for later calls.
+        ``"eager"`` makes graphs and does not compile them.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
@@ -186,10 +187,7 @@ def estimate_evidence(
                 stream, orders, target_std_error, state, used, count, call, bar
             ).run(blocks, first)
         del bar  # here, because Python ignores an interrupt inside of a destructor
-    advice = (
-        "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
-    )
-    warn_of_heavy_tails(NAME, evidence, advice)
+    warn_of_heavy_tails(NAME, evidence, _ADVICE)
     return evidence
 
 

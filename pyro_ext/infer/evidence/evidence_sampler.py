@@ -200,7 +200,8 @@ class EvidenceSampler:
                         self._read(index, state)
                     yield index, state, self.state.is_complete
         finally:
-            self._read(index, state)
+            if not self._unread.has_failed:
+                self._read(index, state)
 
     def _read(self, index: int, state: BlockState | None) -> None:
         """Look at the draws so far, and keep them if they are good."""

@@ -31,10 +31,13 @@ class UnreadChunks:
     drawn again by the programs, which name the site.
 
     :param stream: the stream of draws.
+
+    :ivar has_failed: whether a look has found a bad chunk.
     """
 
     def __init__(self, stream: ParticleStream) -> None:
         self._stream = stream
+        self.has_failed = False
         self._chunks: list[_Chunk] = []
         self._block: DataBlock | None = None
         self._last = perf_counter()
@@ -65,6 +68,7 @@ class UnreadChunks:
             return
         assert self._block is not None  # there are chunks of it
         bad = next(chunk for chunk in chunks if not chunk.is_good)
+        self.has_failed = True
         set_random_states(bad.states)
         self._stream.draw(self._block, bad.num_particles)
         raise ValueError(

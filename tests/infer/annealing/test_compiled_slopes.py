@@ -13,10 +13,7 @@ from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
 from pyro_ext.infer.annealing.slopes import slopes_at
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.tracing import Programs
-from tests.infer.annealing.test_annealed_importance_sampling import (
-    dirichlet_multinomial,
-    gamma_poisson,
-)
+from tests.infer.annealing.test_annealed_importance_sampling import gamma_poisson
 from tests.models import GlobalNormal, NormalNormal
 
 X = torch.tensor([0.3, -1.9, 2.4, -0.2], dtype=torch.float64)
@@ -46,7 +43,6 @@ def automatic():
 
 PROGRAMS = {
     "gamma": lambda: (gamma_poisson, None),
-    "dirichlet": lambda: (dirichlet_multinomial, None),
     "enumerated": lambda: (mixture, None),
     "automatic guide": automatic,
 }
@@ -74,7 +70,7 @@ def test_agrees_with_the_closed_form():
     assert found.std_error < 0.1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_compiler_gives_the_results_without_it():
     programs = NormalNormal(X)
     pair = programs.model, programs.guide
