@@ -54,8 +54,8 @@ ARROWS = {
     "infer.gradients": {"tracing", "ops", *BASE},
     "infer.bounds": {"infer.gradients", "tracing", "ops", *BASE},
     "infer.kl": {"infer.bounds", "tracing", "ops", *BASE},
-    "infer.evidence": {"distributed", "tracing", "ops", *BASE},
-    "infer.annealing": {"infer.evidence", "distributed", "tracing", "ops", *BASE},
+    "infer.evidence": {"infer.svi", "distributed", "tracing", "ops", *BASE},
+    "infer.annealing": {"infer.evidence", "infer.svi", "distributed", "tracing", "ops", *BASE},
     "infer.svi": {"infer.kl", "distributed", "tracing", "ops", *BASE},
     "diagnostics": {"infer", "distributed", "tracing", "ops", *BASE},
 }

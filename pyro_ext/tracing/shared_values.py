@@ -1,11 +1,13 @@
 """Handlers that share minibatches or global draws between runs, or visit rows in blocks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_ext.tracing.programs import Programs
 from pyro_ext.tracing.sites import SiteError, lies_in
@@ -16,12 +18,21 @@ class SharedSubsamples(Messenger):
 
     :ivar indices: a dict from the name of a plate to its indices.
     :ivar given: the names of the plates whose indices the programs choose themselves.
+    :ivar drawn: the names of the plates whose indices are drawn at random.
+
+    :param indices: the indices of the first run, too, by the name of the plate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, indices: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.indices: dict[str, Any] = {}
+        self.indices: dict[str, Any] = dict(indices or {})
         self.given: set[str] = set()
+        self.drawn: set[str] = set()
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The indices that the programs do not choose themselves; None before they are known."""
+        return {name: self.indices[name] for name in self.drawn}
 
     def _pyro_sample(self, msg: Message) -> None:
         if not site_is_subsample(msg):
@@ -31,6 +42,9 @@ class SharedSubsamples(Messenger):
         if msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = True
+        fn: Any = msg["fn"]
+        if msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
+            self.drawn.add(str(msg["name"]))
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
@@ -83,18 +97,31 @@ class RowsOfPlate(SharedSubsamples):
         self.batch_size = batch_size
         self.size = size
         self.first_row = self.start = 0
+        self._fn: Any = None
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The indices that the programs do not choose themselves; None before they are known."""
+        found = super().chosen
+        return None if self._fn is None or found is None else {**found, self.plate: self._rows()}
+
+    def _rows(self) -> Tensor:
+        """Return the rows of the present block, for the plate of the last run."""
+        size, own_size = self._fn.size, self._fn.subsample_size
+        stop = min(self.first_row + self.batch_size, size)
+        # Blocks of a plate with a subsample size all have this size, so the last one may overlap.
+        self.start = self.first_row if own_size is None else max(0, stop - own_size)
+        return torch.arange(self.start, stop, device=self._fn.device)
 
     def _pyro_sample(self, msg: Message) -> None:
         if not (site_is_subsample(msg) and msg["name"] == self.plate):
             super()._pyro_sample(msg)
             return
         fn: Any = msg["fn"]
+        self._fn = fn
         self.size = size = fn.size
         own_size = fn.subsample_size
-        stop = min(self.first_row + self.batch_size, size)
-        # Blocks of a plate with a subsample size all have this size, so the last one may overlap.
-        self.start = self.first_row if own_size is None else max(0, stop - own_size)
-        rows = torch.arange(self.start, stop, device=fn.device)
+        rows = self._rows()
         found = None
         if own_size is not None and own_size != min(self.batch_size, size):
             found = f"subsample_size={own_size}"

@@ -11,6 +11,7 @@ from pyro_ext._arguments import check_integer, check_real
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
+from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
@@ -39,6 +40,7 @@ def annealed_importance_sampling(
     chunk_size: int | None = None,
     jackknife_orders: Iterable[int] = (),
     progress_bar: bool = False,
+    compile: bool | str = False,
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> AnnealedEvidence:
@@ -106,6 +108,10 @@ def annealed_importance_sampling(
         chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.
     :param progress_bar: whether to show a progress bar.
+    :param compile: whether to compute the density and its gradient by one compiled graph, under the
+        contract of :class:`CompiledSVI`. The results are the same up to rounding. Compiling takes
+        seconds. Programs that cannot be captured run without a graph, with one warning.
+        ``"eager"`` makes a graph and does not compile it.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
@@ -145,6 +151,7 @@ def annealed_importance_sampling(
             check_integer(NAME, name, value, 1)
         orders = checked_orders(NAME, jackknife_orders, num_chains)
         check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
+        slopes_of = chosen_slopes(NAME, compile)
         betas = inverse_temperatures(ladder, num_temperatures)
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
@@ -160,11 +167,12 @@ def annealed_importance_sampling(
         size = min(num_chains, chunk_size or 100)
         num_passes = -(-num_chains // (size * call.size)) * (1 if exact_sample is None else 2)
         total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
-        target = FlatTarget(UnconstrainedPrograms(NAME, programs, max_plate_nesting))
+        densities = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
+        target = FlatTarget(densities, None, slopes_of)
         is_hidden = not progress_bar or call.rank > 0
         bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
-        sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting)
+        sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting, compile)
         with bar:
             evidence = annealer.run(num_chains, size, orders, exact_sample, sampler, check_prior)
         # Here, because Python ignores an interrupt inside of a destructor.

@@ -1,18 +1,11 @@
 """The densities as functions of one tensor that holds all latent sites."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from pyro_ext.infer.annealing.compiled_slopes import Slopes
 from pyro_ext.infer.annealing.slopes import slopes_at
 from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
-
-#: Returns densities and their gradients, as :func:`~.slopes.slopes_at`.
-Slopes = Callable[
-    [UnconstrainedPrograms, dict[str, Tensor], float | Tensor],
-    tuple[Densities, dict[str, Tensor]],
-]
 
 
 class FlatTarget:
@@ -56,6 +49,9 @@ class FlatTarget:
 
     def densities(self, positions: Tensor) -> Densities:
         """Return the densities at some positions."""
+        if self._slopes is not slopes_at:  # a graph with gradients is faster than the programs
+            beta = positions.new_ones(positions.shape[1:-1])
+            return self.slopes(positions, beta)[0]
         parts = positions.split(self._chunk_size or len(positions))
         found = [self.programs(self.by_site(part)) for part in parts]
         return Densities(*map(torch.cat, zip(*found, strict=True)))

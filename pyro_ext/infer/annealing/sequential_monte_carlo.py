@@ -31,6 +31,7 @@ def sequential_monte_carlo(
     target_acceptance: float = 0.8,
     check_prior: bool = True,
     chunk_size: int | None = None,
+    compile: bool | str = False,
     progress_bar: bool = False,
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
@@ -88,6 +89,9 @@ def sequential_monte_carlo(
         A prior that cannot be drawn from is not compared.
     :param chunk_size: the largest number of particles for which densities are computed at once,
         >= 1; by default 1,024.
+    :param compile: whether to compute the density and its gradient by one compiled graph, under the
+        contract of :class:`CompiledSVI`. This is for many transitions of a small model. A string is
+        the name of a backend.
     :param progress_bar: whether to show a progress bar.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
@@ -138,6 +142,7 @@ def sequential_monte_carlo(
             "target_ess": target_ess,
             "target_acceptance": target_acceptance,
             "check_prior": check_prior,
+            "compile": compile,
             "max_plate_nesting": max_plate_nesting,
         }
         call.check_inputs(programs, settings)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.cloud import Cloud
+from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
 from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
@@ -44,6 +45,7 @@ class TemperedSampler:
     bar: "tqdm[Any]"
     chunk_size: int
     max_plate_nesting: float
+    compile: bool | str = False
     num_particles: int = 256
     num_runs: int = 16
     chain_length: int = 8
@@ -90,7 +92,7 @@ class TemperedSampler:
     def _runs(self, programs: Programs) -> TemperedRuns:
         densities = UnconstrainedPrograms(self.owner, programs, self.max_plate_nesting)
         return TemperedRuns(
-            FlatTarget(densities, self.chunk_size),
+            FlatTarget(densities, self.chunk_size, chosen_slopes(self.owner, self.compile)),
             self.num_particles,
             self.chain_length,
             self.target_ess,

@@ -1,6 +1,8 @@
 """The densities as functions of unconstrained tensors, one for each latent site of a guide."""
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -77,6 +79,14 @@ class UnconstrainedPrograms:
         self.particle_dim = 0
         self.plates: tuple[Any, ...] = ()
         self.outer = 0.0
+
+    def with_arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "UnconstrainedPrograms":
+        """Return the same functions for other arguments of model and guide, of equal shapes."""
+        other = copy.copy(self)
+        other.programs = replace(self.programs, args=tuple(args), kwargs=kwargs)
+        return other
 
     @torch.no_grad()
     def draw(

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from pyro_ext._arguments import check_integer, check_positive, check_real, check_type
 from pyro_ext.distributed.joint_call import JointCall, joint_call
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
+from pyro_ext.infer.evidence.compiled_weights import compiled_weights
 from pyro_ext.infer.evidence.data_blocks import DataBlock, blocks_of_loader, blocks_of_plate
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.evidence_sampler import EvidenceSampler
@@ -25,6 +26,7 @@ from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
 from pyro_ext.tracing.shared_values import RowsOfPlate
 
 NAME = "estimate_evidence"
+_ADVICE = "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
 
 
 def estimate_evidence(
@@ -44,6 +46,7 @@ def estimate_evidence(
     num_rows: int | None = None,
     state: EvidenceState | None = None,
     progress_bar: bool = False,
+    compile: bool | str = False,
     max_plate_nesting: float = math.inf,
     **kwargs: Any,
 ) -> Evidence:
@@ -112,6 +115,12 @@ def estimate_evidence(
         continue from there. It must belong to the same data, model and guide; see
         :class:`EvidenceState`. With None, the run starts from nothing and is not stored.
     :param progress_bar: whether to show a progress bar.
+    :param compile: whether to compute the log weights of a chunk by one compiled graph, under the
+        contract of :class:`CompiledSVI`. Equal seeds give the same draws, and the same results up
+        to rounding. Compiling takes seconds, at the second chunk with the same shapes. Model and
+        guide still run for the first chunk of a call, in audits, and with one warning if they
+        cannot be captured. The graphs of the last four models are kept for later calls.
+        ``"eager"`` makes graphs and does not compile them.
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
@@ -152,6 +161,7 @@ def estimate_evidence(
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
         )
+        graphs = compiled_weights(NAME, compile, programs, max_plate_nesting, proposal_scale)
         if proposal_scale != 1:
             programs = replace(programs, guide=WidenedScales(proposal_scale)(programs.guide))
         settings = {
@@ -172,15 +182,12 @@ def estimate_evidence(
         blocks, first = _blocks(call, programs, data_plate, batch_size, state.num_rows, data_loader)
         count = RowCount(NAME, num_rows)
         bar = tqdm(desc=NAME, unit="draw", disable=not progress_bar or call.rank > 0)
-        with bar:
+        with bar, graphs as stream.graphs:
             evidence = EvidenceSampler(
                 stream, orders, target_std_error, state, used, count, call, bar
             ).run(blocks, first)
         del bar  # here, because Python ignores an interrupt inside of a destructor
-    advice = (
-        "Widen the guide (proposal_scale=1.5) or train it further. More draws help only slowly."
-    )
-    warn_of_heavy_tails(NAME, evidence, advice)
+    warn_of_heavy_tails(NAME, evidence, _ADVICE)
     return evidence
 
 

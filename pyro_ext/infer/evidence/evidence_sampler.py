@@ -17,6 +17,7 @@ from pyro_ext.infer.evidence.evidence import Evidence, concatenate
 from pyro_ext.infer.evidence.evidence_state import EvidenceState
 from pyro_ext.infer.evidence.particle_stream import ParticleStream
 from pyro_ext.infer.evidence.row_count import RowCount
+from pyro_ext.infer.evidence.unread_chunks import UnreadChunks
 from pyro_ext.infer.evidence.used_values import UsedValues
 from pyro_ext.tracing.failures import data_points
 from pyro_ext.tracing.shared_values import RowsOfPlate
@@ -52,6 +53,7 @@ class EvidenceSampler:
 
     def __post_init__(self) -> None:
         self._by_block = self._by_draw = self.call.alone()
+        self._unread = UnreadChunks(self.stream)
         self._block: DataBlock | None = None
         self._has_gap = False
         self._resume_from = self.state.latest
@@ -159,9 +161,8 @@ class EvidenceSampler:
         if block is None:
             return
         self._block, index = block, block.index
-        state = self.state.blocks.get(index)
-        if self._by_block.size > 1:
-            state = copy.copy(state)  # the others do not have the draws of this round yet
+        # A copy, because unread draws, and those that the others do not have yet, stay outside.
+        state = copy.copy(self.state.blocks.get(index))
         if state is not None:
             yield index, state, self.state.is_complete
         if self.parts:
@@ -180,23 +181,33 @@ class EvidenceSampler:
             self._resume_from = None
         if self.used is not None:
             self.used.begin(block)
-        while done < self.stream.num_samples and not (state and self._is_reached(state)):
-            sizes = self._by_draw.share(self.stream.num_samples - done, self.stream.chunk_size)
-            states: RandomStates = {}
-            for found, log_w, own_states in self._by_draw.parts(
-                self._chunk(index, block, state, size) for size in sizes
-            ):
-                state, states = state or found, states or own_states
-                assert state is not None  # the first chunk comes with it
-                self.num_chunks += 1
-                state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks, states)
-                done += len(log_w)
-                self.bar.update(len(log_w))
-                if self._by_block.size == 1:
-                    self.state.blocks[index] = state
-                self.state.num_rows = block.size
-                self._show(state, block)
-                yield index, state, self.state.is_complete
+        try:
+            while done < self.stream.num_samples and not (state and self._is_reached(state)):
+                sizes = self._by_draw.share(self.stream.num_samples - done, self.stream.chunk_size)
+                states: RandomStates = {}
+                for found, log_w, own_states in self._by_draw.parts(
+                    self._chunk(index, block, state, size) for size in sizes
+                ):
+                    state, states = state or found, states or own_states
+                    assert state is not None  # the first chunk comes with it
+                    self.num_chunks += 1
+                    state.add(log_w, self.orders, self.stream.num_samples, self.num_chunks, states)
+                    done += len(log_w)
+                    self.bar.update(len(log_w))
+                    self.state.num_rows = block.size
+                    self._show(state, block)
+                    if self._unread.is_due:
+                        self._read(index, state)
+                    yield index, state, self.state.is_complete
+        finally:
+            if not self._unread.has_failed:
+                self._read(index, state)
+
+    def _read(self, index: int, state: BlockState | None) -> None:
+        """Look at the draws so far, and keep them if they are good."""
+        self._unread.read()
+        if state is not None and self._by_block.size == 1:
+            self.state.blocks[index] = copy.copy(state)
 
     def _chunk(
         self, index: int, block: DataBlock, state: BlockState | None, size: int
@@ -205,7 +216,9 @@ class EvidenceSampler:
 
         :returns: the block without draws if there is none yet, the log weights and random states.
         """
-        particles = self.stream.draw(block, size)
+        particles = self._unread.draw(block, size)
+        if self.call.size > 1:  # the others add the draws to their states
+            self._unread.read()
         log_w = particles.log_w
         is_new = state is None
         if state is None:

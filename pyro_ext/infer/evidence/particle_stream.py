@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from pyro import poutine
 from pyro.poutine import Trace
 
 from pyro_ext._arguments import check_integer
+from pyro_ext.infer.evidence.compiled_weights import CompiledWeights
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer
@@ -32,6 +34,8 @@ class ParticleStream:
     :param default_chunk_size: the default, unless there are fewer draws.
     :param max_plate_nesting: the number of nested plates. With infinity, one run of model and guide
         finds it.
+
+    :ivar graphs: the compiled graphs of the log weights; None to run the programs for each chunk.
     """
 
     def __init__(
@@ -53,16 +57,30 @@ class ParticleStream:
         self._tracer = ParticleTracer(
             max_plate_nesting=max_plate_nesting, is_proposal=True, advice=CHUNK_ADVICE
         )
+        self.graphs: CompiledWeights | None = None
         self._was_looked_at = False
 
-    def draw(self, block: DataBlock, num_particles: int) -> Particles:
+    def draw_unread(self, block: DataBlock, num_particles: int) -> tuple[Particles, bool]:
+        """Return a chunk of the draws, and whether its log weights may be NaN or infinite.
+
+        Nothing has read their values then.
+        """
+        if self.graphs is None:
+            is_first = not self._was_looked_at
+            return self.draw(block, num_particles, reads=is_first), not is_first
+        run = partial(self.draw, block, num_particles)
+        return self.graphs.draw(block, num_particles, self._tracer, run)
+
+    def draw(self, block: DataBlock, num_particles: int, reads: bool = True) -> Particles:
         """Return a chunk of the draws, after checks.
 
         :param block: the block of data, with model and guide.
         :param num_particles: the number of draws, which :meth:`run` may reduce to 1.
+        :param reads: whether to check that no log weight is NaN or infinite.
         """
         particles = self.run(block, num_particles)
-        self._check(particles, block)
+        if reads:
+            self._check(particles, block)
         if not self._was_looked_at:
             raise_for_dependent_prior(self.owner, block.programs, particles)
             warn_of_points(particles.guide_traces[0], block.programs, block.subsamples)

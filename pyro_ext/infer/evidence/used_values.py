@@ -47,7 +47,7 @@ class UsedValues:
         """
         state.arguments = self._arguments
         self.check_programs(block)
-        for trace in (particles.guide_traces[0], particles.model_traces[0]):
+        for trace in (*particles.guide_traces[:1], *particles.model_traces[:1]):
             self._params |= set(map(parameter_label, trace.param_nodes))
 
     def check_programs(self, block: DataBlock) -> None:

@@ -165,7 +165,7 @@ def _tied(params: dict[str, Tensor], names: list[str]) -> list[tuple[str, str]]:
         (name, other)
         for name, param in params.items()
         for other in names
-        if name != other and param is params[other]
+        if name != other and param is params.get(other)
     ]
 
 

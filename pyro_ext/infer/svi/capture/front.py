@@ -51,6 +51,23 @@ class Settings(NamedTuple):
         check_integer(owner, "audit_every", audit_every, 1)
         return Settings(Backend(backend, mode), fallback, max_graphs, compile_after, audit_every)
 
+    @staticmethod
+    def of_compile(owner: str, compile: bool | str, compile_after: int = 0) -> "Settings | None":
+        """Return the settings for the argument ``compile`` of a function; None without graphs.
+
+        :param owner: the name of the function.
+        :param compile: True, False, or ``"eager"`` for graphs that are not compiled.
+        :param compile_after: see :class:`CompiledSVI`.
+        """
+        if compile is False:
+            return None
+        if compile is not True and compile != "eager":
+            raise ValueError(
+                f"{owner}: compile must be True, False or 'eager', but it is {describe(compile)}."
+            )
+        backend = "inductor" if compile is True else "eager"
+        return Settings.checked(owner, backend, "default", True, 8, compile_after, 5000)
+
 
 class Front:
     """A base class of objects that take compiled steps.

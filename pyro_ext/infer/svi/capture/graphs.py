@@ -266,6 +266,11 @@ class Graphs:
         late = [graph for graph in graphs if graph.checked_at < graph.last_used_at]
         return all(self._is_right(graph, graph.verify_again, step) for graph in late)
 
+    def forget_arguments(self) -> None:
+        """Keep no arguments for later audits."""
+        for graph in itertools.chain.from_iterable(self._by_key.values()):
+            graph.last_arguments = None
+
     def _is_right(self, graph: CompiledStep, audit: Callable[[], str | None], step: int) -> bool:
         """Audit a graph at a step, and give up if it differs from the programs."""
         suspect = f"The results of the steps after step {graph.checked_at} are suspect"
