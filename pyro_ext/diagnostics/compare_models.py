@@ -12,6 +12,7 @@ from pyro_ext._arguments import check_real, check_type, describe
 from pyro_ext.diagnostics.arviz_adapter import elpd_and_error
 from pyro_ext.diagnostics.loo import loo
 from pyro_ext.diagnostics.observed_data import ObservedData, check_same_data, observed_data
+from pyro_ext.infer.annealing.sequential_monte_carlo import sequential_monte_carlo
 from pyro_ext.infer.evidence.estimate_evidence import estimate_evidence
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.proposals import PriorProposal
@@ -63,12 +64,14 @@ def compare_models(
 
     :param models: a dict from the name of a model to a trained SVI, to a pair ``(model, guide)``,
         to a model alone, or to an :class:`pyro_ext.infer.Evidence` or a result with the attribute
-        ``evidence``. If the guide is None or missing, the draws come from the prior.
+        ``evidence``. If the guide is None or missing, the evidence comes from
+        :func:`pyro_ext.infer.sequential_monte_carlo`, otherwise from
+        :func:`pyro_ext.infer.estimate_evidence`.
     :param args: positional arguments of models and guides.
     :param model_args: the same positional arguments as a sequence, instead of ``args``.
     :param model_kwargs: keyword arguments of models and guides whose names clash with arguments of
         this function.
-    :param num_samples: the number of draws of each model, >= 2.
+    :param num_samples: the number of draws of each guide, >= 2.
     :param chunk_size: the number of draws at once, >= 1; by default all draws, but at most 100.
     :param prior_probabilities: a dict from the name of each model to its prior probability in [0,
         1]. The probabilities sum to 1. With None, they are equal.
@@ -78,7 +81,7 @@ def compare_models(
         was trained, such as ``scope`` after ``with pyro.get_param_store().scope() as scope``.
         Guides whose parameters have the same names need it.
     :param evidence_kwargs: further arguments of :func:`pyro_ext.infer.estimate_evidence` for every
-        model, such as ``proposal_scale``, or ``data_plate`` with ``batch_size``.
+        guide, such as ``proposal_scale``, or ``data_plate`` with ``batch_size``.
     :param progress_bar: whether to show progress bars.
     :param kwargs: further keyword arguments of models and guides.
     :returns: the table. :func:`plot_model_comparison` plots it.
@@ -205,6 +208,10 @@ def _evidence(fit: _Fit, settings: dict[str, Any]) -> Evidence:
     with warnings.catch_warnings():
         # The sum over all data is compared, so a single weight is right.
         warnings.filterwarnings("ignore", "Plate '.*' holds all the data")
+        if fit.guide is None:
+            names = ("chunk_size", "progress_bar")
+            options = {name: settings[name] for name in names}
+            return sequential_monte_carlo(**fit.call, **options).evidence
         return estimate_evidence(**fit.call, **settings)
 
 
