@@ -29,6 +29,7 @@ SUITES = (
     "counts",
     "bfloat16",
     "evidence",
+    "annealing",
     "chunk_memory",
     "growth",
     "long_run",
