@@ -30,6 +30,7 @@ SUITES = (
     "bfloat16",
     "evidence",
     "evidence_estimators",
+    "annealing",
     "chunk_memory",
     "growth",
     "long_run",

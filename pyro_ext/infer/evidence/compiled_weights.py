@@ -117,7 +117,8 @@ class CompiledWeights(Front):
             particles = draw_eagerly()
             self._draws_rows = bool(block.subsamples.drawn)
             return particles, False
-        if not self._is_checked or ready.graph.audit_times.is_due():
+        is_known = self._is_checked and ready.graph in self._known
+        if ready.graph.audit_times.is_due() or not is_known:
             return self._audited(ready, draw_eagerly), False
         outputs = self._try(ready.graph, ready)
         if outputs is None:
