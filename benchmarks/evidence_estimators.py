@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -165,10 +166,11 @@ def tables(options: Options) -> Iterator[Table]:
     installed = {name: module for name, (lib, module) in PEERS.items() if find_spec(lib)}
     for name, build in POSTERIORS.items():
         posterior = build()
-        for label, estimator, guide_name in estimators(posterior):
+        moved = replace(posterior, args=tuple(x.to(options.device) for x in posterior.args))
+        for label, estimator, guide_name in estimators(moved):
             pyro.set_rng_seed(0)
-            run = partial(own_run, estimator, posterior.guide(guide_name))
-            table.rows.append([name, *row(label, run, posterior, num_seeds)])
+            run = partial(own_run, estimator, moved.guide(guide_name))
+            table.rows.append([name, *row(label, run, moved, num_seeds)])
         for label, module in installed.items():
             peer = import_module(f"benchmarks.evidence_peers.{module}").run
             table.rows.append([name, *row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS))])
