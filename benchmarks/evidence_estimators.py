@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -108,13 +109,14 @@ Estimator = Callable[[Program, Posterior, Any], Evidence]
 
 def estimators(posterior: Posterior) -> Iterator[tuple[str, Estimator, str | None]]:
     """Yield the name of each estimator, the estimator, and the name of its guide."""
-    start = posterior.start
-    end = f", {start} guide" if start else ""
-    yield f"annealing{end}", annealed, start
-    if hasattr(infer, "sequential_monte_carlo"):
-        yield f"sequential_monte_carlo{end}", sequential, start
-    for name in posterior.guides:
-        yield f"importance sampling, {name} guide", importance, name
+    for name in dict.fromkeys([posterior.start, *posterior.guides]):
+        source = "prior" if name is None else f"{name} guide"
+        if name == posterior.start:
+            yield f"annealing, {source}", annealed, name
+        if hasattr(infer, "sequential_monte_carlo"):
+            yield f"sequential_monte_carlo, {source}", sequential, name
+        if name is not None:
+            yield f"importance sampling, {source}", importance, name
 
 
 def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -> Run:
@@ -122,7 +124,7 @@ def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -
     pyro.set_rng_seed(seed)
     counted = CountedModel(posterior.model)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(Pareto k|holds all the data)")
+        warnings.simplefilter("ignore", UserWarning)  # the flags say the same
         found = estimator(counted.model, posterior, guide)
     error = found.std_error.item()
     return Run(found.log_evidence.item(), counted.evaluations, error, tuple(found.flags))
@@ -165,10 +167,11 @@ def tables(options: Options) -> Iterator[Table]:
     installed = {name: module for name, (lib, module) in PEERS.items() if find_spec(lib)}
     for name, build in POSTERIORS.items():
         posterior = build()
-        for label, estimator, guide_name in estimators(posterior):
+        moved = replace(posterior, args=tuple(x.to(options.device) for x in posterior.args))
+        for label, estimator, guide_name in estimators(moved):
             pyro.set_rng_seed(0)
-            run = partial(own_run, estimator, posterior.guide(guide_name))
-            table.rows.append([name, *row(label, run, posterior, num_seeds)])
+            run = partial(own_run, estimator, moved.guide(guide_name))
+            table.rows.append([name, *row(label, run, moved, num_seeds)])
         for label, module in installed.items():
             peer = import_module(f"benchmarks.evidence_peers.{module}").run
             table.rows.append([name, *row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS))])

@@ -1,5 +1,7 @@
 """Nested sampling by dynesty (Speagle 2020)."""
 
+import warnings
+
 import dynesty
 import numpy as np
 
@@ -17,6 +19,8 @@ def run(posterior: Posterior, seed: int) -> Run:
         density.num_dims,
         rstate=np.random.default_rng(seed),
     )
-    sampler.run_nested(dlogz=0.1, print_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler.run_nested(dlogz=0.1, print_progress=False)
     found = sampler.results
     return Run(float(found.logz[-1]), int(found.ncall.sum()), float(found.logzerr[-1]))
