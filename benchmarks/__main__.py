@@ -36,6 +36,7 @@ SUITES = (
     "long_run",
     "several_processes",
     "signal_to_noise",
+    "chi_upper",
 )
 
 

@@ -14,6 +14,7 @@ from pyro_ext.distributions import (
     RGBDiscretizedLogisticMixture,
 )
 from pyro_ext.infer import (
+    ChiUpperELBO,
     CombinedELBO,
     ImportanceWeightedELBO,
     JackknifeELBO,
@@ -44,6 +45,13 @@ class TopLevelELBO(MultilevelELBO):
         return nullcontext()
 
 
+def chi_upper(num_particles, **options):
+    """With the default rule of the others. It refuses two options, which skips a test of them."""
+    if options.get("gradient") == "stl" or "local_plate" in options:
+        pytest.skip("refused")
+    return ChiUpperELBO(num_particles, **{"gradient": "pathwise", **options})
+
+
 #: Trains model and guide on the jackknife itself.
 PublishedJackknife = partial(JackknifeELBO, guide="jackknife", weights="published")
 
@@ -65,6 +73,7 @@ ESTIMATORS = {
     "combined": (lambda K, **options: CombinedELBO(0.3, K, **options), 1),
     "multiply-importance-weighted": (grouped(MultiplyImportanceWeightedELBO), 1),
     "partially-importance-weighted": (grouped(PartiallyImportanceWeightedELBO), 1),
+    "chi-upper": (chi_upper, 1),
     "thermodynamic": (partial(ThermodynamicELBO, num_partitions=3), 1),
 }
 

@@ -18,11 +18,11 @@ PUBLIC = {
     "distributed": "DistributedNoise ShardedDataset",
     "distributions": """DiscretizedLogistic DiscretizedLogisticMixture NormalScaleMixture
         RGBDiscretizedLogisticMixture""",
-    "infer": """AnnealedEvidence CombinedELBO CompiledSVI CyclicalKL EagerSVI EarlyStopping
-        Evidence EvidenceHistory EvidenceState Expectation GeometricKL GradientDiagnostics
-        ImportanceWeightedELBO JackknifeELBO KLSchedule KLWeightedELBO LinearKL MultiSampleELBO
-        MultiplyImportanceWeightedELBO PartiallyImportanceWeightedELBO Particles PosteriorDraws
-        TemperedEvidence ThermodynamicELBO TrainingHistory UniformKL VariationalRenyiELBO
+    "infer": """AnnealedEvidence ChiUpperELBO CombinedELBO CompiledSVI CyclicalKL EagerSVI
+        EarlyStopping Evidence EvidenceHistory EvidenceState Expectation GeometricKL
+        GradientDiagnostics ImportanceWeightedELBO JackknifeELBO KLSchedule KLWeightedELBO LinearKL
+        MultiSampleELBO MultiplyImportanceWeightedELBO PartiallyImportanceWeightedELBO Particles
+        PosteriorDraws TemperedEvidence ThermodynamicELBO TrainingHistory UniformKL VariationalRenyiELBO
         annealed_importance_sampling estimate_evidence estimate_expectation gradient_diagnostics
         sequential_monte_carlo""",
     "nn": "BayesianModule LeadingDims MeanFieldGuide flipout local_reparameterization",

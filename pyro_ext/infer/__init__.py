@@ -5,6 +5,7 @@ from pyro_ext.infer.annealing.annealed_importance_sampling import annealed_impor
 from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
 from pyro_ext.infer.annealing.sequential_monte_carlo import sequential_monte_carlo
 from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
+from pyro_ext.infer.bounds.chi_upper import ChiUpperELBO
 from pyro_ext.infer.bounds.combined import CombinedELBO
 from pyro_ext.infer.bounds.importance_weighted import ImportanceWeightedELBO
 from pyro_ext.infer.bounds.jackknife import JackknifeELBO
@@ -38,6 +39,7 @@ from pyro_ext.tracing.particles import Particles
 __all__ = [
     "AnnealedEvidence",
     "CaptureReport",
+    "ChiUpperELBO",
     "CombinedELBO",
     "CompiledSVI",
     "CyclicalKL",
