@@ -22,9 +22,9 @@ PUBLIC = {
         EarlyStopping Evidence EvidenceHistory EvidenceState Expectation GeometricKL
         GradientDiagnostics ImportanceWeightedELBO JackknifeELBO KLSchedule KLWeightedELBO LinearKL
         MultiSampleELBO MultiplyImportanceWeightedELBO PartiallyImportanceWeightedELBO Particles
-        PosteriorDraws TemperedEvidence ThermodynamicELBO TrainingHistory UniformKL VariationalRenyiELBO
-        annealed_importance_sampling estimate_evidence estimate_expectation gradient_diagnostics
-        sequential_monte_carlo""",
+        PosteriorDraws TemperedEvidence ThermodynamicELBO TrainingHistory UniformKL
+        VariationalRenyiELBO annealed_importance_sampling estimate_evidence estimate_expectation
+        gradient_diagnostics sequential_monte_carlo""",
     "nn": "BayesianModule LeadingDims MeanFieldGuide flipout local_reparameterization",
     "ops": """MAX_SUBSETS MIN_DRAWS LogMoments TooManySubsetsError WeightStatistics
         accumulation_dtype bits_per_dim discretized_logistic_mixture_log_prob jackknife
