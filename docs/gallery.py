@@ -16,6 +16,7 @@ ORDER = (
     "bayesian_modules",
     "discretized_logistic",
     "marginal_likelihood",
+    "model_comparison",
     "importance_sampling",
     "diagnose_with_arviz",
     "compiled_steps",

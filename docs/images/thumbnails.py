@@ -22,6 +22,7 @@ PANELS = {
     "jackknife_bias": (0.336, 0.0, 0.68, 1.0),
     "jackknife_training": (0.0, 0.0, 0.345, 1.0),
     "marginal_likelihood": (0.0, 0.0, 0.337, 1.0),
+    "model_comparison": (0.0, 0.0, 0.34, 1.0),
     "quickstart": (0.0, 0.0, 0.442, 1.0),
     "several_processes": (0.0, 0.0, 0.495, 1.0),
     "signal_to_noise": (0.0, 0.0, 0.323, 1.0),
