@@ -36,7 +36,7 @@ def annealed_importance_sampling(
     ladder: str | Sequence[float] = "sigmoid",
     target_acceptance: float = 0.8,
     exact_sample: dict[str, Tensor] | None = None,
-    check_prior: bool | None = None,
+    check_prior: bool = False,
     chunk_size: int | None = None,
     jackknife_orders: Iterable[int] = (),
     progress_bar: bool = False,
@@ -69,7 +69,7 @@ def annealed_importance_sampling(
     data, the simulated latent values are an exact sample. The two estimates then bracket the
     evidence (bidirectional Monte Carlo).
 
-    If chains start at a guide, the evidence is compared with that of
+    With ``check_prior=True``, the evidence from a guide is compared with that of
     :func:`sequential_monte_carlo` from the prior. If the prior leads to more evidence, the guide
     misses a part of the posterior, and the result has the flag ``prior``.
 
@@ -101,9 +101,8 @@ def annealed_importance_sampling(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide to its value.
-    :param check_prior: whether to compare a guide's evidence with the evidence from the prior. With
-        None, it is compared unless data points have latents of their own. A prior that cannot be
-        drawn from is not compared.
+    :param check_prior: whether to compare a guide's evidence with the evidence from the prior. This
+        takes seconds for a small model. A prior that cannot be drawn from is not compared.
     :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
         chains, but at most 100.
     :param jackknife_orders: the orders m of the jackknife estimates, ``0 <= m < C``.

@@ -45,19 +45,18 @@ class Annealer:
         orders: tuple[int, ...],
         exact_sample: dict[str, Tensor] | None,
         sampler: TemperedSampler,
-        check_prior: bool | None,
+        check_prior: bool,
     ) -> AnnealedEvidence:
         """Find the step sizes, and return the evidence, compared with that from the prior.
 
         :param sampler: the sampler of runs from the prior.
-        :param check_prior: whether to compare; None to compare unless there are common plates.
+        :param check_prior: whether to compare.
 
         The others are parameters of :meth:`evidence`.
         """
         self.adapt(chunk_size)
         programs = self.target.programs.programs
-        compares = not self.target.programs.plates if check_prior is None else check_prior
-        from_prior = sampler.adapted_from_prior(programs) if compares else None
+        from_prior = sampler.adapted_from_prior(programs) if check_prior else None
         self.call.check_parameters(programs)
         self.call.use_own_random_numbers()
         found = self.evidence(num_chains, chunk_size, orders, exact_sample)

@@ -7,7 +7,9 @@ from tests.posteriors import POSTERIORS
 NUM_SEEDS = 20
 ESTIMATORS = {
     "sequential": lambda *programs: sequential_monte_carlo(*programs).evidence,
-    "annealed": lambda *programs: annealed_importance_sampling(*programs, num_chains=32),
+    "annealed": lambda *programs: annealed_importance_sampling(
+        *programs, num_chains=32, check_prior=True
+    ),
 }
 
 
