@@ -67,7 +67,14 @@ FUNCTIONS = {
         lambda found: found.total,
     ),
     "sequential_monte_carlo": (
-        partial(sequential_monte_carlo, num_particles=8, num_runs=4),
+        partial(
+            sequential_monte_carlo,
+            num_particles=4,
+            chain_length=2,
+            num_runs=4,
+            target_ess=0.1,
+            check_prior=False,
+        ),
         lambda found: found.evidence.total,
     ),
     "gradient_diagnostics": (
