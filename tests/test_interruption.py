@@ -27,7 +27,6 @@ from pyro_ext.infer import (
     annealed_importance_sampling,
     estimate_evidence,
     estimate_expectation,
-    sequential_monte_carlo,
 )
 from pyro_ext.infer.annealing import annealer
 
@@ -82,9 +81,6 @@ CALLS = {
     "expectation": lambda: estimate_expectation(model, guide, X, num_samples=4, chunk_size=2),
     "annealing": lambda: annealed_importance_sampling(
         model, guide, X, num_chains=4, chunk_size=2, num_temperatures=2, num_leapfrog_steps=1
-    ),
-    "sequential": lambda: sequential_monte_carlo(
-        model, guide, X, num_particles=8, num_runs=4, target_ess=0.1, check_prior=False
     ),
     "calibration": lambda: simulation_based_calibration(
         model, make_guide, X, num_simulations=10, num_samples=3, num_steps=3

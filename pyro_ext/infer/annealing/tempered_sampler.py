@@ -68,7 +68,7 @@ class TemperedSampler:
             if self.call.interrupts:  # a second interrupt
                 raise
             warnings.warn(
-                f"{self.owner} was interrupted. The result has the {NUM_PILOT_RUNS} runs of the "
+                f"{self.owner} was interrupted. The result uses the {NUM_PILOT_RUNS} runs of the "
                 "first pass.",
                 stacklevel=3,
             )
