@@ -42,7 +42,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
+    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|pandas|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
     (r"py:.*", r"jaxtyping\.\w+|Tensor|.*'.*"),  # shapes in annotations
     (
         r"py:.*",

@@ -26,7 +26,7 @@ class ChiUpperELBO(ImportanceWeightedELBO):
     :class:`ImportanceWeightedELBO`. With K = 1, all is the ELBO.
 
     :meth:`upper_bound` estimates the CUBO from log weights. On the same log weights, it is at least
-    :meth:`bound`. The estimate is biased downwards (Jensen), often by far: it may lie below log
+    ``bound``. The estimate is biased downwards (Jensen), often by far: it may lie below log
     p(x) unless K is large.
 
     For the same reason, minimising the estimate itself would drive the guide away from the
