@@ -42,13 +42,13 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|pandas|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
+    (r"py:.*", r"(torch|pyro|numpy|np|arviz|az|xarray|xr|matplotlib|tqdm|collections|os)\b.*"),
     (r"py:.*", r"jaxtyping\.\w+|Tensor|.*'.*"),  # shapes in annotations
     (
         r"py:.*",
         r"pyro_ext\.(tracing|infer|nn)\.[a-z_.]+\.[A-Z]\w+",
     ),  # classes inside of the package
-    (r"py:.*", r"PyroOptim|ELBO|Module|.*\.T_co"),
+    (r"py:.*", r"PyroOptim|ELBO|Module|pandas\.DataFrame|.*\.T_co"),
 ]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
