@@ -44,8 +44,13 @@ def device(request):
 def clean_state():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    usual = pyro.settings.get()
     yield
     pyro.clear_param_store()
+    found = pyro.settings.get()
+    pyro.settings.set(**usual)
+    by_torch_compile = "validate_distributions_torch"  # its first call turns this off
+    assert found | {by_torch_compile: None} == usual | {by_torch_compile: None}
 
 
 @pytest.fixture

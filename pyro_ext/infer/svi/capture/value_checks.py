@@ -82,8 +82,10 @@ def _common_scale(scales: Sequence[Any]) -> Any:
     return first
 
 
-#: Functions of Pyro that read values, or decide whether to read them, with replacements.
+#: Functions of Pyro that read values, or decide whether to read them, with replacements. A program
+#: that enables validation for a block would store the replaced state as the one to return to.
 _CHECKS: list[tuple[str, Callable[..., Any]]] = [
+    ("enable_validation", lambda is_validate=True: None),
     ("is_validation_enabled", lambda: False),
     ("warn_if_nan", lambda value, *args, **kwargs: value),
     ("warn_if_inf", lambda value, *args, **kwargs: value),

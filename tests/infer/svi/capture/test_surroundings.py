@@ -47,6 +47,22 @@ def test_captures_in_threads_leave_validation_as_it_was():
     assert pyro.poutine.util.is_validation_enabled.__module__ == "pyro.poutine.util"
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_programs_that_set_validation_for_a_block_leave_it_as_it_was(is_enabled):
+    def model(x):
+        with pyro.validation_enabled(False):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.distributions.util.validation_enabled(True):
+            observe(z, x)
+
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), backend="eager")
+    with pyro.validation_enabled(is_enabled):
+        usual = pyro.settings.get()
+        for _ in range(3):
+            svi.step(X)
+        assert pyro.settings.get() == usual
+
+
 def test_parameters_born_in_inference_mode_can_be_trained():
     values = []
     for mode in (torch.no_grad, torch.inference_mode):
