@@ -115,13 +115,14 @@ def test_chains_are_the_same_in_all_processes(pools, options):
 
 
 def particles_of(num_runs):
-    found = sequential_monte_carlo(
-        model, guide, X, num_particles=16, num_runs=num_runs, max_plate_nesting=1
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sequential_monte_carlo: ")  # runs of 16 particles
+        found = sequential_monte_carlo(
+            model, guide, X, num_particles=16, num_runs=num_runs, max_plate_nesting=1
+        )
     return figures(found.evidence) | {"draws": found.draws["z"].tolist()}
 
 
-@pytest.mark.filterwarnings("ignore:sequential_monte_carlo")
 @pytest.mark.parametrize("num_runs", [4, 7])
 def test_processes_divide_the_runs(pools, num_runs):
     found = pools(4).results(particles_of, num_runs)

@@ -1,11 +1,14 @@
 """Reasons not to trust a chain that starts at a guide."""
 
+from scipy.special import ndtr, stdtrit
+
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
 #: The acceptance below which chains hardly move.
 MIN_ACCEPTANCE = 0.3
-#: The number of standard errors at which two estimates differ.
+#: The number of standard errors at which two estimates of one data point differ, if the standard
+#: errors come from many draws.
 NUM_ERRORS = 4.0
 
 
@@ -18,7 +21,10 @@ def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str
     if from_prior is None:
         return {}
     error = (evidence.std_error.square() + from_prior.std_error.square()).sqrt()
-    more = from_prior.log_evidence - evidence.log_evidence > NUM_ERRORS * error
+    difference = from_prior.log_evidence - evidence.log_evidence
+    # Few draws have an uncertain standard error, and many data points have a largest difference.
+    freedom = min(evidence.num_samples, from_prior.num_samples) - 1
+    more = difference > -stdtrit(freedom, ndtr(-NUM_ERRORS) / difference.numel()) * error
     if not more.any():
         return {}
     return {
