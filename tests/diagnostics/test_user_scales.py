@@ -70,7 +70,7 @@ def expectation(model, guide):
 
 def annealing(model, guide):
     found = annealed_importance_sampling(
-        model, guide, num_chains=3, num_temperatures=4, progress_bar=False
+        model, guide, num_chains=3, num_temperatures=3, num_leapfrog_steps=2, progress_bar=False
     )
     return [found.total]
 

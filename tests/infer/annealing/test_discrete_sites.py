@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("start", [guide, None], ids=["guide", "prior"])
 def test_chains_move_on_the_marginal_density(name, start):
     found = annealed_importance_sampling(
-        MODELS[name], start, X, num_chains=100, num_temperatures=20, num_leapfrog_steps=4
+        MODELS[name], start, X, num_chains=100, num_temperatures=10, num_leapfrog_steps=3
     )
     assert abs(found.log_evidence - log_evidence(name)) < 4.5 * found.std_error
     assert found.std_error < 0.1
