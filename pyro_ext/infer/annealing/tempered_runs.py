@@ -17,6 +17,9 @@ from pyro_ext.tracing.failures import data_points
 
 #: The rate, per transition, at which step sizes follow the acceptance.
 ADAPTATION_RATE = 1.0
+#: The distance of the acceptance from its target at which step sizes are good, and the largest
+#: number of transitions for it.
+TOLERANCE, MAX_TUNING = 0.1, 8
 #: The length of a leapfrog path, in standard deviations of the particles.
 PATH_LENGTH = 1.5
 MAX_LEAPFROG_STEPS = 8
@@ -30,21 +33,23 @@ class Stage(NamedTuple):
     """The settings of one inverse temperature.
 
     :ivar beta: the inverse temperature of each element of the common plates.
-    :ivar step: the difference from the one before.
     :ivar metric: the scale of the positions.
     :ivar step_size: the largest step size of each element of the common plates.
-    :ivar num_leapfrog_steps: the number of leapfrog steps of a transition.
     :ivar thinning: the number of Hamiltonian transitions between two particles of a chain.
     :ivar is_independent: whether independent proposals make all particles of a chain but two.
     """
 
     beta: Tensor
-    step: Tensor
     metric: Metric
     step_size: Tensor
-    num_leapfrog_steps: int
     thinning: int = 1
     is_independent: bool = False
+
+    @property
+    def num_leapfrog_steps(self) -> int:
+        """The number of leapfrog steps of a path, whose steps are 3/4 of the largest on average."""
+        num_steps = math.ceil(PATH_LENGTH / (0.75 * self.step_size.median().item()))
+        return min(num_steps, MAX_LEAPFROG_STEPS)
 
 
 class StageStatistics(NamedTuple):
@@ -86,6 +91,15 @@ class TemperedRuns:
     bar: "tqdm[Any]"
     stages: list[Stage] = field(default_factory=list)
 
+    @property
+    def num_transitions(self) -> int:
+        """The number of transitions of each particle in a later pass."""
+        length = self.chain_length - 1
+        return sum(
+            stage.thinning + length - 1 if stage.is_independent else stage.thinning * length
+            for stage in self.stages
+        )
+
     def adapt(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Find the settings, and return the particles of the runs that found them."""
         cloud = self._start(num_runs)
@@ -104,10 +118,11 @@ class TemperedRuns:
             cloud = cloud.reweighted(step)
             weights = cloud.log_weights.flatten(0, 1).exp() / num_runs
             metric = Metric.of_cloud(cloud.state.positions, weights)
-            stage = Stage(beta, step, metric, step_size, _path_steps(step_size))
-            cloud, statistics, stage = self._grown(cloud, stage, adapts=True)
+            ess, cloud = cloud.ess, self._resampled(cloud)
+            cloud, stage = self._tuned(cloud, Stage(beta, metric, step_size))
             step_size = stage.step_size
             self.stages.append(stage)
+            cloud, statistics = self._grown(cloud, stage, ess)
             found.append(statistics)
         return cloud, found
 
@@ -115,8 +130,11 @@ class TemperedRuns:
         """Return the particles of some runs with their statistics."""
         cloud = self._start(num_runs)
         found = []
+        beta = torch.zeros_like(cloud.log_z[0])
         for stage in self.stages:
-            cloud, statistics, _ = self._grown(cloud.reweighted(stage.step), stage)
+            cloud = cloud.reweighted(stage.beta - beta)
+            ess, beta = cloud.ess, stage.beta
+            cloud, statistics = self._grown(self._resampled(cloud), stage, ess)
             found.append(statistics)
         return cloud, found
 
@@ -132,64 +150,65 @@ class TemperedRuns:
             )
         return cloud
 
-    def _grown(
-        self, cloud: Cloud, stage: Stage, adapts: bool = False
-    ) -> tuple[Cloud, StageStatistics, Stage]:
-        """Resample particles, and let a chain grow from each.
+    def _resampled(self, cloud: Cloud) -> Cloud:
+        """Return the first particles of all chains."""
+        return cloud.resampled(self.num_particles // self.chain_length)
 
-        :param cloud: the weighted particles.
+    def _tuned(self, cloud: Cloud, stage: Stage) -> tuple[Cloud, Stage]:
+        """Move particles until the settings are good, and return both."""
+        state = cloud.state
+        for _ in range(MAX_TUNING):
+            start = state
+            state, acceptance = self._moved(state, stage)
+            error = acceptance.mean(0) - self.target_acceptance
+            stage = stage._replace(step_size=stage.step_size * (ADAPTATION_RATE * error).exp())
+            if error.abs().median() < TOLERANCE:
+                break
+        correlation = _correlation(start, state, stage.beta)
+        if correlation > MAX_CORRELATION:
+            # The correlation falls like a power of the number of transitions.
+            wanted = math.log(MAX_CORRELATION) / math.log(min(correlation, 0.999))
+            stage = stage._replace(thinning=min(math.ceil(wanted), MAX_THINNING))
+        state, acceptance = self._proposed(state, stage)
+        stage = stage._replace(is_independent=_is_cheap(acceptance, stage))
+        return cloud._replace(state=state), stage
+
+    def _grown(self, cloud: Cloud, stage: Stage, ess: Tensor) -> tuple[Cloud, StageStatistics]:
+        """Let a chain grow from each particle.
+
+        :param cloud: the first particles of the chains.
         :param stage: the settings.
-        :param adapts: whether to adapt the settings.
-        :returns: the particles of all chains, their statistics and the settings.
+        :param ess: the effective sample size before they were resampled.
+        :returns: the particles of all chains, and their statistics.
         """
-        ess = cloud.ess
-        cloud = cloud.resampled(self.num_particles // self.chain_length)
-        beta = stage.beta.to(cloud.state.positions.dtype)
         state, states, acceptances = cloud.state, [cloud.state], []
         while len(states) < self.chain_length:
-            self.call.interrupts.deliver()
-            is_second = len(states) == 2
-            if len(states) > 1 and (stage.is_independent or (adapts and is_second)):
-                state, acceptance = independent_transition(self.target, state, beta, stage.metric)
-                self.bar.update()
-                if adapts and is_second:
-                    stage = stage._replace(is_independent=_is_cheap(acceptance, stage))
+            # Where independent proposals do not go, the first transition does.
+            if stage.is_independent and len(states) > 1:
+                state, _ = self._proposed(state, stage)
             else:
-                count = 0
-                while count < stage.thinning:
-                    state, acceptance = transition(
-                        self.target,
-                        state,
-                        beta,
-                        stage.step_size,
-                        stage.metric,
-                        stage.num_leapfrog_steps,
-                    )
-                    self.bar.update()
-                    count += 1
-                    if adapts:
-                        stage = self._tuned(stage, acceptance)
-                        if len(states) == 1 and count < MAX_THINNING:
-                            is_slow = _correlation(cloud.state, state, beta) > MAX_CORRELATION
-                            stage = stage._replace(thinning=count + is_slow)
-                acceptances.append(acceptance)
+                for _ in range(stage.thinning):
+                    state, acceptance = self._moved(state, stage)
+                    acceptances.append(acceptance)
             states.append(state)
         cloud = cloud.joined(states)
         mean = torch.stack(acceptances).mean(0)
         by_run = mean.reshape(len(cloud.log_z), -1, *mean.shape[1:]).mean(1)
-        return cloud, StageStatistics(ess, cloud.num_ancestors, by_run), stage
+        return cloud, StageStatistics(ess, cloud.num_ancestors, by_run)
 
-    def _tuned(self, stage: Stage, acceptance: Tensor) -> Stage:
-        """Return settings whose acceptance is closer to the target."""
-        error = acceptance.mean(0) - self.target_acceptance
-        step_size = stage.step_size * (ADAPTATION_RATE * error).exp()
-        return stage._replace(step_size=step_size, num_leapfrog_steps=_path_steps(step_size))
+    def _moved(self, state: ChainState, stage: Stage) -> tuple[ChainState, Tensor]:
+        """Return the state after a Hamiltonian transition, and the acceptance."""
+        self.call.interrupts.deliver()
+        self.bar.update()
+        beta, steps = stage.beta.to(state.positions.dtype), stage.num_leapfrog_steps
+        return transition(self.target, state, beta, stage.step_size, stage.metric, steps)
 
-
-def _path_steps(step_size: Tensor) -> int:
-    """Return the number of leapfrog steps of a path, whose steps are 3/4 of the largest."""
-    num_steps = math.ceil(PATH_LENGTH / (0.75 * step_size.median().item()))
-    return min(num_steps, MAX_LEAPFROG_STEPS)
+    def _proposed(self, state: ChainState, stage: Stage) -> tuple[ChainState, Tensor]:
+        """Return the state after an independent proposal, and the acceptance."""
+        self.call.interrupts.deliver()
+        self.bar.update()
+        beta = stage.beta.to(state.positions.dtype)
+        return independent_transition(self.target, state, beta, stage.metric)
 
 
 def _is_cheap(acceptance: Tensor, stage: Stage) -> bool:
@@ -206,7 +225,7 @@ def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
     """Return the largest correlation of a coordinate, or of the log density, at two times."""
     pair = []
     for state in (start, end):
-        log_density = state.densities.annealed(beta).unsqueeze(-1)
+        log_density = state.densities.annealed(beta.to(state.positions.dtype)).unsqueeze(-1)
         x = torch.cat([state.positions, log_density], -1)
         x = x.where(x.isfinite(), 0.0)
         x = x - x.mean(0)

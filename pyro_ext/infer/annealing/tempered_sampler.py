@@ -61,7 +61,8 @@ class TemperedSampler:
         self.call.check_parameters(programs)
         self.call.use_own_random_numbers()
         if not self.bar.disable:
-            self.bar.total = self.bar.n * 2
+            both = [runs] if from_prior is None else [runs, from_prior]
+            self.bar.total = self.bar.n + sum(x.num_transitions for x in both)
         try:
             found = _to_draws(runs, self._all_runs(runs))
         except KeyboardInterrupt:
