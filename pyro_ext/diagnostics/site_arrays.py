@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_ext._private.of_pyro import mask_of
 from pyro_ext.tracing.density_sites import plates_of
+from pyro_ext.tracing.site_values import with_plates
 from pyro_ext.tracing.sites import base_of, is_delta, is_deterministic, is_left_by_do, is_masked_out
 from pyro_ext.tracing.user_scales import divided
 
@@ -71,14 +72,10 @@ def site_arrays(
             event_dim = max(0, value.dim() - (rank if has_draws else -min(by_dim, default=0)))
             stray = [dim for dim in range(1 - rank, 0) if dim not in by_dim]
             value, event_dim = _with_events_last(value, event_dim, stray)
-        event = value.shape[value.dim() - event_dim :]
-        batch = [by_dim[dim].size if dim in by_dim else 1 for dim in range(1 - rank, 0)]
-        plates = [by_dim[dim] for dim in sorted(by_dim)]
-        sizes = [plate.size for plate in plates]
-        whole = value.expand(num_draws, *batch, *event).reshape(num_draws, *sizes, *event)
+        plates, whole = with_plates(node, value, event_dim, num_draws, rank)
         if whole.dtype is torch.bfloat16:  # unknown to NumPy
             whole = whole.float()
-        arrays[name] = SiteArray(tuple(plate.name for plate in plates), whole.cpu().numpy())
+        arrays[name] = SiteArray(plates, whole.cpu().numpy())
     return arrays
 
 

@@ -17,11 +17,12 @@ from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
 from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
-from pyro_ext.tracing.density_sites import DensitySite, density_sites, plates_of
+from pyro_ext.tracing.density_sites import DensitySite, density_sites
 from pyro_ext.tracing.enumeration import is_enumerated
 from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_points
 from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
+from pyro_ext.tracing.site_values import with_plates
 from pyro_ext.tracing.sites import is_delta
 
 _ADVICE = replace(CHUNK_ADVICE, one_at_a_time="use estimate_evidence with chunk_size=1")
@@ -162,12 +163,9 @@ class UnconstrainedPrograms:
                 continue
             if is_enumerated(node):
                 continue
-            value, event_dim = node["value"], node["fn"].event_dim
-            sizes = {plate.dim: plate.size for plate in plates_of(node) if plate.dim is not None}
-            batch = [sizes.get(dim, 1) for dim in range(self.particle_dim + 1, 0)]
-            event = value.shape[value.dim() - event_dim :]
-            shape = (num_particles, *(sizes[dim] for dim in sorted(sizes)), *event)
-            found[name] = value.expand(num_particles, *batch, *event).reshape(shape)
+            _, found[name] = with_plates(
+                node, node["value"], node["fn"].event_dim, num_particles, -self.particle_dim
+            )
         return found
 
     def sum_out(self, terms: list[Tensor], num_particles: int) -> Tensor:
