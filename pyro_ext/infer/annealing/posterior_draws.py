@@ -1,7 +1,7 @@
 """Draws from a posterior, with its evidence."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyro.distributions import TorchDistribution
@@ -60,7 +60,7 @@ class _DrawnSites(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         name: Any = msg["name"]
         if msg["value"] is None and name in self.guide.positions:
-            rows = self.guide.positions[name].roll(-self.guide.next_row[0], 0)
+            rows = self.guide.positions[name].roll(-self.guide.next_row, 0)
             transform = to_support("DrawnGuide", msg)
             msg["fn"] = _Drawn(msg["fn"], transform, rows, self.guide.num_batch_dims)
 
@@ -70,26 +70,28 @@ class _DrawnSites(Messenger):
                 self.num_used = int(frame.size)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DrawnGuide:
     """A guide whose draws are given. Each call takes the next ones, and begins again at the end.
+
+    Its density is that of another guide, so it has no importance weights.
 
     :ivar guide: the guide that has the sites.
     :ivar positions: a dict from site name to the unconstrained values of N draws.
     :ivar num_batch_dims: the number of dims of a position left of its event dims.
-    :ivar next_row: a list with the index of the next draw.
+    :ivar next_row: the index of the next draw.
     """
 
     guide: Program
     positions: Mapping[str, Tensor]
     num_batch_dims: int
-    next_row: list[int] = field(default_factory=lambda: [0], repr=False)
+    next_row: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the guide with the next draws."""
         with _DrawnSites(self) as sites:
             found = self.guide(*args, **kwargs)
-        self.next_row[0] = (self.next_row[0] + sites.num_used) % self.num_draws
+        self.next_row = (self.next_row + sites.num_used) % self.num_draws
         return found
 
     @property
@@ -108,8 +110,8 @@ class PosteriorDraws:
     :ivar draws: a dict from the name of each latent site of the model to its draws, of shape
         ``(R, N, *plates, *event)``, for R runs with N particles each. All draws of a run have equal
         weights.
-    :ivar guides: for each run, a guide with these draws. Pass one with the model to functions that
-        take a model and a guide.
+    :ivar guides: for each run, a guide with these draws, for exports. Its density is not that of
+        the draws, so it is not for functions that use importance weights.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import sequential_monte_carlo
