@@ -65,7 +65,7 @@ class CompiledSlopes(Front):
     """
 
     def __init__(self, owner: str, settings: Settings) -> None:
-        self._front = owner  # type: ignore[misc]  # one class serves several algorithms
+        self._front = owner
         self._set_up(settings)
         self._function: _Function | None = None
 

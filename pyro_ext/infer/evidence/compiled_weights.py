@@ -71,7 +71,7 @@ class CompiledWeights(Front):
     """
 
     def __init__(self, owner: str, settings: Settings, pair: Programs, key: Any) -> None:
-        self._front = owner  # type: ignore[misc]  # one class serves several estimates
+        self._front = owner
         self._set_up(settings)
         self.pair = pair
         self.key = key

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Front:
     """
 
     #: The name of the front in messages.
-    _front: ClassVar[str]
+    _front: str
 
     def _set_up(self, settings: Settings) -> None:
         self.backend, self.fallback, self.max_graphs, self.compile_after, self.audit_every = (
