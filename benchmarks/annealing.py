@@ -13,7 +13,9 @@ from torch import Tensor
 from benchmarks.harness import Options, Table, compare
 from benchmarks.vae import VAE, random_images
 from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
+from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.hmc import ChainState, transition
+from pyro_ext.infer.annealing.metric import Metric
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.tracing import Programs
@@ -53,12 +55,11 @@ def problems(device: torch.device) -> dict[str, tuple[Callable[..., Any], Any, t
 
 
 @torch.no_grad()
-def move(
-    programs: UnconstrainedPrograms, state: ChainState, scales: dict[str, Tensor], slopes_of: Any
-) -> None:
+def move(target: FlatTarget, state: ChainState) -> None:
     """A transition of all chains."""
     step_size = torch.full_like(state.densities.log_p[0], 0.01)
-    transition(programs, state, 0.5, step_size, scales, NUM_LEAPFROG_STEPS, slopes_of)
+    metric = Metric.of_spread(state.positions)
+    transition(target, state, 0.5, step_size, metric, NUM_LEAPFROG_STEPS)
 
 
 def tables(options: Options) -> Iterator[Table]:
@@ -67,13 +68,11 @@ def tables(options: Options) -> Iterator[Table]:
     columns = ["model", "by", "ms a gradient", ratio, "s in the first transition"]
     table = Table("Annealing", columns, chart=(columns[:2], ratio))
     for name, (model, guide, args) in problems(options.device).items():
-        target = UnconstrainedPrograms("benchmark", Programs(model, guide, args), float("inf"))
-        positions = target.draw(NUM_CHAINS)
-        state = ChainState(positions, target(positions))
-        scales = {site: torch.ones_like(u[:1]) for site, u in positions.items()}
+        densities = UnconstrainedPrograms("benchmark", Programs(model, guide, args), float("inf"))
         steps, first = {}, []
         for by, compile in (("uncompiled", False), ("compile=True", True)):
-            steps[by] = partial(move, target, state, scales, chosen_slopes("benchmark", compile))
+            target = FlatTarget(densities, None, chosen_slopes("benchmark", compile))
+            steps[by] = partial(move, target, ChainState(*target.draw(NUM_CHAINS)))
             started = time.perf_counter()
             steps[by]()
             first.append(time.perf_counter() - started)

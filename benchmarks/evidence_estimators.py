@@ -20,8 +20,12 @@ from pyro.poutine.messenger import Messenger
 
 from benchmarks.evidence_run import Run
 from benchmarks.harness import Options, Table
-from pyro_ext import infer
-from pyro_ext.infer import Evidence, annealed_importance_sampling, estimate_evidence
+from pyro_ext.infer import (
+    Evidence,
+    annealed_importance_sampling,
+    estimate_evidence,
+    sequential_monte_carlo,
+)
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.sites import PARTICLE_PLATE
 from tests.posteriors import POSTERIORS, Posterior
@@ -94,7 +98,7 @@ def annealed(model: Program, posterior: Posterior, guide: Any) -> Evidence:
 
 def sequential(model: Program, posterior: Posterior, guide: Any) -> Evidence:
     """Run sequential Monte Carlo with default settings."""
-    return infer.sequential_monte_carlo(model, guide, *posterior.args).evidence
+    return sequential_monte_carlo(model, guide, *posterior.args).evidence
 
 
 def importance(model: Program, posterior: Posterior, guide: Any) -> Evidence:
@@ -113,8 +117,7 @@ def estimators(posterior: Posterior) -> Iterator[tuple[str, Estimator, str | Non
         source = "prior" if name is None else f"{name} guide"
         if name == posterior.start:
             yield f"annealing, {source}", annealed, name
-        if hasattr(infer, "sequential_monte_carlo"):
-            yield f"sequential_monte_carlo, {source}", sequential, name
+        yield f"sequential_monte_carlo, {source}", sequential, name
         if name is not None:
             yield f"importance sampling, {source}", importance, name
 
