@@ -189,7 +189,7 @@ def train_in_group(options: argparse.Namespace) -> None:
         found = {"losses": losses, "speed": rows_per_second(options.backend, options.num_steps)}
         if RANK == 0:
             torch.save(found, options.result)
-    # No process may leave the group while another still needs it.
+    # Modules must end before their group, and no process may leave it while others need it.
     gc.collect()
     distributed.barrier()
     distributed.destroy_process_group()

@@ -26,7 +26,7 @@ def plot_model_comparison(comparison: Any, ax: Any = None) -> Any:
     """
     ax = axes_or_new(ax)
     for position, (_, row) in enumerate(comparison.iterrows()):
-        color = "C3" if row["flags"] else "black"
+        color = "tab:red" if row["flags"] else "black"
         x, error = row["log_evidence"], row["std_error"]
         ax.errorbar(x, position, xerr=error, fmt="o", color=color, mfc="white")
     ax.axvline(comparison["log_evidence"].iloc[0], linestyle="--", color="grey")

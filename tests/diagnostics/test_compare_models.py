@@ -264,7 +264,7 @@ def test_plot():
     ax = plot_model_comparison(compare_models(models))
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["best (0.73)", "second (0.27)"]
-    assert [container.lines[0].get_color() for container in ax.containers] == ["C3", "black"]
+    assert [container.lines[0].get_color() for container in ax.containers] == ["tab:red", "black"]
     assert ax.yaxis_inverted()
     assert ax.lines[-1].get_xdata() == [-2.0, -2.0]
     matplotlib.pyplot.close(ax.figure)
