@@ -77,7 +77,7 @@ def test_weights_and_likelihoods_have_the_discrete_sites_summed(name, chunk_size
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize(("num", "chunk_size"), [(4000, None), (4000, 1500), (400, 1)])
+@pytest.mark.parametrize(("num", "chunk_size"), [(4000, None), (4000, 1500), (100, 1)])
 def test_discrete_sites_are_drawn_from_their_posterior(name, num, chunk_size):
     found = from_pyro_svi(
         MODELS[name], guide, X, num_samples=num, chunk_size=chunk_size, prior=False

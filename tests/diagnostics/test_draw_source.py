@@ -19,16 +19,16 @@ from tests.models import Hierarchical, NormalNormal
 @pytest.mark.parametrize("subsample_size", [None, 2])
 def test_local_latents_over_all_rows(chunk_size, subsample_size):
     programs = NormalNormal(X, subsample_size=subsample_size, exact_guide=True)
-    found = from_pyro_svi(*pair(programs), num_samples=300, chunk_size=chunk_size)
+    found = from_pyro_svi(*pair(programs), num_samples=80, chunk_size=chunk_size)
     posterior = group(found, "posterior")["z"]
     assert posterior.dims == ("chain", "draw", "data")
-    assert posterior.shape == (1, 300, 5)
+    assert posterior.shape == (1, 80, 5)
     error = posterior.values[0].mean(0) - X.numpy() / 2
-    assert (np.abs(error) < 4.5 * math.sqrt(0.5 / 300)).all()
+    assert (np.abs(error) < 4.5 * math.sqrt(0.5 / 80)).all()
     statistics = group(found, "sample_stats")
     expected = programs.log_evidence().numpy()
     np.testing.assert_allclose(
-        statistics["log_weight_local"].values, np.broadcast_to(expected, (1, 300, 5))
+        statistics["log_weight_local"].values, np.broadcast_to(expected, (1, 80, 5))
     )
     np.testing.assert_allclose(statistics["log_weight"].values, expected.sum())
     assert statistics["pareto_k_local"].dims == ("chain", "data")

@@ -13,7 +13,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro_ext.infer import ImportanceWeightedELBO, MultiSampleELBO, ThermodynamicELBO
 from pyro_ext.ops import jackknife, log_mean_exp
 from tests.infer.gradients.estimates import F64, REPLICATES, gradient, replicated
-from tests.registry import EVERY_ESTIMATOR, VECTORIZE, PublishedJackknife
+from tests.registry import EVERY_ESTIMATOR, PublishedJackknife
 from tests.statistics import assert_mean
 
 BOUNDS = {
@@ -101,7 +101,7 @@ def test_a_discrete_site_after_a_reparameterized_one_against_quadrature(rule, K)
 
 
 @pytest.mark.long
-@VECTORIZE
+@pytest.mark.parametrize("vectorize", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["Categorical", "Poisson"])
 def test_other_discrete_families_have_the_mean_of_the_elbo(family, vectorize):
     """One particle: the mean gradient is that of Trace_ELBO, which has its own score function."""

@@ -65,29 +65,27 @@ def test_looped_and_vectorized_rules_agree_for_one_particle():
 @pytest.mark.long
 @pytest.mark.parametrize("rule", ["stl", "dreg"])
 def test_one_particle_is_unbiased_under_stl_and_dreg(rule):
-    programs = TwoLayer(torch.tensor([0.3, -0.6], **F64))
+    programs = TwoLayer(torch.tensor([0.3, -0.6], **F64).repeat(10))
     rules = ("pathwise", rule)
     model, guide = programs.model, programs.guide
-    assert_same_mean(ImportanceWeightedELBO, 1, model, guide, rules, max_plate_nesting=1)
+    assert_same_mean(ImportanceWeightedELBO, 1, model, guide, rules, 30, max_plate_nesting=1)
 
 
 @pytest.mark.long
 def test_stl_is_biased_for_several_particles():
     """It is documented to be: were it not, the text would be wrong."""
-    programs = TwoLayer(torch.tensor([0.3, -0.6], **F64))
+    programs = TwoLayer(torch.tensor([0.3, -0.6], **F64).repeat(20))
     elbos = [
         ImportanceWeightedELBO(5, gradient=rule, max_plate_nesting=1)
         for rule in ("pathwise", "stl")
     ]
     parameters = stored_parameters(elbos[0], programs.model, programs.guide)
     draws = [
-        torch.stack(
-            [gradient(e, programs.model, programs.guide, parameters, s) for s in range(800)]
-        )
+        torch.stack([gradient(e, programs.model, programs.guide, parameters, s) for s in range(40)])
         for e in elbos
     ]
     difference = draws[1] - draws[0]
-    z = difference.mean(0) / (difference.std(0) / 800**0.5)
+    z = difference.mean(0) / (difference.std(0) / 40**0.5)
     assert z.nan_to_num().abs().max() > 6
 
 
@@ -123,7 +121,7 @@ def test_dreg_is_quieter_near_the_posterior(make):
     deviation = {}
     for rule in ("pathwise", "dreg"):
         elbo = make(20, gradient=rule, max_plate_nesting=1)
-        draws = [gradient(elbo, model, guide, [slope], seed) for seed in range(200)]
+        draws = [gradient(elbo, model, guide, [slope], seed) for seed in range(60)]
         deviation[rule] = torch.cat(draws).std()
     assert deviation["dreg"] < deviation["pathwise"] / 4
 
@@ -131,9 +129,9 @@ def test_dreg_is_quieter_near_the_posterior(make):
 @pytest.mark.long
 @VECTORIZE
 def test_subsampled_plate(vectorize):
-    x = torch.linspace(-2, 2, 6, **F64)
+    x = torch.linspace(-2, 2, 60, **F64)
     slope = torch.tensor(0.2, **F64, requires_grad=True)
-    programs = NormalNormal(x, subsample_size=2)
+    programs = NormalNormal(x, subsample_size=20)
 
     def guide():
         with programs.plate() as index:
@@ -144,7 +142,7 @@ def test_subsampled_plate(vectorize):
         elbo = ImportanceWeightedELBO(
             4, gradient=rule, vectorize_particles=vectorize, max_plate_nesting=1
         )
-        found = [gradient(elbo, programs.model, guide, [slope], seed) for seed in range(300)]
+        found = [gradient(elbo, programs.model, guide, [slope], seed) for seed in range(40)]
         draws[rule] = torch.stack(found)
     assert_mean(draws["dreg"] - draws["pathwise"], 0.0)
 

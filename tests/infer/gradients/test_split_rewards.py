@@ -103,6 +103,7 @@ LINEAR = {
     "multiply-importance-weighted": lambda **o: MultiplyImportanceWeightedELBO(4, 4, **o),
     "thermodynamic": lambda **options: ThermodynamicELBO(4, 1, **options),
 }
+REST = ("multiply-importance-weighted", "thermodynamic")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,11 @@ LINEAR = {
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
+@pytest.mark.parametrize(
+    "make",
+    [LINEAR["combined"], *(pytest.param(LINEAR[x], marks=pytest.mark.slow) for x in REST)],
+    ids=["combined", *REST],
+)
 def test_several_particles_of_a_linear_bound(make, options):
     model, guide = PROGRAMS["beside a global"]
     elbo = make(max_plate_nesting=1, **options)
