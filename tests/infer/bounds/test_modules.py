@@ -54,15 +54,15 @@ def test_module_interface_with_a_torch_optimizer(make, smallest, local_params):
     module = make(smallest + 3, gradient="dreg")(Decoder(), Encoder())
     first = module(x)
     assert len(list(module.parameters())) == 5
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     losses = []
-    for _ in range(200):
+    for _ in range(80):
         optimizer.zero_grad()
         loss = module(x)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < first.item()
+    assert sum(losses[-20:]) / 20 < first.item()
     module.load_state_dict(copy.deepcopy(module).state_dict())
 
 

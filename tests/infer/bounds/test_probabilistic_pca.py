@@ -78,10 +78,13 @@ def test_the_jackknife_takes_out_bias_at_eight_draws():
     assert corrected.mean().abs() + 4.5 * error < 0.6 * iwae.mean().abs()
 
 
+PATHS = {"num_leapfrog_steps": 5, "max_plate_nesting": 1}
+
+
 @pytest.mark.long
 def test_annealing_from_the_guide_finds_the_truth():
     found = annealed_importance_sampling(
-        PCA.model, PCA.guide, num_chains=32, num_temperatures=60, max_plate_nesting=1
+        PCA.model, PCA.guide, num_chains=32, num_temperatures=30, **PATHS
     )
     error = found.log_evidence - PCA.log_evidence()
     assert error.mean().abs() < 0.05
@@ -94,9 +97,9 @@ def test_annealing_from_the_prior_brackets_the_truth():
     found = annealed_importance_sampling(
         PCA.model,
         num_chains=4,
-        num_temperatures=100,
+        num_temperatures=40,
         exact_sample={"z": PCA.z},
-        max_plate_nesting=1,
+        **PATHS,
     )
     # The totals lie outside of the bracket by b nats with probability e^-b.
     total = PCA.log_evidence().sum()
@@ -107,7 +110,7 @@ def test_annealing_from_the_prior_brackets_the_truth():
 @pytest.mark.long
 def test_annealing_agrees_with_importance_sampling():
     annealed = annealed_importance_sampling(
-        PCA.model, PCA.guide, num_chains=16, num_temperatures=60, max_plate_nesting=1
+        PCA.model, PCA.guide, num_chains=16, num_temperatures=30, **PATHS
     )
     sampled = estimate_evidence(PCA.model, PCA.guide, num_samples=2000, max_plate_nesting=1)
     error = math.hypot(annealed.total_std_error, sampled.total_std_error)

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_all_particles(make, smallest, rule, vectorize):
     whole = make(12, **options)
     whole.loss(model, guide, X)
     expected_loss, expected = step(whole, model, guide)
-    for size in (1, 4, 5, 8, 11):  # 5 and 11 leave a rest
+    for size in (1, 4, 5):  # 5 leaves a rest
         chunked = make(12, particle_chunk_size=size, **options)
         chunked.loss(model, guide, X)
         loss, found = step(chunked, model, guide)
