@@ -2,6 +2,7 @@
 
 import dis
 import sys
+from functools import lru_cache
 from types import CodeType
 from typing import NamedTuple
 
@@ -18,14 +19,18 @@ class Names(NamedTuple):
     :ivar stored: the globals and attributes that it sets.
     """
 
-    loaded_globals: set[str]
-    loaded_attributes: set[str]
-    stored: set[str]
+    loaded_globals: frozenset[str]
+    loaded_attributes: frozenset[str]
+    stored: frozenset[str]
 
 
+@lru_cache(maxsize=10_000)
 def names_in(code: CodeType) -> Names:
     """Return the names of globals and of attributes in code, also in nested code."""
-    global_names, attribute_names, stored, codes = set(), set(), set(), [code]
+    global_names: set[str] = set()
+    attribute_names: set[str] = set()
+    stored: set[str] = set()
+    codes = [code]
     for part in codes:  # the loop also visits the codes that it appends
         codes += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
         attribute_names |= {x for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
@@ -36,7 +41,7 @@ def names_in(code: CodeType) -> Names:
                 attribute_names.add(instruction.argval)
             elif instruction.opname in ("STORE_ATTR", "STORE_GLOBAL"):
                 stored.add(instruction.argval)
-    return Names(global_names, attribute_names, stored)
+    return Names(frozenset(global_names), frozenset(attribute_names), frozenset(stored))
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 from pyro_ext.infer import CyclicalKL, EagerSVI, GeometricKL, KLWeightedELBO, LinearKL, UniformKL
-from tests.infer.kl.objectives import ConstantKL, Pair
+from tests.infer.kl.objectives import ConstantKL
 
 
 class Late(LinearKL):
@@ -18,10 +20,18 @@ class Late(LinearKL):
         return super().factor_at(max(0, step - 450))
 
 
+def model(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x):
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
 def make(schedule, kind=SVI):
-    pair = Pair()
     elbo = KLWeightedELBO(Trace_ELBO(), schedule)
-    return kind(pair.model, pair.guide, Adam({"lr": 1e-4}), elbo), pair.x
+    return kind(model, guide, Adam({"lr": 1e-4}), elbo), torch.tensor(1.0)
 
 
 def warnings_of(num_steps, step, svi, x):

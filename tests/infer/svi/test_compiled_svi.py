@@ -243,7 +243,7 @@ def test_a_loss_function_of_ones_own():
     assert svi.step(torch.tensor(2.0)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:estimate_evidence. Pareto k")
 def test_reaches_the_evidence_of_eager_steps_on_digits():
     datasets = pytest.importorskip("sklearn.datasets")
