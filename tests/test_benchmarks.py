@@ -254,7 +254,7 @@ def test_the_gpu_kit_measures_steps(monkeypatch):
     assert "for matmuls alone (geometric mean over (batch, K) = (20, 5), (20, 50))" in of_compiled
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_gpu_kit_runs_the_tests_of_a_device(tmp_path):
     from benchmarks.gpu.cuda_tests import run_tests
 

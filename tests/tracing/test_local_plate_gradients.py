@@ -214,7 +214,9 @@ def test_looped_globals_with_a_cached_transform():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])
+@pytest.mark.parametrize(
+    "rule", ["dreg", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("pathwise", "stl"))]
+)
 def test_autoguides_train_to_the_posterior_of_the_global(rule):
     programs = Hierarchical(X.float(), subsample_size=2)
     guide = AutoNormal(programs.model)

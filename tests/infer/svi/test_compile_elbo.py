@@ -49,7 +49,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_trains_like_the_module_of_pyro(pair, objective):
-    assert_same(lambda loop: loop.take(200), problem(pair, OBJECTIVES[objective]))
+    assert_same(lambda loop: loop.take(60), problem(pair, OBJECTIVES[objective]))
 
 
 @pytest.mark.long

@@ -81,7 +81,13 @@ def train_with_lightning(loop, folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("pair", "backend"), [("PyroModule", "eager"), ("nn.Module", "inductor")])
+@pytest.mark.parametrize(
+    ("pair", "backend"),
+    [
+        ("PyroModule", "eager"),
+        pytest.param("nn.Module", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_lightning_gives_the_numbers_of_eager_steps(pair, backend, tmp_path):
     plain = Loop(eager, problem(pair))
     expected = train_plainly(plain)

@@ -71,10 +71,8 @@ def test_enumerated_programs_take_the_steps_of_svi(name):
 
 # Inductor's own sums over indices write out of bounds for the first (pytorch#191837), and it cannot
 # compile the masks of the second.
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "name", [pytest.param("hmm_3", marks=pytest.mark.slow), "lkj_from_example"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hmm_3", "lkj_from_example"])
 def test_programs_are_compiled_as_they_are(name):
     assert_takes_the_steps_of_svi(name, PROGRAMS[name].make_elbo, 3, "inductor")
 
