@@ -85,7 +85,13 @@ def test_logistic_mixture_against_sixty_digits(kernels, low, high):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", scale_mixture.COMPONENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "the paper's" else pytest.mark.slow)
+        for name in scale_mixture.COMPONENTS
+    ],
+)
 def test_scale_mixture_against_sixty_digits(kernels, name):
     scale_mixture.test_float32_against_sixty_digits(name)
     x = torch.cat([torch.linspace(-3, 3, 65), torch.tensor([torch.inf, -torch.inf, torch.nan])])

@@ -63,7 +63,12 @@ FUNCTIONS = {
         lambda found: found.value.item(),
     ),
     "annealed_importance_sampling": (
-        partial(annealed_importance_sampling, num_chains=3, num_temperatures=3),
+        partial(
+            annealed_importance_sampling,
+            num_chains=3,
+            num_temperatures=3,
+            num_leapfrog_steps=1,
+        ),
         lambda found: found.total,
     ),
     "sequential_monte_carlo": (

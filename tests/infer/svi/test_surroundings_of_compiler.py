@@ -37,7 +37,12 @@ def compiled():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "variables", [{"CXX": "no-such-compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/proc"}], ids=str
+    "variables",
+    [
+        {"CXX": "no-such-compiler"},
+        pytest.param({"TORCHINDUCTOR_CACHE_DIR": "/proc"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_without_a_compiler_or_cache(tmp_path, variables):
     run("take_steps_without_compiler", tmp_path, variables)
