@@ -8,15 +8,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyro
-from pyro.poutine.messenger import Messenger
+from torch import Tensor
 
 from benchmarks.evidence_run import Run
 from benchmarks.harness import Options, Table
@@ -26,8 +28,7 @@ from pyro_ext.infer import (
     estimate_evidence,
     sequential_monte_carlo,
 )
-from pyro_ext.tracing import Program
-from pyro_ext.tracing.sites import PARTICLE_PLATE
+from pyro_ext.infer.annealing.flat_target import FlatTarget
 from tests.posteriors import POSTERIORS, Posterior
 
 #: estimator -> (library, module of benchmarks.evidence_peers)
@@ -37,6 +38,8 @@ PEERS = {
     "dynesty": ("dynesty", "nested"),
 }
 NUM_SEEDS = 50
+#: The number of draws of importance sampling.
+NUM_DRAWS = 10_000
 #: The seeds of an estimator of another library, for these take minutes.
 NUM_PEER_SEEDS = 8
 NUM_QUICK_SEEDS = 2
@@ -55,60 +58,61 @@ COLUMNS = [
 ]
 
 
-class CountedModel(Messenger):
-    """A model that counts the evaluations of its joint density, one for each particle.
+@contextmanager
+def counted_evaluations() -> Iterator[list[int]]:
+    """Count the evaluations of the density in annealing and sequential Monte Carlo.
 
-    :param program: the model.
+    Each call adds its number of particles to the list. A draw counts twice, for it is also scored.
     """
+    found: list[int] = []
+    slopes, draw = FlatTarget.slopes, FlatTarget.draw
 
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.program = program
-        self.evaluations = 0
-        self._num_particles = 1
-        self._is_prior = False
+    def count_slopes(self: FlatTarget, positions: Tensor, beta: Any) -> Any:
+        found.append(len(positions))
+        return slopes(self, positions, beta)
 
-    def model(self, *args: Any) -> None:
-        """Run the model."""
-        self._num_particles, self._is_prior = 1, False
-        with self:
-            self.program(*args)
-        if not self._is_prior:
-            self.evaluations += self._num_particles
+    def count_draws(self: FlatTarget, num_particles: int, sample: Any = None) -> Any:
+        found.append(2 * num_particles)
+        return draw(self, num_particles, sample)
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == PARTICLE_PLATE:
-                self._num_particles = frame.size
-        # The prior as a guide hides observed sites from the tracer.
-        self._is_prior |= bool(msg["is_observed"] and msg["stop"])
+    with (
+        patch.object(FlatTarget, "slopes", count_slopes),
+        patch.object(FlatTarget, "draw", count_draws),
+    ):
+        yield found
 
 
-def annealed(model: Program, posterior: Posterior, guide: Any) -> Evidence:
+def annealed(posterior: Posterior, guide: Any) -> Evidence:
     """Anneal 64 chains."""
     return annealed_importance_sampling(
-        model,
+        posterior.model,
         guide,
         *posterior.args,
         num_chains=64,
         num_temperatures=100,
         num_leapfrog_steps=5,
+        compile="eager",
     )
 
 
-def sequential(model: Program, posterior: Posterior, guide: Any) -> Evidence:
+def sequential(posterior: Posterior, guide: Any) -> Evidence:
     """Run sequential Monte Carlo with default settings."""
-    return sequential_monte_carlo(model, guide, *posterior.args).evidence
+    return sequential_monte_carlo(posterior.model, guide, *posterior.args, compile="eager").evidence
 
 
-def importance(model: Program, posterior: Posterior, guide: Any) -> Evidence:
-    """Draw 10,000 times from a guide. Its training does not count."""
+def importance(posterior: Posterior, guide: Any) -> Evidence:
+    """Draw from a guide. Its training does not count."""
     return estimate_evidence(
-        model, guide, *posterior.args, num_samples=10_000, chunk_size=1000, jackknife_orders=()
+        posterior.model,
+        guide,
+        *posterior.args,
+        num_samples=NUM_DRAWS,
+        chunk_size=1000,
+        jackknife_orders=(),
     )
 
 
-Estimator = Callable[[Program, Posterior, Any], Evidence]
+Estimator = Callable[[Posterior, Any], Evidence]
 
 
 def estimators(posterior: Posterior) -> Iterator[tuple[str, Estimator, str | None]]:
@@ -125,12 +129,12 @@ def estimators(posterior: Posterior) -> Iterator[tuple[str, Estimator, str | Non
 def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -> Run:
     """Run an estimator of this package."""
     pyro.set_rng_seed(seed)
-    counted = CountedModel(posterior.model)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), counted_evaluations() as counted:
         warnings.simplefilter("ignore", UserWarning)  # the flags say the same
-        found = estimator(counted.model, posterior, guide)
+        found = estimator(posterior, guide)
+    evaluations = sum(counted) or NUM_DRAWS
     error = found.std_error.item()
-    return Run(found.log_evidence.item(), counted.evaluations, error, tuple(found.flags))
+    return Run(found.log_evidence.item(), evaluations, error, tuple(found.flags))
 
 
 def row(

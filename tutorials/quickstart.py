@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--no-progress-bar", action="store_true")
     parser.add_argument("--output", default="quickstart.png", help="path of the figure")
     arguments = parser.parse_args()
-    num_steps, num_seeds, num_draws = (20, 2, 128) if arguments.smoke else (1000, 3, 2048)
+    num_steps, num_seeds, num_draws = (20, 2, 128) if arguments.smoke else (500, 3, 2048)
     # Every network finds some digits hard. The last line below the table gives their share.
     warnings.filterwarnings("ignore", message=".*Pareto k is above")
     # Saturated units produce denormal numbers, which slow down matrix products on a CPU.

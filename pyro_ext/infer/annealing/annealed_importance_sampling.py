@@ -16,7 +16,8 @@ from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
-from pyro_ext.infer.evidence.checks import checked_orders, warn_of_heavy_tails
+from pyro_ext.infer.evidence.checks import checked_orders, warn_of_flags, warn_of_heavy_tails
+from pyro_ext.infer.evidence.flags import weight_flags
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
@@ -178,4 +179,6 @@ def annealed_importance_sampling(
         del bar, annealer, sampler
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
+    of_weights = weight_flags(evidence)
+    warn_of_flags(NAME, {x: why for x, why in evidence.flags.items() if x not in of_weights})
     return evidence

@@ -1,5 +1,4 @@
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from pyro_ext._arguments import check_integer, check_real
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
 from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
+from pyro_ext.infer.evidence.checks import warn_of_flags
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
@@ -151,6 +151,5 @@ def sequential_monte_carlo(
             sampler = TemperedSampler(NAME, call, bar, **settings)
             found = sampler.posterior(programs)
         del bar, sampler.bar  # here, because Python ignores an interrupt inside of a destructor
-    for name, reason in found.evidence.flags.items():
-        warnings.warn(f"{NAME}: {name}: {reason}", stacklevel=2)
+    warn_of_flags(NAME, found.evidence.flags)
     return found

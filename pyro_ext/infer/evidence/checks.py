@@ -1,7 +1,7 @@
 """Checks that several estimates share."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pyro_ext._arguments import check_integer, check_type
 from pyro_ext.infer.evidence.evidence import Evidence
@@ -23,6 +23,16 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
             f"estimate, and its standard error is too small. {advice}",
             stacklevel=3,
         )
+
+
+def warn_of_flags(owner: str, flags: Mapping[str, str]) -> None:
+    """Warn of the reasons not to trust an estimate.
+
+    :param owner: the name of the estimate, for the messages.
+    :param flags: a dict from the name of each flag to its reason.
+    """
+    for name, reason in flags.items():
+        warnings.warn(f"{owner}: {name}: {reason}", stacklevel=3)
 
 
 def checked_orders(

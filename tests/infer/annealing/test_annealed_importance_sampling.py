@@ -93,6 +93,7 @@ def test_constrained_sites(model, exact):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*gap. The reverse chains")
 @pytest.mark.parametrize("ladder", ["sigmoid", "geometric", [0, 0.1, 0.3, 0.7, 1]])
 def test_chains_in_reverse_are_unbiased_too(ladder):
     x = X.repeat(25)

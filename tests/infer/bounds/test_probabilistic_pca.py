@@ -93,6 +93,7 @@ def test_annealing_from_the_guide_finds_the_truth():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*gap. The reverse chains")
 def test_annealing_from_the_prior_brackets_the_truth():
     found = annealed_importance_sampling(
         PCA.model,
