@@ -241,6 +241,7 @@ def undisturbed():
     return history.losses, parameters()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_process_was_killed(pools, tmp_path):
     expected, _ = pools(2).results(undisturbed)
     found, log = start(tmp_path)

@@ -171,10 +171,10 @@ def losses_of_all_rows(num_steps):
 
 
 def test_processes_with_all_rows_draw_different_numbers(pools):
-    one = torch.tensor(losses_of_all_rows(1000)).var()
-    first, second = (torch.tensor(x) for x in pools(2).results(losses_of_all_rows, 1000))
+    one = torch.tensor(losses_of_all_rows(400)).var()
+    first, second = (torch.tensor(x) for x in pools(2).results(losses_of_all_rows, 400))
     assert torch.equal(first, second)
-    assert abs(first.var() / one - 0.5) < 4.5 * 0.035  # its standard error
+    assert abs(first.var() / one - 0.5) < 4.5 * 0.056  # its standard error
 
 
 def interrupted_run(folder, is_compiled, per_row):

@@ -24,7 +24,13 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("pathwise", "jackknife") else ())
+        for name in NAMES
+    ],
+)
 def test_several_processes_take_the_steps_of_one(pools, name, is_compiled, size):
     expected = train(name, is_compiled)
     for found in pools(size).results(train, name, is_compiled):
