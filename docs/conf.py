@@ -64,6 +64,7 @@ sphinx_gallery_conf = {
     "reset_argv": f"gallery.{'smoke_arguments' if tags.has('smoke') else 'arguments'}",
     "abort_on_example_error": True,
     "show_memory": False,
+    "parallel": 2,
     "remove_config_comments": True,
 }
 

@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, is_beyond_noise, prior_flag
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -48,8 +48,8 @@ class AnnealedEvidence(Evidence):
         """Reasons not to trust the estimate, by a short name; empty if none is known.
 
         Beside those of :class:`Evidence`, there are ``acceptance`` (below 0.3 on average), ``gap``
-        (the reverse chains find more than the others, by more than 0.1 nats and 6 standard errors)
-        and ``prior`` (chains from the prior find more evidence, so the guide misses a part of the
+        (the reverse chains find more than the others, by more than 0.1 nats and noise explain) and
+        ``prior`` (chains from the prior find more evidence, so the guide misses a part of the
         posterior).
         """
         flags = super().flags
@@ -60,7 +60,9 @@ class AnnealedEvidence(Evidence):
                 f"{data_points(stuck)}. Use more leapfrog steps, or reparameterise the model."
             )
         if self.upper is not None:
-            gap = self.upper - self.log_evidence > MAX_GAP + 6 * self.std_error
+            gap = is_beyond_noise(
+                self.upper - self.log_evidence - MAX_GAP, self.std_error, self.num_samples
+            )
             if gap.any():
                 flags["gap"] = (
                     f"The reverse chains find more evidence{data_points(gap)}. Use more "

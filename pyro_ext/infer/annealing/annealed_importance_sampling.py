@@ -17,7 +17,6 @@ from pyro_ext.infer.annealing.temperature_paths import inverse_temperatures
 from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.checks import checked_orders, warn_of_flags, warn_of_heavy_tails
-from pyro_ext.infer.evidence.flags import weight_flags
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.tracing import Program
 from pyro_ext.tracing.arguments import NOT_GIVEN, read_programs
@@ -151,7 +150,6 @@ def annealed_importance_sampling(
             check_integer(NAME, name, value, 1)
         orders = checked_orders(NAME, jackknife_orders, num_chains)
         check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
-        slopes_of = chosen_slopes(NAME, compile)
         betas = inverse_temperatures(ladder, num_temperatures)
         programs = read_programs(
             NAME, model, guide, args, kwargs, model_args, model_kwargs, without_guide=PriorProposal
@@ -166,11 +164,11 @@ def annealed_importance_sampling(
         call.check_inputs(programs, settings, exact_sample=exact_sample)
         size = min(num_chains, chunk_size or 100)
         num_passes = -(-num_chains // (size * call.size)) * (1 if exact_sample is None else 2)
-        total = num_passes * (len(betas) - 2) + len(betas) - 2 + NUM_WARMUP
+        total = (num_passes + 1) * (len(betas) - 2) + NUM_WARMUP
         densities = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
-        target = FlatTarget(densities, None, slopes_of)
-        is_hidden = not progress_bar or call.rank > 0
-        bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
+        target = FlatTarget(densities, None, chosen_slopes(NAME, compile))
+        disable = not progress_bar or call.rank > 0
+        bar = tqdm(total=total, desc=NAME, unit="transition", disable=disable)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
         sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting, compile)
         with bar:
@@ -179,6 +177,5 @@ def annealed_importance_sampling(
         del bar, annealer, sampler
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
-    of_weights = weight_flags(evidence)
-    warn_of_flags(NAME, {x: why for x, why in evidence.flags.items() if x not in of_weights})
+    warn_of_flags(NAME, evidence)
     return evidence

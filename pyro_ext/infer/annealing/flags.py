@@ -1,6 +1,7 @@
 """Reasons not to trust a chain that starts at a guide."""
 
 from scipy.special import ndtr, stdtrit
+from torch import Tensor
 
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
@@ -12,6 +13,18 @@ MIN_ACCEPTANCE = 0.3
 NUM_ERRORS = 4.0
 
 
+def is_beyond_noise(difference: Tensor, std_error: Tensor, num_samples: int) -> Tensor:
+    """Return which data points have a difference that noise does not explain.
+
+    :param difference: the difference of two estimates of each data point.
+    :param std_error: its standard error.
+    :param num_samples: the number of draws of the standard error.
+    """
+    # Few draws have an uncertain standard error, and many data points have a largest difference.
+    level = ndtr(-NUM_ERRORS) / difference.numel()
+    return difference > -stdtrit(num_samples - 1, level) * std_error
+
+
 def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str]:
     """Return the flag ``prior`` if chains from the prior find more evidence than others.
 
@@ -21,10 +34,8 @@ def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str
     if from_prior is None:
         return {}
     error = (evidence.std_error.square() + from_prior.std_error.square()).sqrt()
-    difference = from_prior.log_evidence - evidence.log_evidence
-    # Few draws have an uncertain standard error, and many data points have a largest difference.
-    freedom = min(evidence.num_samples, from_prior.num_samples) - 1
-    more = difference > -stdtrit(freedom, ndtr(-NUM_ERRORS) / difference.numel()) * error
+    num_samples = min(evidence.num_samples, from_prior.num_samples)
+    more = is_beyond_noise(from_prior.log_evidence - evidence.log_evidence, error, num_samples)
     if not more.any():
         return {}
     return {

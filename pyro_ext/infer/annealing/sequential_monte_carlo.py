@@ -151,5 +151,5 @@ def sequential_monte_carlo(
             sampler = TemperedSampler(NAME, call, bar, **settings)
             found = sampler.posterior(programs)
         del bar, sampler.bar  # here, because Python ignores an interrupt inside of a destructor
-    warn_of_flags(NAME, found.evidence.flags)
+    warn_of_flags(NAME, found.evidence)
     return found

@@ -1,11 +1,11 @@
 """Checks that several estimates share."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pyro_ext._arguments import check_integer, check_type
 from pyro_ext.infer.evidence.evidence import Evidence
-from pyro_ext.infer.evidence.flags import is_heavy
+from pyro_ext.infer.evidence.flags import is_heavy, weight_flags
 from pyro_ext.tracing.failures import data_points
 
 
@@ -25,14 +25,16 @@ def warn_of_heavy_tails(owner: str, evidence: Evidence, advice: str) -> None:
         )
 
 
-def warn_of_flags(owner: str, flags: Mapping[str, str]) -> None:
-    """Warn of the reasons not to trust an estimate.
+def warn_of_flags(owner: str, evidence: Evidence) -> None:
+    """Warn of the flags that do not come from the weights alone.
 
     :param owner: the name of the estimate, for the messages.
-    :param flags: a dict from the name of each flag to its reason.
+    :param evidence: the estimate.
     """
-    for name, reason in flags.items():
-        warnings.warn(f"{owner}: {name}: {reason}", stacklevel=3)
+    of_weights = weight_flags(evidence)
+    for name, reason in evidence.flags.items():
+        if name not in of_weights:
+            warnings.warn(f"{owner}: {name}: {reason}", stacklevel=3)
 
 
 def checked_orders(
