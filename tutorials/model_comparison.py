@@ -206,6 +206,7 @@ def draw_figure(tables: dict[str, Any], output: str) -> None:
         plot_model_comparison(table, axis)
         axis.set(title=title, ylabel="")
         axis.grid(visible=False, axis="y")
+        axis.locator_params(axis="x", nbins=5)
     figure.savefig(output)
     print(f"\nFigure: {output}")
 
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--no-progress-bar", action="store_true")
     parser.add_argument("--output", default="model_comparison.png", help="path of the figure")
     arguments = parser.parse_args()
-    settings: dict[str, Any] = {"num_particles": 64, "num_runs": 8}
+    settings: dict[str, Any] = {"num_particles": 256, "num_runs": 8}
     num_rows = {"diabetes": 150, "polynomial": 40, "iris": 50}
     if arguments.smoke:
         settings = {"num_particles": 4, "chain_length": 2, "num_runs": 4, "target_ess": 0.2}
@@ -240,7 +241,9 @@ def main() -> None:
             evidences = {}
             for name, model in models.items():
                 bar.set_postfix_str(name)
-                evidences[name] = sequential_monte_carlo(model, None, **settings).evidence
+                evidences[name] = sequential_monte_carlo(
+                    model, None, compile="eager", **settings
+                ).evidence
                 bar.update()
             return evidences
 
@@ -257,5 +260,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+# %%
+# Findings
+# --------
+#
+# - Ten predictors whose prior learns its scale are six times as probable as two predictors. Heavy
+#   tails of the noise do not matter: with and without them, the evidence is the same within the
+#   error bars.
+# - The prior matters. At the first scale, two predictors are twice as probable as ten. At twice the
+#   scale, they are about 300 times as probable, for ten weights pay more for a wide prior than two.
+# - The evidence finds order 2, from which the data come. All estimates agree with the closed form
+#   within two standard errors.
+# - One component is out of the question, at a distance of 25 nats. Two, three and four components
+#   are about equally probable: fifty flowers do not tell.
 
 # sphinx_gallery_thumbnail_path = "images/thumbnails/model_comparison.png"
