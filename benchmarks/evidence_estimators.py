@@ -42,9 +42,8 @@ NUM_SEEDS = 50
 NUM_DRAWS = 10_000
 #: The seeds of an estimator of another library, for these take minutes.
 NUM_PEER_SEEDS = 8
-NUM_QUICK_SEEDS = 2
+NUM_QUICK_SEEDS = 5
 COLUMNS = [
-    "posterior",
     "estimator",
     "log evidence",
     "mean estimate",
@@ -140,7 +139,7 @@ def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -
 def row(
     name: str, run: Callable[[Posterior, int], Run], posterior: Posterior, num_seeds: int
 ) -> list[Any]:
-    """Run an estimator with several seeds, and return its columns without the posterior's name."""
+    """Run an estimator with several seeds, and return its columns."""
     runs, seconds = [], []
     for seed in range(num_seeds):
         start = time.perf_counter()
@@ -168,21 +167,21 @@ def row(
 
 
 def tables(options: Options) -> Iterator[Table]:
-    """One row for each posterior and estimator."""
-    table = Table("Estimators of the evidence", COLUMNS, chart=(COLUMNS[:2], COLUMNS[-1]))
+    """A table for each posterior, with a row for each estimator."""
     num_seeds = NUM_QUICK_SEEDS if options.quick else NUM_SEEDS
     installed = {name: module for name, (lib, module) in PEERS.items() if find_spec(lib)}
+    missing = [name for name in PEERS if name not in installed]
     for name, build in POSTERIORS.items():
+        table = Table(f"Evidence of {name}", COLUMNS, chart=(COLUMNS[:1], COLUMNS[-1]))
         posterior = build()
         moved = replace(posterior, args=tuple(x.to(options.device) for x in posterior.args))
         for label, estimator, guide_name in estimators(moved):
             pyro.set_rng_seed(0)
             run = partial(own_run, estimator, moved.guide(guide_name))
-            table.rows.append([name, *row(label, run, moved, num_seeds)])
+            table.rows.append(row(label, run, moved, num_seeds))
         for label, module in installed.items():
             peer = import_module(f"benchmarks.evidence_peers.{module}").run
-            table.rows.append([name, *row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS))])
-    missing = [name for name in PEERS if name not in installed]
-    if missing:
-        table.note = f"Left out, not installed: {', '.join(missing)}."
-    yield table
+            table.rows.append(row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS)))
+        if missing:
+            table.note = f"Left out, not installed: {', '.join(missing)}."
+        yield table

@@ -38,7 +38,7 @@ def test_columns():
     posterior = Posterior(lambda: None, (), 0.0)
     columns = dict(
         zip(
-            benchmark.COLUMNS[1:],
+            benchmark.COLUMNS,
             benchmark.row("name", lambda _, seed: runs[seed], posterior, 3),
             strict=True,
         )
