@@ -22,7 +22,8 @@ def is_beyond_noise(difference: Tensor, std_error: Tensor, num_samples: int) -> 
     """
     # Few draws have an uncertain standard error, and many data points have a largest difference.
     level = ndtr(-NUM_ERRORS) / difference.numel()
-    return difference > -stdtrit(num_samples - 1, level) * std_error
+    num_errors = -float(stdtrit(num_samples - 1, level))
+    return difference > num_errors * std_error
 
 
 def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str]:

@@ -111,6 +111,24 @@ def test_chains_in_reverse_are_unbiased_too(ladder):
     assert_mean((programs.log_evidence() - found.upper).exp().reshape(25, 4), 1.0)
 
 
+def test_a_gap_between_both_directions_is_warned_of():
+    """Ten coordinates that the data determine, and one step from the prior to them."""
+    x = X.new_full((10,), 2.0)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+
+    with pytest.warns(UserWarning, match="sampling: gap: The reverse chains find more evidence"):
+        found = annealed_importance_sampling(
+            model,
+            num_chains=50,
+            exact_sample={"z": x / 1.01 + 0.1 * torch.randn_like(x)},
+            **FEW | {"max_plate_nesting": 0},
+        )
+    assert "gap" in found.flags
+
+
 @pytest.mark.parametrize("num_chains", [1, 5])
 def test_the_exact_guide_has_no_error(num_chains):
     programs = NormalNormal(X, exact_guide=True)

@@ -1,7 +1,9 @@
 import pyro
 import pytest
+import torch
 
 from pyro_ext.infer import annealed_importance_sampling, sequential_monte_carlo
+from pyro_ext.infer.annealing.flags import is_beyond_noise
 from tests.posteriors import POSTERIORS
 
 NUM_SEEDS = 20
@@ -11,6 +13,17 @@ ESTIMATORS = {
         *programs, num_chains=32, check_prior=True, compile="eager"
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("num_errors", "num_points", "num_samples", "expected"),
+    [(4.1, 1, 10**6, True), (3.9, 1, 10**6, False), (4.1, 100, 10**6, False), (6.0, 1, 4, False)],
+)
+def test_few_draws_and_many_data_points_have_larger_noise(
+    num_errors, num_points, num_samples, expected
+):
+    error = torch.full((num_points,), 0.1)
+    assert is_beyond_noise(num_errors * error, error, num_samples).all() == expected
 
 
 @pytest.mark.slow

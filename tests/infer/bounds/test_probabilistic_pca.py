@@ -54,6 +54,7 @@ class ProbabilisticPCA:
 
 
 PCA = ProbabilisticPCA()
+PATHS = {"num_leapfrog_steps": 5, "max_plate_nesting": 1}
 
 
 def test_reported_errors_are_those_made():
@@ -78,9 +79,6 @@ def test_the_jackknife_takes_out_bias_at_eight_draws():
     assert corrected.mean().abs() + 4.5 * error < 0.6 * iwae.mean().abs()
 
 
-PATHS = {"num_leapfrog_steps": 5, "max_plate_nesting": 1}
-
-
 @pytest.mark.long
 def test_annealing_from_the_guide_finds_the_truth():
     found = annealed_importance_sampling(
@@ -93,7 +91,6 @@ def test_annealing_from_the_guide_finds_the_truth():
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*gap. The reverse chains")
 def test_annealing_from_the_prior_brackets_the_truth():
     found = annealed_importance_sampling(
         PCA.model,
