@@ -16,6 +16,12 @@ from torch import distributed, multiprocessing
 SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
+def objectives(names):
+    """The names of objectives as parameters of a test. Those that others cover are slow."""
+    slow = {"pathwise", "jackknife"}
+    return [pytest.param(x, marks=pytest.mark.slow if x in slow else ()) for x in names]
+
+
 class Pool:
     """Processes that wait for functions, so that a session starts them only once."""
 

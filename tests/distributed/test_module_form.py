@@ -22,7 +22,7 @@ from tests.distributed.minibatch_pair import (
     share_of,
     train,
 )
-from tests.distributed.pool import SIZES
+from tests.distributed.pool import SIZES, objectives
 
 pytestmark = pytest.mark.long
 NUM_STEPS = 50
@@ -72,22 +72,16 @@ def values_of_one_process(name):
     return values_of(module)
 
 
-EVERY_OBJECTIVE = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("pathwise", "jackknife") else ())
-    for name in OBJECTIVES
-]
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", EVERY_OBJECTIVE)
+@pytest.mark.parametrize("name", objectives(OBJECTIVES))
 def test_processes_take_the_steps_of_one(pools, size, wrapper, name):
     assert_all_close(pools(size).results(train_wrapped, name, wrapper), values_of_one_process(name))
 
 
 @pytest.mark.parametrize("audit_every", [3, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapper", ["ddp", "whole"])
-@pytest.mark.parametrize("name", EVERY_OBJECTIVE)
+@pytest.mark.parametrize("name", objectives(OBJECTIVES))
 def test_compiled_processes_take_the_steps_of_one(pools, audit_every, wrapper, name):
     assert_all_close(
         pools(2).results(train_wrapped, name, wrapper, audit_every), values_of_one_process(name)

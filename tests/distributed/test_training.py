@@ -9,7 +9,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro_ext.distributed import DistributedNoise
 from pyro_ext.distributed.processes import current_processes
 from pyro_ext.infer import EagerSVI
-from tests.distributed.pool import SIZES
+from tests.distributed.pool import SIZES, objectives
 from tests.distributed.training import NAMES, loader, train
 
 pytestmark = pytest.mark.long
@@ -24,13 +24,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("pathwise", "jackknife") else ())
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", objectives(NAMES))
 def test_several_processes_take_the_steps_of_one(pools, name, is_compiled, size):
     expected = train(name, is_compiled)
     for found in pools(size).results(train, name, is_compiled):
