@@ -167,8 +167,8 @@ def annealed_importance_sampling(
         total = (num_passes + 1) * (len(betas) - 2) + NUM_WARMUP
         densities = UnconstrainedPrograms(NAME, programs, max_plate_nesting)
         target = FlatTarget(densities, None, chosen_slopes(NAME, compile))
-        disable = not progress_bar or call.rank > 0
-        bar = tqdm(total=total, desc=NAME, unit="transition", disable=disable)
+        is_hidden = not progress_bar or call.rank > 0
+        bar = tqdm(total=total, desc=NAME, unit="transition", disable=is_hidden)
         annealer = Annealer(target, betas, num_leapfrog_steps, target_acceptance, call, bar)
         sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting, compile)
         with bar:
