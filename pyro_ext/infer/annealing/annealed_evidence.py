@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, is_beyond_noise, prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, has_less, is_beyond_noise, prior_flag
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -68,7 +68,10 @@ class AnnealedEvidence(Evidence):
                     f"The reverse chains find more evidence{data_points(gap)}. Use more "
                     "temperatures."
                 )
-        return flags | prior_flag(self, self.from_prior)
+        if self.from_prior is not None:
+            advice = "Leave the guide out, or use a wider one."
+            flags |= prior_flag(has_less(self, self.from_prior), advice)
+        return flags
 
     def to_dataset(self) -> Any:
         """Return the dataset of :meth:`Evidence.to_dataset` with ``acceptance`` and ``upper``.

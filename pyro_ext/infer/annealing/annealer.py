@@ -1,6 +1,6 @@
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,8 +60,10 @@ class Annealer:
         self.call.check_parameters(programs)
         self.call.use_own_random_numbers()
         found = self.evidence(num_chains, chunk_size, orders, exact_sample)
-        is_complete = found.num_samples == num_chains
-        return sampler.compared(found, from_prior) if is_complete else found
+        if from_prior is None or found.num_samples < num_chains:
+            return found
+        draws = sampler.finished(from_prior)
+        return found if draws is None else replace(found, from_prior=draws.evidence)
 
     def adapt(self, num_chains: int) -> None:
         """Find the step sizes, from chains that adapt them to their acceptance.

@@ -26,22 +26,24 @@ def is_beyond_noise(difference: Tensor, std_error: Tensor, num_samples: int) -> 
     return difference > num_errors * std_error
 
 
-def prior_flag(evidence: Evidence, from_prior: Evidence | None) -> dict[str, str]:
-    """Return the flag ``prior`` if chains from the prior find more evidence than others.
+def has_less(evidence: Evidence, other: Evidence) -> Tensor:
+    """Return which data points have less evidence than in another estimate, beyond noise."""
+    error = (evidence.std_error.square() + other.std_error.square()).sqrt()
+    num_samples = min(evidence.num_samples, other.num_samples)
+    return is_beyond_noise(other.log_evidence - evidence.log_evidence, error, num_samples)
 
-    :param evidence: the estimate from chains that start at the guide.
-    :param from_prior: the estimate from chains that start at the prior; None if there is none.
+
+def prior_flag(less: Tensor, advice: str) -> dict[str, str]:
+    """Return the flag ``prior`` if chains from the guide find less evidence than from the prior.
+
+    :param less: which data points have less evidence.
+    :param advice: the last sentence of the reason.
     """
-    if from_prior is None:
-        return {}
-    error = (evidence.std_error.square() + from_prior.std_error.square()).sqrt()
-    num_samples = min(evidence.num_samples, from_prior.num_samples)
-    more = is_beyond_noise(from_prior.log_evidence - evidence.log_evidence, error, num_samples)
-    if not more.any():
+    if not less.any():
         return {}
     return {
         "prior": (
-            f"Chains from the prior find more evidence{data_points(more)}. The guide misses a part "
-            "of the posterior. Leave the guide out, or use a wider one."
+            f"Chains from the prior find more evidence{data_points(less)}. The guide misses a part "
+            f"of the posterior. {advice}"
         )
     }

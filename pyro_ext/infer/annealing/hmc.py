@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo for many chains and data points at once, each accepted separately."""
+"""Transitions of many chains and data points at once, each accepted separately."""
 
 import math
 from typing import NamedTuple
@@ -77,6 +77,18 @@ def independent_transition(
     before = state.densities.annealed(beta) + metric.to_unit(state.positions).square().sum(-1) / 2
     after = densities.annealed(beta) + unit.square().sum(-1) / 2
     return accept(state._replace(slopes=None), ChainState(positions, densities), after - before)
+
+
+def start_transition(
+    target: FlatTarget, state: ChainState, beta: float | Tensor
+) -> tuple[ChainState, Tensor]:
+    """Return the state after a proposal from the guide, and the acceptance probabilities.
+
+    The parameters are those of :func:`transition`.
+    """
+    proposal = ChainState(*target.draw(len(state.positions)))
+    ratio = proposal.densities.log_w - state.densities.log_w
+    return accept(state._replace(slopes=None), proposal, beta * ratio)
 
 
 def accept(state: ChainState, proposal: ChainState, log_ratio: Tensor) -> tuple[ChainState, Tensor]:

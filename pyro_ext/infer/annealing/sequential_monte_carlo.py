@@ -60,8 +60,9 @@ def sequential_monte_carlo(
     plates enclose all sites, each element of these plates has its own evidence, inverse
     temperatures and resampling.
 
-    With a guide, as many runs start at the prior. If they find more evidence, the guide misses a
-    part of the posterior, and the evidence has the flag ``prior``.
+    With a guide, as many runs start at the prior. The result is that with the smaller standard
+    error, or with more evidence if they differ by more than noise. If the guide's runs find less
+    evidence, the guide misses a part of the posterior, and the evidence has the flag ``prior``.
 
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning. The result
     then has the four runs of the first pass, if they were complete. Otherwise the function raises
@@ -85,8 +86,8 @@ def sequential_monte_carlo(
         [0.1, 0.99].
     :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
         chosen.
-    :param check_prior: whether to compare the evidence of a guide with the evidence from the prior.
-        A prior that cannot be drawn from is not compared.
+    :param check_prior: whether runs start at the prior, too, if there is a guide. This doubles the
+        cost. A prior that cannot be drawn from is left out.
     :param chunk_size: the largest number of particles for which densities are computed at once,
         >= 1; by default 1,024.
     :param compile: whether to compute the density and its gradient by one compiled graph, under the

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext._figures import axes_or_new
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, has_less, prior_flag
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -31,8 +31,8 @@ class TemperedEvidence(Evidence):
     :ivar acceptance: the mean acceptance probability of each run, of shape ``(T, R, *common)``.
     :ivar num_ancestors: the number of first ancestors that the particles of each run have, of shape
         ``(T, R, *common)``.
-    :ivar from_prior: the evidence of runs from the prior, with which a guide's evidence is
-        compared; None without this check.
+    :ivar start: where the particles start, "guide" or "prior".
+    :ivar other: the evidence of runs from the other start; None if there are none.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import sequential_monte_carlo
@@ -50,7 +50,8 @@ class TemperedEvidence(Evidence):
     run_ess: Tensor
     acceptance: Tensor
     num_ancestors: Tensor
-    from_prior: Evidence | None
+    start: str
+    other: Evidence | None
 
     @property
     def flags(self) -> dict[str, str]:
@@ -59,8 +60,8 @@ class TemperedEvidence(Evidence):
         Beside those of :class:`Evidence`, there are ``spread`` (the log evidences of the runs have
         a standard deviation above 1), ``collapse`` (a run has an effective sample size below N / 8
         at an inverse temperature), ``acceptance`` (below 0.3 at an inverse temperature) and
-        ``prior`` (runs from the prior find more evidence, so the guide misses a part of the
-        posterior).
+        ``prior`` (the runs start at the prior because those from the guide find less evidence, so
+        the guide misses a part of the posterior).
         """
         spread = self.by_run.std(0) > MAX_SPREAD
         collapsed = (self.run_ess < self.num_particles / 8).any(1).any(0)
@@ -80,7 +81,10 @@ class TemperedEvidence(Evidence):
                 f"Fewer than {MIN_ACCEPTANCE:.0%} of the transitions are accepted"
                 f"{data_points(stuck)}. Reparameterise the model."
             )
-        return flags | prior_flag(self, self.from_prior)
+        if self.start == "prior" and self.other is not None:
+            advice = "This result comes from the prior."
+            flags |= prior_flag(has_less(self.other, self), advice)
+        return flags
 
     def to_dataset(self) -> Any:
         """Return the dataset of :meth:`Evidence.to_dataset` with the statistics of the runs.
@@ -124,6 +128,6 @@ class TemperedEvidence(Evidence):
     def __repr__(self) -> str:
         mean, smallest = self.acceptance.mean(), self.acceptance.mean(1).min()
         lines = [super().__repr__().replace("draws)", "runs)")]
-        lines.append(f"  temperatures   {len(self.temperatures)}")
+        lines.append(f"  temperatures   {len(self.temperatures)} (from the {self.start})")
         lines.append(f"  acceptance     {mean:.2f} (smallest {smallest:.2f})")
         return "\n".join(lines)

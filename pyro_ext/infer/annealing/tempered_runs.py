@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from tqdm.auto import tqdm
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.cloud import Cloud, next_step
 from pyro_ext.infer.annealing.flat_target import FlatTarget
-from pyro_ext.infer.annealing.hmc import ChainState, independent_transition, transition
+from pyro_ext.infer.annealing.hmc import (
+    ChainState,
+    independent_transition,
+    start_transition,
+    transition,
+)
 from pyro_ext.infer.annealing.metric import Metric
 from pyro_ext.tracing.failures import data_points
 
@@ -28,6 +33,11 @@ MAX_CORRELATION = 0.5
 MAX_THINNING = 2
 MAX_TEMPERATURES = 1000
 
+#: Where independent proposals come from: the guide, or a normal distribution of the particles.
+Source = Literal["guide", "normal"]
+#: The evaluations of an independent proposal. A draw of the guide is also scored.
+EVALUATIONS: dict[Source, int] = {"guide": 2, "normal": 1}
+
 
 class Stage(NamedTuple):
     """The settings of one inverse temperature.
@@ -36,14 +46,15 @@ class Stage(NamedTuple):
     :ivar metric: the scale of the positions.
     :ivar step_size: the largest step size of each element of the common plates.
     :ivar thinning: the number of Hamiltonian transitions between two particles of a chain.
-    :ivar is_independent: whether independent proposals make all particles of a chain but two.
+    :ivar source: the source of the independent proposals that make all particles of a chain but
+        two; None for Hamiltonian transitions.
     """
 
     beta: Tensor
     metric: Metric
     step_size: Tensor
     thinning: int = 1
-    is_independent: bool = False
+    source: Source | None = None
 
     @property
     def num_leapfrog_steps(self) -> int:
@@ -94,11 +105,7 @@ class TemperedRuns:
     @property
     def num_transitions(self) -> int:
         """The number of transitions of each particle in a later pass."""
-        length = self.chain_length - 1
-        return sum(
-            stage.thinning + length - 1 if stage.is_independent else stage.thinning * length
-            for stage in self.stages
-        )
+        return sum(stage.thinning * (self.chain_length - 1) for stage in self.stages)
 
     def adapt(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Find the settings, and return the particles of the runs that found them."""
@@ -167,11 +174,18 @@ class TemperedRuns:
         correlation = _correlation(start, state, stage.beta)
         if correlation > MAX_CORRELATION:
             # The correlation falls like a power of the number of transitions.
-            wanted = math.log(MAX_CORRELATION) / math.log(min(correlation, 0.999))
+            wanted = math.log(MAX_CORRELATION) / math.log(correlation)
             stage = stage._replace(thinning=min(math.ceil(wanted), MAX_THINNING))
-        state, acceptance = self._proposed(state, stage)
-        stage = stage._replace(is_independent=_is_cheap(acceptance, stage))
-        return cloud._replace(state=state), stage
+        path = (1 + stage.num_leapfrog_steps) * stage.thinning
+        choices = [(_cost(path, correlation**stage.thinning), stage)]
+        for source, evaluations in EVALUATIONS.items():
+            start = state
+            state, acceptance = self._proposed(state, stage, source)
+            rejection = min(1 - acceptance.mean().item(), 0.999)
+            correlation = max(_correlation(start, state, stage.beta), rejection)
+            choice = stage._replace(thinning=1, source=source)
+            choices.append((_cost(evaluations, correlation), choice))
+        return cloud._replace(state=state), min(choices, key=lambda choice: choice[0])[1]
 
     def _grown(self, cloud: Cloud, stage: Stage, ess: Tensor) -> tuple[Cloud, StageStatistics]:
         """Let a chain grow from each particle.
@@ -184,8 +198,8 @@ class TemperedRuns:
         state, states, acceptances = cloud.state, [cloud.state], []
         while len(states) < self.chain_length:
             # Where independent proposals do not go, the first transition does.
-            if stage.is_independent and len(states) > 1:
-                state, _ = self._proposed(state, stage)
+            if stage.source is not None and len(states) > 1:
+                state, _ = self._proposed(state, stage, stage.source)
             else:
                 for _ in range(stage.thinning):
                     state, acceptance = self._moved(state, stage)
@@ -203,26 +217,28 @@ class TemperedRuns:
         beta, steps = stage.beta.to(state.positions.dtype), stage.num_leapfrog_steps
         return transition(self.target, state, beta, stage.step_size, stage.metric, steps)
 
-    def _proposed(self, state: ChainState, stage: Stage) -> tuple[ChainState, Tensor]:
+    def _proposed(
+        self, state: ChainState, stage: Stage, source: Source
+    ) -> tuple[ChainState, Tensor]:
         """Return the state after an independent proposal, and the acceptance."""
         self.call.interrupts.deliver()
         self.bar.update()
         beta = stage.beta.to(state.positions.dtype)
+        if source == "guide":
+            return start_transition(self.target, state, beta)
         return independent_transition(self.target, state, beta, stage.metric)
 
 
-def _is_cheap(acceptance: Tensor, stage: Stage) -> bool:
-    """Return whether independent proposals cost less than Hamiltonian transitions.
-
-    The cost is the number of evaluations, divided by the effective number of draws that the
-    correlation leaves. A rejection repeats a draw.
-    """
-    mean = acceptance.mean().item()
-    return 2 - mean < mean * (1 + stage.num_leapfrog_steps) * stage.thinning
+def _cost(evaluations: int, correlation: float) -> float:
+    """Return the evaluations for each independent draw, given the correlation of two draws."""
+    return evaluations * (1 + correlation) / (1 - correlation)
 
 
 def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
-    """Return the largest correlation of a coordinate, or of the log density, at two times."""
+    """Return the largest correlation of a coordinate, or of the log density, at two times.
+
+    It is at most 0.999.
+    """
     pair = []
     for state in (start, end):
         log_density = state.densities.annealed(beta.to(state.positions.dtype)).unsqueeze(-1)
@@ -231,4 +247,4 @@ def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
         x = x - x.mean(0)
         norm = x.square().sum(0).sqrt()
         pair.append(x / norm.where(norm > 0, 1.0))
-    return (pair[0] * pair[1]).sum(0).abs().max().item()
+    return min((pair[0] * pair[1]).sum(0).abs().max().item(), 0.999)

@@ -1,8 +1,8 @@
-"""Sequential Monte Carlo from a guide, compared with the same from the prior."""
+"""Sequential Monte Carlo from a guide and from the prior."""
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext.distributed.joint_call import JointCall
-from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.cloud import Cloud
 from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
+from pyro_ext.infer.annealing.flags import has_less
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
 from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
@@ -25,7 +25,6 @@ from pyro_ext.tracing import Programs
 #: The number of runs that find the settings.
 NUM_PILOT_RUNS = 4
 
-E = TypeVar("E", AnnealedEvidence, TemperedEvidence)
 Result = tuple[Cloud, list[StageStatistics]]
 
 
@@ -74,21 +73,19 @@ class TemperedSampler:
                 stacklevel=3,
             )
             return _to_draws(runs, [pilot])
-        return replace(found, evidence=self.compared(found.evidence, from_prior))
+        other = None if from_prior is None else self.finished(from_prior)
+        return found if other is None else _better(found, other)
 
-    def compared(self, evidence: E, from_prior: TemperedRuns | None) -> E:
-        """Return an evidence with the evidence of runs from the prior, unless they are None."""
-        if from_prior is None:
-            return evidence
+    def finished(self, from_prior: TemperedRuns) -> PosteriorDraws | None:
+        """Return the draws of runs from the prior; None after an interrupt."""
         try:
-            found = _to_evidence(from_prior, self._all_runs(from_prior))
+            return _to_draws(from_prior, self._all_runs(from_prior))
         except KeyboardInterrupt:
             if self.call.interrupts:  # a second interrupt
                 raise
             message = f"{self.owner} was interrupted. The prior was not compared."
             warnings.warn(message, stacklevel=3)
-            return evidence
-        return replace(evidence, from_prior=found)
+            return None
 
     def _runs(self, programs: Programs) -> TemperedRuns:
         densities = UnconstrainedPrograms(self.owner, programs, self.max_plate_nesting)
@@ -107,7 +104,7 @@ class TemperedSampler:
 
         :returns: the runs; None if the guide is the prior, or if the prior cannot be drawn from.
         """
-        if isinstance(poutine.unwrap(programs.guide), PriorProposal):
+        if _starts_at_prior(programs):
             return None
         runs = self._runs(replace(programs, guide=PriorProposal(programs.model)))
         try:
@@ -125,6 +122,20 @@ class TemperedSampler:
                 results.append(found)
                 done += len(found[0].log_z)
         return results
+
+
+def _starts_at_prior(programs: Programs) -> bool:
+    return isinstance(poutine.unwrap(programs.guide), PriorProposal)
+
+
+def _better(from_guide: PosteriorDraws, from_prior: PosteriorDraws) -> PosteriorDraws:
+    """Return the result with clearly more evidence, or else that with the smaller error."""
+    guide, prior = from_guide.evidence, from_prior.evidence
+    # If both miss parts of the posteriors of different data points, the error decides.
+    clearly = has_less(guide, prior).sum() - has_less(prior, guide).sum()
+    if clearly > 0 or (clearly == 0 and prior.std_error.norm() < guide.std_error.norm()):
+        return replace(from_prior, evidence=replace(prior, other=guide))
+    return replace(from_guide, evidence=replace(guide, other=prior))
 
 
 def _to_evidence(runs: TemperedRuns, results: list[Result]) -> TemperedEvidence:
@@ -146,7 +157,8 @@ def _to_evidence(runs: TemperedRuns, results: list[Result]) -> TemperedEvidence:
         run_ess=joined("ess"),
         acceptance=joined("acceptance"),
         num_ancestors=joined("num_ancestors"),
-        from_prior=None,
+        start="prior" if _starts_at_prior(programs.programs) else "guide",
+        other=None,
     )
 
 

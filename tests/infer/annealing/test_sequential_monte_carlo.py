@@ -81,7 +81,7 @@ def test_data_points_have_evidences_of_their_own(guide):
     assert z_score(evidence, dist.Normal(0.0, 1.09**0.5).log_prob(X)) < 4.5
     assert (evidence.temperatures[-1] == 1).all()
     assert len(evidence.temperatures[:, 0].unique()) > 1
-    assert (evidence.from_prior is None) == (guide is None)
+    assert (evidence.other is None) == (guide is None)
     assert evidence.flags == {}
 
 
@@ -146,13 +146,31 @@ def test_other_supports_and_sums(model, exact):
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*(prior|Pareto k)")
 def test_a_guide_that_misses_a_mode_is_flagged():
-    for found in (
-        sequential_monte_carlo(two_modes, one_mode, **FEW).evidence,
-        annealed_importance_sampling(two_modes, one_mode, num_temperatures=20, check_prior=True),
-    ):
+    options = {"num_temperatures": 20, "check_prior": True}
+    annealed = annealed_importance_sampling(two_modes, one_mode, **options)
+    sequential = sequential_monte_carlo(two_modes, one_mode, **FEW).evidence
+    for found in (annealed, sequential.other):
         assert abs(found.log_evidence - (TWO_MODES - math.log(2))) < 0.1
+    assert (sequential.start, sequential.other.start) == ("prior", "guide")
+    assert z_score(sequential, TWO_MODES) < 4.5
+    for found in (annealed, sequential):
         assert "The guide misses a part of the posterior" in found.flags["prior"]
         assert "misses a part" in repr(found)
+
+
+def test_the_start_with_the_smaller_error_is_kept():
+    def good():
+        mean = COVARIANCE @ ROWS.T @ Y / 0.25
+        pyro.sample("slope", dist.MultivariateNormal(mean, 1.1 * COVARIANCE))
+
+    narrow = AutoNormal(regression, init_scale=0.01)
+    for guide, start in ((None, "prior"), (narrow, "prior"), (good, "guide")):
+        evidence = sequential_monte_carlo(regression, guide).evidence
+        assert evidence.start == start
+        assert f"(from the {start})" in repr(evidence)
+        if guide is not None:
+            assert evidence.std_error < evidence.other.std_error
+        assert z_score(evidence, EXACT) < 4.5
 
 
 def test_draws_are_exported_to_arviz():
@@ -249,7 +267,8 @@ def test_a_guide_is_not_compared_with_an_improper_prior():
     guide = AutoMultivariateNormal(improper, init_loc_fn=start, init_scale=2.0)
     evidence = sequential_monte_carlo(improper, guide, **FEW).evidence
     assert z_score(evidence, 0.0) < 4.5  # a normal density, integrated over its location
-    assert evidence.from_prior is None
+    assert evidence.other is None
+    assert evidence.start == "guide"
 
 
 @pytest.mark.long
