@@ -20,6 +20,7 @@ import numpy as np
 import pyro
 from torch import Tensor
 
+from benchmarks.evidence_peers.densities import Densities
 from benchmarks.evidence_run import Run
 from benchmarks.harness import Options, Table
 from pyro_ext.infer import (
@@ -43,6 +44,10 @@ NUM_DRAWS = 10_000
 #: The seeds of an estimator of another library, for these take minutes.
 NUM_PEER_SEEDS = 8
 NUM_QUICK_SEEDS = 5
+#: The time for one row, in seconds, after which no other seed begins.
+MAX_SECONDS = 900
+#: The largest number of dimensions for dynesty, which takes hours for more.
+MAX_NESTED_DIMS = 20
 COLUMNS = [
     "estimator",
     "log evidence",
@@ -59,9 +64,9 @@ COLUMNS = [
 
 @contextmanager
 def counted_evaluations() -> Iterator[list[int]]:
-    """Count the evaluations of the density in annealing and sequential Monte Carlo.
+    """Count the evaluations of the model's density in annealing and sequential Monte Carlo.
 
-    Each call adds its number of particles to the list. A draw counts twice, for it is also scored.
+    Each call adds its number of particles to the list. A draw is evaluated once.
     """
     found: list[int] = []
     slopes, draw = FlatTarget.slopes, FlatTarget.draw
@@ -71,7 +76,7 @@ def counted_evaluations() -> Iterator[list[int]]:
         return slopes(self, positions, beta)
 
     def count_draws(self: FlatTarget, num_particles: int, sample: Any = None) -> Any:
-        found.append(2 * num_particles)
+        found.append(num_particles)
         return draw(self, num_particles, sample)
 
     with (
@@ -139,11 +144,12 @@ def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -
 def row(
     name: str, run: Callable[[Posterior, int], Run], posterior: Posterior, num_seeds: int
 ) -> list[Any]:
-    """Run an estimator with several seeds, and return its columns."""
-    runs, seconds = [], []
-    for seed in range(num_seeds):
+    """Run an estimator with several seeds, unless it takes too long, and return its columns."""
+    runs: list[Run] = []
+    seconds: list[float] = []
+    while len(runs) < num_seeds and sum(seconds) < MAX_SECONDS:
         start = time.perf_counter()
-        runs.append(run(posterior, seed))
+        runs.append(run(posterior, len(runs)))
         seconds.append(time.perf_counter() - start)
     errors = np.array([run.log_evidence - posterior.log_evidence for run in runs])
     reported = np.array([run.std_error for run in runs])
@@ -159,7 +165,7 @@ def row(
         rmse,
         float(reported.mean()),
         float(((errors[~flagged] / known) ** 2).mean()) if len(known) else math.nan,
-        f"{flagged.sum()} of {num_seeds}" + (f" ({names})" if names else ""),
+        f"{flagged.sum()} of {len(runs)}" + (f" ({names})" if names else ""),
         round(evaluations),
         float(np.median(seconds)),
         rmse * math.sqrt(evaluations),
@@ -180,6 +186,9 @@ def tables(options: Options) -> Iterator[Table]:
             run = partial(own_run, estimator, moved.guide(guide_name))
             table.rows.append(row(label, run, moved, num_seeds))
         for label, module in installed.items():
+            num_dims = Densities(np).of(posterior).num_dims
+            if label == "dynesty" and num_dims > MAX_NESTED_DIMS:
+                continue
             peer = import_module(f"benchmarks.evidence_peers.{module}").run
             table.rows.append(row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS)))
         if missing:

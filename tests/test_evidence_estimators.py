@@ -29,7 +29,7 @@ def test_evaluations_of_annealing():
             max_plate_nesting=0,
         )
     transitions = 3 + (3 + 20)
-    starts = 2 * 2  # chains are drawn and scored, in both passes
+    starts = 2  # of the chains of both passes
     assert sum(counted) == 5 * (transitions * (1 + 3) + starts)
 
 

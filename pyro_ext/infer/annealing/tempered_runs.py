@@ -35,7 +35,7 @@ MAX_TEMPERATURES = 1000
 
 #: Where independent proposals come from: the guide, or a normal distribution of the particles.
 Source = Literal["guide", "normal"]
-#: The evaluations of an independent proposal. A draw of the guide is also scored.
+#: The cost of an independent proposal, in evaluations. A draw runs the guide as well.
 EVALUATIONS: dict[Source, int] = {"guide": 2, "normal": 1}
 
 

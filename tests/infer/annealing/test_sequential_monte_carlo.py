@@ -163,9 +163,9 @@ def test_the_start_with_the_smaller_error_is_kept():
         mean = COVARIANCE @ ROWS.T @ Y / 0.25
         pyro.sample("slope", dist.MultivariateNormal(mean, 1.1 * COVARIANCE))
 
-    narrow = AutoNormal(regression, init_scale=0.01)
+    narrow = AutoNormal(regression, init_scale=0.05)
     for guide, start in ((None, "prior"), (narrow, "prior"), (good, "guide")):
-        evidence = sequential_monte_carlo(regression, guide).evidence
+        evidence = sequential_monte_carlo(regression, guide, **FEW).evidence
         assert evidence.start == start
         assert f"(from the {start})" in repr(evidence)
         if guide is not None:
