@@ -1,3 +1,4 @@
+import gc
 import signal
 
 import pyro
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(without_slow)
         if "long" in item.keywords and config.getoption("--fast"):
             item.add_marker(without_long)
+
+
+def pytest_collection_finish(session):
+    # What lives until the end need not be searched for garbage during each test.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
