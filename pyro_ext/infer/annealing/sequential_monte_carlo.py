@@ -60,9 +60,10 @@ def sequential_monte_carlo(
     plates enclose all sites, each element of these plates has its own evidence, inverse
     temperatures and resampling.
 
-    With a guide, as many runs start at the prior. The result is that with the smaller standard
-    error, or with more evidence if they differ by more than noise. If the guide's runs find less
-    evidence, the guide misses a part of the posterior, and the evidence has the flag ``prior``.
+    With a guide, as many runs start at the prior. If both differ by more than noise, the result is
+    the one with more evidence. Otherwise it comes from the prior, unless the guide's standard error
+    is less than half as large. If the guide's runs find less evidence, the guide misses a part of
+    the posterior, and the evidence has the flag ``prior``.
 
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning. The result
     then has the four runs of the first pass, if they were complete. Otherwise the function raises

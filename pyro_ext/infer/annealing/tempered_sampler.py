@@ -24,6 +24,9 @@ from pyro_ext.tracing import Programs
 
 #: The number of runs that find the settings.
 NUM_PILOT_RUNS = 4
+#: The error of runs from the guide, relative to that of runs from the prior, above which the result
+#: comes from the prior.
+MAX_RATIO = 0.5
 
 Result = tuple[Cloud, list[StageStatistics]]
 
@@ -129,11 +132,16 @@ def _starts_at_prior(programs: Programs) -> bool:
 
 
 def _better(from_guide: PosteriorDraws, from_prior: PosteriorDraws) -> PosteriorDraws:
-    """Return the result with clearly more evidence, or else that with the smaller error."""
+    """Return the result with clearly more evidence.
+
+    Without such a difference, it is the guide's result if this has a much smaller error.
+    """
     guide, prior = from_guide.evidence, from_prior.evidence
     # If both miss parts of the posteriors of different data points, the error decides.
     clearly = has_less(guide, prior).sum() - has_less(prior, guide).sum()
-    if clearly > 0 or (clearly == 0 and prior.std_error.norm() < guide.std_error.norm()):
+    # Few of a guide's draws may reach a part of the posterior, and its error is then too small.
+    is_worse = guide.std_error.norm() > MAX_RATIO * prior.std_error.norm()
+    if clearly > 0 or (clearly == 0 and is_worse):
         return replace(from_prior, evidence=replace(prior, other=guide))
     return replace(from_guide, evidence=replace(guide, other=prior))
 
