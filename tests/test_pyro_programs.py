@@ -102,6 +102,7 @@ def test_one_particle_takes_the_step_of_pyro(name):
         torch.testing.assert_close(*torch.broadcast_tensors(x, y), rtol=1e-3, atol=1e-4 * size)
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -290,6 +290,7 @@ def stop(call, at, ranks):
     return found, [str(w.message) for w in caught if "interrupted" in str(w.message)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("call", "at"), STOPS, ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1, 2, 3), (1, 3)])
 def test_an_interrupt_ends_all_processes_with_the_draws_so_far(pools, call, at, ranks):

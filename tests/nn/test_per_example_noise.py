@@ -171,6 +171,7 @@ def test_gradients_have_the_same_mean_and_less_variance(handler, make_net, guide
     assert ratio < 0.5
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize("name", HANDLERS)
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_value_and_derivatives_match_enumeration_in_400_digits(log_w, order, dev
     assert gradient.sum().item() == pytest.approx(1.0, abs=1e-11 * max(1, scale))
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize("name", weights(3))
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def step(elbo, model, guide):
     return loss
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize(("build", "argument", "joint"), STRUCTURES.values(), ids=STRUCTURES)
 def test_one_particle_takes_all_that_trace_elbo_takes(build, argument, joint):
@@ -131,6 +132,7 @@ def test_one_particle_takes_all_that_trace_elbo_takes(build, argument, joint):
             assert step(make(1), model, guide) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.filterwarnings("ignore:Plate .* holds all the data")

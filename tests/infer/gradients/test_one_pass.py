@@ -252,6 +252,7 @@ def gradients(elbo, model, guide, parameters):
     return torch.stack(found), passes
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:Plate 'data' holds all the data")
 @VECTORIZE
 @pytest.mark.parametrize("rule", ["stl", "dreg"])

@@ -43,6 +43,7 @@ def step(elbo, model, guide):
     return loss, found
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.parametrize("rule", ["pathwise", "stl", "dreg"])

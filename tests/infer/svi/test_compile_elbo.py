@@ -45,6 +45,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("pair", PAIRS)

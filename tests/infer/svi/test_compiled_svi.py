@@ -58,6 +58,7 @@ def test_takes_the_steps_of_svi(name):
     assert_same_training(PROBLEMS[name], backend="eager")
 
 
+@pytest.mark.sampled
 @pytest.mark.long
 @pytest.mark.parametrize(
     "gradient", ["pathwise", "dreg", pytest.param("stl", marks=pytest.mark.slow)]

@@ -145,6 +145,7 @@ def hooks(loop):
     loop.take(4)
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:.* was not registered in the param store:UserWarning")
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(
