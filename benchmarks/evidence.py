@@ -59,7 +59,7 @@ def tables(options: Options) -> Iterator[Table]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Pareto k")  # the network is not trained
         first_calls = []
-        for chunk_size, num_samples in ((10, 500), (100, 5000), (1000, 8000)):
+        for chunk_size, num_samples in ((10, 500), (100, 2000), (1000, 8000)):
             settings = {"num_samples": num_samples, "chunk_size": chunk_size}
             steps = {
                 "loop": partial(loop, vae, x, **settings),
