@@ -47,8 +47,10 @@ def sequential_monte_carlo(
     Particles start as draws of the guide q, or of the prior without a guide. They follow the path
     :math:`p(x, z)^{\beta} q(z)^{1 - \beta}` to the posterior. At each inverse temperature
     :math:`\beta_t`, the particles are reweighted, N / P of them are resampled, and a chain of P
-    particles grows from each by Hamiltonian Monte Carlo in unconstrained space. Several runs
-    progress at once, independently of each other.
+    particles grows from each by Hamiltonian Monte Carlo in unconstrained space. Where they cost
+    less, Metropolis-Hastings proposals make most of a chain: draws from q, or from a normal
+    distribution that is fitted to the particles. Several runs progress at once, independently of
+    each other.
 
     A first pass of four runs finds the settings, which are then fixed: inverse temperatures by the
     effective sample size, the covariances of the particles, step sizes by the acceptance, and the
