@@ -156,7 +156,8 @@ def row(
     flagged = np.array([bool(run.flags) for run in runs])
     rmse = float(np.sqrt((errors**2).mean()))
     evaluations = float(np.mean([run.evaluations for run in runs]))
-    known = np.hypot(reported, posterior.log_evidence_error)[~flagged]
+    known = np.hypot(reported, posterior.log_evidence_error)
+    judged = ~flagged & (known != 0)  # an error of zero is exact
     names = ", ".join(sorted({flag for run in runs for flag in run.flags}))
     return [
         name,
@@ -164,7 +165,7 @@ def row(
         f"{posterior.log_evidence + errors.mean():.4f}",
         rmse,
         float(reported.mean()),
-        float(((errors[~flagged] / known) ** 2).mean()) if len(known) else math.nan,
+        float(((errors[judged] / known[judged]) ** 2).mean()) if judged.any() else math.nan,
         f"{flagged.sum()} of {len(runs)}" + (f" ({names})" if names else ""),
         round(evaluations),
         float(np.median(seconds)),

@@ -64,8 +64,9 @@ def sequential_monte_carlo(
 
     With a guide, as many runs start at the prior. If both differ by more than noise, the result is
     the one with more evidence. Otherwise it comes from the prior, unless the guide's standard error
-    is less than half as large. If the guide's runs find less evidence, the guide misses a part of
-    the posterior, and the evidence has the flag ``prior``.
+    is less than half as large, and the prior finds at most two standard errors more. If the guide's
+    runs find clearly less evidence, the guide misses a part of the posterior, and the evidence has
+    the flag ``prior``.
 
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning. The result
     then has the four runs of the first pass, if they were complete. Otherwise the function raises

@@ -27,6 +27,9 @@ NUM_PILOT_RUNS = 4
 #: The error of runs from the guide, relative to that of runs from the prior, above which the result
 #: comes from the prior.
 MAX_RATIO = 0.5
+#: The number of standard errors by which the prior's runs may find more, if the result comes from
+#: the guide's.
+MAX_GAIN = 2.0
 
 Result = tuple[Cloud, list[StageStatistics]]
 
@@ -140,7 +143,9 @@ def _better(from_guide: PosteriorDraws, from_prior: PosteriorDraws) -> Posterior
     # If both miss parts of the posteriors of different data points, the error decides.
     clearly = has_less(guide, prior).sum() - has_less(prior, guide).sum()
     # Few of a guide's draws may reach a part of the posterior, and its error is then too small.
-    is_worse = guide.std_error.norm() > MAX_RATIO * prior.std_error.norm()
+    errors = guide.std_error.norm(), prior.std_error.norm()
+    gain = (prior.log_evidence - guide.log_evidence).sum()
+    is_worse = errors[0] > MAX_RATIO * errors[1] or gain > MAX_GAIN * torch.hypot(*errors)
     if clearly > 0 or (clearly == 0 and is_worse):
         return replace(from_prior, evidence=replace(prior, other=guide))
     return replace(from_guide, evidence=replace(guide, other=prior))
