@@ -39,4 +39,5 @@ def test_an_estimate_is_right_or_has_a_flag(name, start, estimator):
         pyro.set_rng_seed(seed)
         found = estimator(*programs)
         error = (found.log_evidence - posterior.log_evidence).abs()
-        assert error < 4.5 * found.std_error or found.flags
+        rounding = 1e-9  # all that there is where the start is the posterior
+        assert error < 4.5 * found.std_error + rounding or found.flags
