@@ -46,8 +46,6 @@ NUM_PEER_SEEDS = 8
 NUM_QUICK_SEEDS = 5
 #: The time for one row, in seconds, after which no other seed begins.
 MAX_SECONDS = 900
-#: The largest number of dimensions for dynesty, which takes hours for more.
-MAX_NESTED_DIMS = 20
 COLUMNS = [
     "estimator",
     "log evidence",
@@ -187,11 +185,10 @@ def tables(options: Options) -> Iterator[Table]:
             run = partial(own_run, estimator, moved.guide(guide_name))
             table.rows.append(row(label, run, moved, num_seeds))
         for label, module in installed.items():
-            num_dims = Densities(np).of(posterior).num_dims
-            if label == "dynesty" and num_dims > MAX_NESTED_DIMS:
-                continue
-            peer = import_module(f"benchmarks.evidence_peers.{module}").run
-            table.rows.append(row(label, peer, posterior, min(num_seeds, NUM_PEER_SEEDS)))
+            peer = import_module(f"benchmarks.evidence_peers.{module}")
+            if Densities(np).of(posterior).num_dims <= getattr(peer, "MAX_DIMS", math.inf):
+                num_peer_seeds = min(num_seeds, NUM_PEER_SEEDS)
+                table.rows.append(row(label, peer.run, posterior, num_peer_seeds))
         if missing:
             table.note = f"Left out, not installed: {', '.join(missing)}."
         yield table

@@ -9,6 +9,9 @@ from benchmarks.evidence_peers.densities import Densities
 from benchmarks.evidence_run import Run
 from tests.posteriors import Posterior
 
+#: The largest number of coordinates. More of them take hours.
+MAX_DIMS = 20
+
 
 def run(posterior: Posterior, seed: int) -> Run:
     """Estimate the evidence with the default settings, but a weaker end: dlogz is 0.1."""

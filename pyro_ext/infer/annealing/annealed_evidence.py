@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, has_less, is_beyond_noise, prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, is_beyond_noise, start_flags
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -69,8 +69,7 @@ class AnnealedEvidence(Evidence):
                     "temperatures."
                 )
         if self.from_prior is not None:
-            advice = "Leave the guide out, or use a wider one."
-            flags |= prior_flag(has_less(self, self.from_prior), advice)
+            flags |= start_flags(self, self.from_prior, "guide")
         return flags
 
     def to_dataset(self) -> Any:

@@ -33,17 +33,28 @@ def has_less(evidence: Evidence, other: Evidence) -> Tensor:
     return is_beyond_noise(other.log_evidence - evidence.log_evidence, error, num_samples)
 
 
-def prior_flag(less: Tensor, advice: str) -> dict[str, str]:
-    """Return the flag ``prior`` if chains from the guide find less evidence than from the prior.
+def start_flags(from_guide: Evidence, from_prior: Evidence, start: str) -> dict[str, str]:
+    """Return flags with the name of a start, if it finds what the other one misses.
 
-    :param less: which data points have less evidence.
-    :param advice: the last sentence of the reason.
+    :param from_guide: the estimate from chains that start at the guide.
+    :param from_prior: the estimate from chains that start at the prior.
+    :param start: the start of the result, "guide" or "prior".
     """
-    if not less.any():
-        return {}
-    return {
-        "prior": (
+    flags = {}
+    less = has_less(from_guide, from_prior)
+    if less.any():
+        advice = {
+            "guide": "Leave the guide out, or use a wider one.",
+            "prior": "This result comes from the prior.",
+        }
+        flags["prior"] = (
             f"Chains from the prior find more evidence{data_points(less)}. The guide misses a part "
-            f"of the posterior. {advice}"
+            f"of the posterior. {advice[start]}"
         )
-    }
+    less = has_less(from_prior, from_guide)
+    if start == "prior" and less.any():
+        flags["guide"] = (
+            f"Chains from the guide find more evidence{data_points(less)} than this result, which "
+            "comes from the prior. Use more particles."
+        )
+    return flags

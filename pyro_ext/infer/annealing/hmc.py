@@ -64,7 +64,7 @@ def transition(
     return accept(state._replace(slopes=first), proposal, after - before)
 
 
-def independent_transition(
+def normal_transition(
     target: FlatTarget, state: ChainState, beta: float | Tensor, metric: Metric
 ) -> tuple[ChainState, Tensor]:
     """Return the state after an independent normal proposal, and the acceptance probabilities.
@@ -79,7 +79,7 @@ def independent_transition(
     return accept(state._replace(slopes=None), ChainState(positions, densities), after - before)
 
 
-def start_transition(
+def guide_transition(
     target: FlatTarget, state: ChainState, beta: float | Tensor
 ) -> tuple[ChainState, Tensor]:
     """Return the state after a proposal from the guide, and the acceptance probabilities.

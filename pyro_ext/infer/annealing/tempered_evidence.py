@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext._figures import axes_or_new
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, has_less, prior_flag
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, start_flags
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -59,9 +59,10 @@ class TemperedEvidence(Evidence):
 
         Beside those of :class:`Evidence`, there are ``spread`` (the log evidences of the runs have
         a standard deviation above 1), ``collapse`` (a run has an effective sample size below N / 8
-        at an inverse temperature), ``acceptance`` (below 0.3 at an inverse temperature) and
-        ``prior`` (the runs start at the prior because those from the guide find less evidence, so
-        the guide misses a part of the posterior).
+        at an inverse temperature), ``acceptance`` (below 0.3 at an inverse temperature),
+        ``prior`` (runs from the prior find more evidence, so the guide misses a part of the
+        posterior) and ``guide`` (the result comes from the prior, and runs from the guide find more
+        evidence of some data points).
         """
         spread = self.by_run.std(0) > MAX_SPREAD
         collapsed = (self.run_ess < self.num_particles / 8).any(1).any(0)
@@ -81,9 +82,10 @@ class TemperedEvidence(Evidence):
                 f"Fewer than {MIN_ACCEPTANCE:.0%} of the transitions are accepted"
                 f"{data_points(stuck)}. Reparameterise the model."
             )
-        if self.start == "prior" and self.other is not None:
-            advice = "This result comes from the prior."
-            flags |= prior_flag(has_less(self.other, self), advice)
+        if self.other is not None:
+            pair = (self, self.other)
+            guide, prior = pair if self.start == "guide" else pair[::-1]
+            flags |= start_flags(guide, prior, self.start)
         return flags
 
     def to_dataset(self) -> Any:

@@ -13,8 +13,8 @@ from pyro_ext.infer.annealing.cloud import Cloud, next_step
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.hmc import (
     ChainState,
-    independent_transition,
-    start_transition,
+    guide_transition,
+    normal_transition,
     transition,
 )
 from pyro_ext.infer.annealing.metric import Metric
@@ -174,14 +174,14 @@ class TemperedRuns:
         correlation = _correlation(start, state, stage.beta)
         if correlation > MAX_CORRELATION:
             # The correlation falls like a power of the number of transitions.
-            wanted = math.log(MAX_CORRELATION) / math.log(correlation)
+            wanted = math.log(MAX_CORRELATION) / math.log(min(correlation, 0.999))
             stage = stage._replace(thinning=min(math.ceil(wanted), MAX_THINNING))
         path = (1 + stage.num_leapfrog_steps) * stage.thinning
         choices = [(_cost(path, correlation**stage.thinning), stage)]
         for source, evaluations in EVALUATIONS.items():
             start = state
             state, acceptance = self._proposed(state, stage, source)
-            rejection = min(1 - acceptance.mean().item(), 0.999)
+            rejection = 1 - acceptance.mean().item()
             correlation = max(_correlation(start, state, stage.beta), rejection)
             choice = stage._replace(thinning=1, source=source)
             choices.append((_cost(evaluations, correlation), choice))
@@ -225,20 +225,17 @@ class TemperedRuns:
         self.bar.update()
         beta = stage.beta.to(state.positions.dtype)
         if source == "guide":
-            return start_transition(self.target, state, beta)
-        return independent_transition(self.target, state, beta, stage.metric)
+            return guide_transition(self.target, state, beta)
+        return normal_transition(self.target, state, beta, stage.metric)
 
 
 def _cost(evaluations: int, correlation: float) -> float:
     """Return the evaluations for each independent draw, given the correlation of two draws."""
-    return evaluations * (1 + correlation) / (1 - correlation)
+    return evaluations * (1 + correlation) / max(1 - correlation, 1e-3)
 
 
 def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
-    """Return the largest correlation of a coordinate, or of the log density, at two times.
-
-    It is at most 0.999.
-    """
+    """Return the largest correlation of a coordinate, or of the log density, at two times."""
     pair = []
     for state in (start, end):
         log_density = state.densities.annealed(beta.to(state.positions.dtype)).unsqueeze(-1)
@@ -247,4 +244,4 @@ def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
         x = x - x.mean(0)
         norm = x.square().sum(0).sqrt()
         pair.append(x / norm.where(norm > 0, 1.0))
-    return min((pair[0] * pair[1]).sum(0).abs().max().item(), 0.999)
+    return (pair[0] * pair[1]).sum(0).abs().max().item()

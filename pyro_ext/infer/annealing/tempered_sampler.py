@@ -135,12 +135,12 @@ def _starts_at_prior(programs: Programs) -> bool:
 
 
 def _better(from_guide: PosteriorDraws, from_prior: PosteriorDraws) -> PosteriorDraws:
-    """Return the result with clearly more evidence.
+    """Return the result that is clearly less at fewer data points.
 
-    Without such a difference, it is the guide's result if this has a much smaller error.
+    Without such a difference, it is that of the prior, unless the guide's has a much smaller error
+    and hardly less evidence.
     """
     guide, prior = from_guide.evidence, from_prior.evidence
-    # If both miss parts of the posteriors of different data points, the error decides.
     clearly = has_less(guide, prior).sum() - has_less(prior, guide).sum()
     # Few of a guide's draws may reach a part of the posterior, and its error is then too small.
     errors = guide.std_error.norm(), prior.std_error.norm()

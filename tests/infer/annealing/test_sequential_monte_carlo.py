@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -171,6 +172,22 @@ def test_a_guide_is_the_start_if_its_error_is_much_smaller():
         ratio = evidence.std_error / evidence.other.std_error
         assert ratio < (0.5 if start == "guide" else 2.0)
         assert z_score(evidence, EXACT) < 4.5
+
+
+def test_each_start_is_flagged_for_what_the_other_one_misses():
+    guide = AutoNormal(local_normal, init_scale=1.0)
+    evidence = sequential_monte_carlo(local_normal, guide, X, **FEW).evidence
+    first = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    for start, more, names in (
+        ("guide", first, {"prior"}),
+        ("guide", -first, set()),
+        ("prior", first, {"guide"}),
+        ("prior", -first, {"prior"}),
+    ):
+        other = replace(evidence, log_evidence=evidence.log_evidence + more)
+        flags = replace(evidence, start=start, other=other).flags
+        assert set(flags) == names
+        assert all("data points [0] (of 3)" in reason for reason in flags.values())
 
 
 def test_draws_are_exported_to_arviz():
