@@ -105,7 +105,11 @@ class TemperedRuns:
     @property
     def num_transitions(self) -> int:
         """The number of transitions of each particle in a later pass."""
-        return sum(stage.thinning * (self.chain_length - 1) for stage in self.stages)
+        length = self.chain_length - 1
+        return sum(
+            stage.thinning * length if stage.source is None else stage.thinning + length - 1
+            for stage in self.stages
+        )
 
     def adapt(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Find the settings, and return the particles of the runs that found them."""
@@ -176,16 +180,13 @@ class TemperedRuns:
             # The correlation falls like a power of the number of transitions.
             wanted = math.log(MAX_CORRELATION) / math.log(min(correlation, 0.999))
             stage = stage._replace(thinning=min(math.ceil(wanted), MAX_THINNING))
-        path = (1 + stage.num_leapfrog_steps) * stage.thinning
-        choices = [(_cost(path, correlation**stage.thinning), stage)]
+        best, least = stage, float((1 + stage.num_leapfrog_steps) * stage.thinning)
         for source, evaluations in EVALUATIONS.items():
-            start = state
             state, acceptance = self._proposed(state, stage, source)
-            rejection = 1 - acceptance.mean().item()
-            correlation = max(_correlation(start, state, stage.beta), rejection)
-            choice = stage._replace(thinning=1, source=source)
-            choices.append((_cost(evaluations, correlation), choice))
-        return cloud._replace(state=state), min(choices, key=lambda choice: choice[0])[1]
+            cost = _cost(evaluations, acceptance)
+            if cost < least:
+                best, least = stage._replace(source=source), cost
+        return cloud._replace(state=state), best
 
     def _grown(self, cloud: Cloud, stage: Stage, ess: Tensor) -> tuple[Cloud, StageStatistics]:
         """Let a chain grow from each particle.
@@ -229,9 +230,10 @@ class TemperedRuns:
         return normal_transition(self.target, state, beta, stage.metric)
 
 
-def _cost(evaluations: int, correlation: float) -> float:
-    """Return the evaluations for each independent draw, given the correlation of two draws."""
-    return evaluations * (1 + correlation) / max(1 - correlation, 1e-3)
+def _cost(evaluations: int, acceptance: Tensor) -> float:
+    """Return the evaluations for each independent draw. A rejection repeats a draw."""
+    mean = max(acceptance.mean().item(), 1e-3)
+    return evaluations * (2 - mean) / mean
 
 
 def _correlation(start: ChainState, end: ChainState, beta: Tensor) -> float:
