@@ -41,11 +41,10 @@ PEERS = {
 NUM_SEEDS = 50
 #: The number of draws of importance sampling.
 NUM_DRAWS = 10_000
-#: The seeds of an estimator of another library, for these take minutes.
-NUM_PEER_SEEDS = 8
 NUM_QUICK_SEEDS = 5
 #: The time for one row, in seconds, after which no other seed begins.
 MAX_SECONDS = 900
+MAX_PEER_SECONDS = 300
 COLUMNS = [
     "estimator",
     "log evidence",
@@ -140,12 +139,16 @@ def own_run(estimator: Estimator, guide: Any, posterior: Posterior, seed: int) -
 
 
 def row(
-    name: str, run: Callable[[Posterior, int], Run], posterior: Posterior, num_seeds: int
+    name: str,
+    run: Callable[[Posterior, int], Run],
+    posterior: Posterior,
+    num_seeds: int,
+    max_seconds: float = MAX_SECONDS,
 ) -> list[Any]:
     """Run an estimator with several seeds, unless it takes too long, and return its columns."""
     runs: list[Run] = []
     seconds: list[float] = []
-    while len(runs) < num_seeds and sum(seconds) < MAX_SECONDS:
+    while len(runs) < num_seeds and sum(seconds) < max_seconds:
         start = time.perf_counter()
         runs.append(run(posterior, len(runs)))
         seconds.append(time.perf_counter() - start)
@@ -187,8 +190,8 @@ def tables(options: Options) -> Iterator[Table]:
         for label, module in installed.items():
             peer = import_module(f"benchmarks.evidence_peers.{module}")
             if Densities(np).of(posterior).num_dims <= getattr(peer, "MAX_DIMS", math.inf):
-                num_peer_seeds = min(num_seeds, NUM_PEER_SEEDS)
-                table.rows.append(row(label, peer.run, posterior, num_peer_seeds))
+                found = row(label, peer.run, posterior, num_seeds, MAX_PEER_SECONDS)
+                table.rows.append(found)
         if missing:
             table.note = f"Left out, not installed: {', '.join(missing)}."
         yield table

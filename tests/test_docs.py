@@ -11,7 +11,7 @@ PAGES = [path for path in sorted(DOCS.rglob("*.md")) if BLOCK.search(path.read_t
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*Pareto k:UserWarning")
 @pytest.mark.filterwarnings(
-    "ignore:(sequential_monte_carlo|annealed_importance_sampling). prior:UserWarning"
+    "ignore:(sequential_monte_carlo|annealed_importance_sampling). (prior|gap):UserWarning"
 )
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run_one_after_the_other(path):

@@ -84,7 +84,14 @@ CALLS = {
         model, guide, X, num_chains=4, chunk_size=2, num_temperatures=2, num_leapfrog_steps=1
     ),
     "tempering": lambda: sequential_monte_carlo(
-        model, guide, X, num_particles=4, num_runs=4, chain_length=2, target_ess=0.5
+        model,
+        guide,
+        X,
+        num_particles=4,
+        num_runs=4,
+        chain_length=2,
+        target_ess=0.5,
+        exact_sample={"z": X / 2},
     ),
     "calibration": lambda: simulation_based_calibration(
         model, make_guide, X, num_simulations=10, num_samples=3, num_steps=3

@@ -124,7 +124,13 @@ def particles_of(num_runs):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "sequential_monte_carlo: ")  # runs of 16 particles
         found = sequential_monte_carlo(
-            model, guide, X, num_particles=16, num_runs=num_runs, max_plate_nesting=1
+            model,
+            guide,
+            X,
+            num_particles=16,
+            num_runs=num_runs,
+            exact_sample={"z": X / 2},
+            max_plate_nesting=1,
         )
     return figures(found.evidence) | {"draws": found.draws["z"].tolist()}
 

@@ -3,12 +3,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, is_beyond_noise, start_flags
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, gap_flags, start_flags
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
-
-#: The gap between both directions, in nats, that is never a reason for a flag.
-MAX_GAP = 0.1
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +45,7 @@ class AnnealedEvidence(Evidence):
         """Reasons not to trust the estimate, by a short name; empty if none is known.
 
         Beside those of :class:`Evidence`, there are ``acceptance`` (below 0.3 on average), ``gap``
-        (the reverse chains find more than the others, by more than 0.1 nats and noise explain) and
+        (``upper`` is higher than the evidence, by more than 0.1 nats and noise explain) and
         ``prior`` (chains from the prior find more evidence, so the guide misses a part of the
         posterior).
         """
@@ -59,15 +56,7 @@ class AnnealedEvidence(Evidence):
                 f"Fewer than {MIN_ACCEPTANCE:.0%} of the transitions are accepted"
                 f"{data_points(stuck)}. Use more leapfrog steps, or reparameterise the model."
             )
-        if self.upper is not None:
-            gap = is_beyond_noise(
-                self.upper - self.log_evidence - MAX_GAP, self.std_error, self.num_samples
-            )
-            if gap.any():
-                flags["gap"] = (
-                    f"The reverse chains find more evidence{data_points(gap)}. Use more "
-                    "temperatures."
-                )
+        flags |= gap_flags(self, self.upper, "Use more temperatures.")
         if self.from_prior is not None:
             flags |= start_flags(self, self.from_prior, "guide")
         return flags

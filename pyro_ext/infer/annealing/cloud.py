@@ -63,16 +63,19 @@ class Cloud(NamedTuple):
         normalised = torch.where(total.isneginf(), even, log_w - total)
         return self._replace(log_weights=normalised, log_z=self.log_z + total.squeeze(1))
 
-    def resampled(self, size: int) -> "Cloud":
+    def resampled(self, size: int, offset: Tensor | None = None) -> "Cloud":
         """Return a cloud with equal weights, by systematic resampling.
 
         :param size: the number of particles of a run, after resampling.
+        :param offset: the place of the points in [0, 1), of shape ``(R, *common)``; None to draw
+            it.
         """
         num_runs, old_size = self.log_weights.shape[:2]
         total = self.log_weights.exp().movedim(1, -1).cumsum(-1)
         # One uniform number a run places the points at equal distances.
+        offset = torch.rand_like(total[..., 0]) if offset is None else offset
         points = torch.arange(size, dtype=total.dtype, device=total.device)
-        points = (points + torch.rand_like(total[..., :1])) / size * total[..., -1:]
+        points = (points + offset.unsqueeze(-1)) / size * total[..., -1:]
         index = torch.searchsorted(total, points).clamp(max=old_size - 1).movedim(-1, 1)
 
         def take(x: Tensor) -> Tensor:
@@ -88,6 +91,40 @@ class Cloud(NamedTuple):
             log_weights.repeat_interleave(size, 1),
             self.log_z,
             self.roots.gather(1, index),
+        )
+
+    def keeping(self, size: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an offset with which a particle is resampled, and the index of its copy.
+
+        :param size: the number of particles of a run, after resampling.
+        :param index: the index of the particle in each run, of shape ``(R, *common)``.
+
+        The copy is one of all ``size`` particles, given that its ancestor is this particle.
+        """
+        weights, index = self.log_weights.exp(), index.unsqueeze(1)
+        ends = weights.cumsum(1)
+        end, weight = ends.gather(1, index), weights.gather(1, index)
+        point = size * ((end - torch.rand_like(weight) * weight) / ends[:, -1:]).squeeze(1)
+        copy = point.long().clamp(0, size - 1)
+        return (point - copy).clamp(0, 1), copy
+
+    def replaced(self, state: ChainState, index: Tensor) -> "Cloud":
+        """Return a cloud with another particle in each run.
+
+        :param state: the positions and densities of the R particles.
+        :param index: their indices, of shape ``(R, *common)``.
+        """
+        num_runs = len(self.log_z)
+
+        def put(x: Tensor, new: Tensor) -> Tensor:
+            by_run = x.reshape(num_runs, -1, *x.shape[1:])
+            at = index.reshape(num_runs, 1, *index.shape[1:], *[1] * (new.dim() - index.dim()))
+            return by_run.scatter(1, at.expand_as(new.unsqueeze(1)), new.unsqueeze(1)).flatten(0, 1)
+
+        pairs = zip(self.state.densities, state.densities, strict=True)
+        densities = Densities(*(put(old, new) for old, new in pairs))
+        return self._replace(
+            state=ChainState(put(self.state.positions, state.positions), densities)
         )
 
     def joined(self, states: list[ChainState]) -> "Cloud":

@@ -11,6 +11,8 @@ MIN_ACCEPTANCE = 0.3
 #: The number of standard errors at which two estimates of one data point differ, if the standard
 #: errors come from many draws.
 NUM_ERRORS = 4.0
+#: The gap between estimates from both sides, in nats, that is never a reason for a flag.
+MAX_GAP = 0.1
 
 
 def is_beyond_noise(difference: Tensor, std_error: Tensor, num_samples: int) -> Tensor:
@@ -58,3 +60,20 @@ def start_flags(from_guide: Evidence, from_prior: Evidence, start: str) -> dict[
             "comes from the prior. Use more particles."
         )
     return flags
+
+
+def gap_flags(evidence: Evidence, upper: Tensor | None, advice: str) -> dict[str, str]:
+    """Return a flag ``gap`` if the estimate from above is higher than noise explains.
+
+    :param evidence: the evidence.
+    :param upper: the estimate from above; None if there is none.
+    :param advice: the last sentence of the message.
+    """
+    if upper is None:
+        return {}
+    gap = is_beyond_noise(
+        upper - evidence.log_evidence - MAX_GAP, evidence.std_error, evidence.num_samples
+    )
+    if not gap.any():
+        return {}
+    return {"gap": f"Chains from the exact sample find more evidence{data_points(gap)}. {advice}"}

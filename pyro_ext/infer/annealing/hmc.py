@@ -101,14 +101,18 @@ def accept(state: ChainState, proposal: ChainState, log_ratio: Tensor) -> tuple[
     """
     log_acceptance = log_ratio.nan_to_num(nan=-math.inf).clamp(max=0)
     accepted = torch.rand_like(log_acceptance).log() < log_acceptance
-    where = accepted.unsqueeze(-1)
-    pairs = zip(proposal.densities, state.densities, strict=True)
+    return choose(accepted, proposal, state), log_acceptance.exp()
+
+
+def choose(mask: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """Return the new state where a mask of shape ``(C, *common)`` is true, and else the old one."""
+    where = mask.unsqueeze(-1)
     slopes = None
-    if proposal.slopes is not None and state.slopes is not None:
-        slopes = torch.where(where, proposal.slopes, state.slopes)
-    chosen = ChainState(
-        torch.where(where, proposal.positions, state.positions),
-        Densities(*(torch.where(accepted, new, old) for new, old in pairs)),
+    if new.slopes is not None and old.slopes is not None:
+        slopes = torch.where(where, new.slopes, old.slopes)
+    pairs = zip(new.densities, old.densities, strict=True)
+    return ChainState(
+        torch.where(where, new.positions, old.positions),
+        Densities(*(torch.where(mask, *pair) for pair in pairs)),
         slopes,
     )
-    return chosen, log_acceptance.exp()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from pyro.infer import SVI
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_ext._arguments import check_integer, check_real
@@ -29,6 +30,7 @@ def sequential_monte_carlo(
     chain_length: int = 8,
     target_ess: float = 0.8,
     target_acceptance: float = 0.8,
+    exact_sample: dict[str, Tensor] | None = None,
     check_prior: bool = True,
     chunk_size: int | None = None,
     compile: bool | str = False,
@@ -68,6 +70,11 @@ def sequential_monte_carlo(
     runs find clearly less evidence, the guide misses a part of the posterior, and the evidence has
     the flag ``prior``.
 
+    With an ``exact_sample`` from the posterior, as many runs pass through it, which gives a second
+    estimate, from above. If the model has simulated the data, the simulated latent values are an
+    exact sample. If the sample leads to more evidence, the runs miss a part of the posterior, and
+    the evidence has the flag ``gap``.
+
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning. The result
     then has the four runs of the first pass, if they were complete. Otherwise the function raises
     ``KeyboardInterrupt``. A second interrupt ends the call at once.
@@ -90,6 +97,8 @@ def sequential_monte_carlo(
         [0.1, 0.99].
     :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
         chosen.
+    :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
+        site of the guide, or without a guide of the model, to its value.
     :param check_prior: whether runs start at the prior, too, if there is a guide. This doubles the
         cost. A prior that cannot be drawn from is left out.
     :param chunk_size: the largest number of particles for which densities are computed at once,
@@ -109,7 +118,8 @@ def sequential_monte_carlo(
         :class:`MultiSampleELBO`.
 
     Sources: Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo Samplers; Dau and Chopin
-    (2022), Waste-Free Sequential Monte Carlo.
+    (2022), Waste-Free Sequential Monte Carlo; Andrieu, Doucet and Holenstein (2010), Particle
+    Markov Chain Monte Carlo Methods.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -150,11 +160,11 @@ def sequential_monte_carlo(
             "compile": compile,
             "max_plate_nesting": max_plate_nesting,
         }
-        call.check_inputs(programs, settings)
+        call.check_inputs(programs, settings, exact_sample=exact_sample)
         is_hidden = not progress_bar or call.rank > 0
         with tqdm(desc=NAME, unit="transition", disable=is_hidden) as bar:
             sampler = TemperedSampler(NAME, call, bar, **settings)
-            found = sampler.posterior(programs)
+            found = sampler.posterior(programs, exact_sample)
         del bar, sampler.bar  # here, because Python ignores an interrupt inside of a destructor
     warn_of_flags(NAME, found.evidence)
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext._figures import axes_or_new
-from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, start_flags
+from pyro_ext.infer.annealing.flags import MIN_ACCEPTANCE, gap_flags, start_flags
 from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.tracing.failures import data_points
 
@@ -33,6 +33,9 @@ class TemperedEvidence(Evidence):
         ``(T, R, *common)``.
     :ivar start: where the particles start, "guide" or "prior".
     :ivar other: the evidence of runs from the other start; None if there are none.
+    :ivar upper: an estimate from above, in nats, from runs through an exact sample; None without
+        such a sample. The probability that this estimate lies more than b below log p(x) is at most
+        e^-b.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> from pyro_ext.infer import sequential_monte_carlo
@@ -52,6 +55,7 @@ class TemperedEvidence(Evidence):
     num_ancestors: Tensor
     start: str
     other: Evidence | None
+    upper: Tensor | None
 
     @property
     def flags(self) -> dict[str, str]:
@@ -61,8 +65,9 @@ class TemperedEvidence(Evidence):
         a standard deviation above 1), ``collapse`` (a run has an effective sample size below N / 8
         at an inverse temperature), ``acceptance`` (below 0.3 at an inverse temperature),
         ``prior`` (runs from the prior find more evidence, so the guide misses a part of the
-        posterior) and ``guide`` (the result comes from the prior, and runs from the guide find more
-        evidence of some data points).
+        posterior), ``guide`` (the result comes from the prior, and runs from the guide find more
+        evidence of some data points) and ``gap`` (runs through the exact sample find more evidence,
+        by more than 0.1 nats and noise explain).
         """
         spread = self.by_run.std(0) > MAX_SPREAD
         collapsed = (self.run_ess < self.num_particles / 8).any(1).any(0)
@@ -82,6 +87,7 @@ class TemperedEvidence(Evidence):
                 f"Fewer than {MIN_ACCEPTANCE:.0%} of the transitions are accepted"
                 f"{data_points(stuck)}. Reparameterise the model."
             )
+        flags |= gap_flags(self, self.upper, "Leave the guide out, or use more particles.")
         if self.other is not None:
             pair = (self, self.other)
             guide, prior = pair if self.start == "guide" else pair[::-1]
@@ -91,7 +97,8 @@ class TemperedEvidence(Evidence):
     def to_dataset(self) -> Any:
         """Return the dataset of :meth:`Evidence.to_dataset` with the statistics of the runs.
 
-        They have the extra dims ``run`` and ``temperature``.
+        These have the extra dims ``run`` and ``temperature``. There is also ``upper``, if it is not
+        None.
         """
         dataset = super().to_dataset()
         plates = dataset["log_evidence"].dims
@@ -100,6 +107,8 @@ class TemperedEvidence(Evidence):
         for name in ("run_ess", "acceptance", "num_ancestors"):
             values = getattr(self, name).cpu().numpy()
             dataset[name] = (("temperature", "run", *plates), values)
+        if self.upper is not None:
+            dataset["upper"] = (plates, self.upper.cpu().numpy())
         return dataset
 
     def plot_temperatures(self, ax: Any = None) -> Any:
@@ -130,6 +139,8 @@ class TemperedEvidence(Evidence):
     def __repr__(self) -> str:
         mean, smallest = self.acceptance.mean(), self.acceptance.mean(1).min()
         lines = [super().__repr__().replace("draws)", "runs)")]
+        if self.upper is not None:
+            lines.append(f"  upper          {self.upper.mean():.4f} (exact sample)")
         lines.append(f"  temperatures   {len(self.temperatures)} (from the {self.start})")
         lines.append(f"  acceptance     {mean:.2f} (smallest {smallest:.2f})")
         return "\n".join(lines)

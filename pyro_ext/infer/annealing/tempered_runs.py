@@ -62,6 +62,17 @@ class Stage(NamedTuple):
         num_steps = math.ceil(PATH_LENGTH / (0.75 * self.step_size.median().item()))
         return min(num_steps, MAX_LEAPFROG_STEPS)
 
+    def source_of(self, number: int) -> Source | None:
+        """Return the source of the particle with this number in a chain, from 1.
+
+        Where independent proposals do not go, the first transition does.
+        """
+        return self.source if number > 1 else None
+
+    def num_transitions(self, number: int) -> int:
+        """Return the number of transitions that lead to the particle with this number."""
+        return self.thinning if self.source_of(number) is None else 1
+
 
 class StageStatistics(NamedTuple):
     """The statistics of runs at one inverse temperature.
@@ -103,17 +114,19 @@ class TemperedRuns:
     stages: list[Stage] = field(default_factory=list)
 
     @property
+    def num_chains(self) -> int:
+        """The number of chains of a run."""
+        return self.num_particles // self.chain_length
+
+    @property
     def num_transitions(self) -> int:
         """The number of transitions of each particle in a later pass."""
-        length = self.chain_length - 1
-        return sum(
-            stage.thinning * length if stage.source is None else stage.thinning + length - 1
-            for stage in self.stages
-        )
+        numbers = range(1, self.chain_length)
+        return sum(stage.num_transitions(i) for stage in self.stages for i in numbers)
 
     def adapt(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Find the settings, and return the particles of the runs that found them."""
-        cloud = self._start(num_runs)
+        cloud = self.start(num_runs)
         found = []
         beta = torch.zeros_like(cloud.log_z[0])
         step_size = torch.ones_like(beta)
@@ -129,27 +142,28 @@ class TemperedRuns:
             cloud = cloud.reweighted(step)
             weights = cloud.log_weights.flatten(0, 1).exp() / num_runs
             metric = Metric.of_cloud(cloud.state.positions, weights)
-            ess, cloud = cloud.ess, self._resampled(cloud)
+            ess, cloud = cloud.ess, cloud.resampled(self.num_chains)
             cloud, stage = self._tuned(cloud, Stage(beta, metric, step_size))
             step_size = stage.step_size
             self.stages.append(stage)
-            cloud, statistics = self._grown(cloud, stage, ess)
+            cloud, statistics = self.grown(cloud, stage, ess)
             found.append(statistics)
         return cloud, found
 
     def run(self, num_runs: int) -> tuple[Cloud, list[StageStatistics]]:
         """Return the particles of some runs with their statistics."""
-        cloud = self._start(num_runs)
+        cloud = self.start(num_runs)
         found = []
         beta = torch.zeros_like(cloud.log_z[0])
         for stage in self.stages:
             cloud = cloud.reweighted(stage.beta - beta)
             ess, beta = cloud.ess, stage.beta
-            cloud, statistics = self._grown(self._resampled(cloud), stage, ess)
+            cloud, statistics = self.grown(cloud.resampled(self.num_chains), stage, ess)
             found.append(statistics)
         return cloud, found
 
-    def _start(self, num_runs: int) -> Cloud:
+    def start(self, num_runs: int) -> Cloud:
+        """Return draws of the guide."""
         state = ChainState(*self.target.draw(num_runs * self.num_particles))
         cloud = Cloud.of_draws(state, num_runs)
         is_zero = cloud.log_ratio.isneginf().all(1).all(0)
@@ -160,10 +174,6 @@ class TemperedRuns:
                 "that the data allow. Use a guide that draws them, such as a wider one."
             )
         return cloud
-
-    def _resampled(self, cloud: Cloud) -> Cloud:
-        """Return the first particles of all chains."""
-        return cloud.resampled(self.num_particles // self.chain_length)
 
     def _tuned(self, cloud: Cloud, stage: Stage) -> tuple[Cloud, Stage]:
         """Move particles until the settings are good, and return both."""
@@ -188,7 +198,7 @@ class TemperedRuns:
                 best, least = stage._replace(source=source), cost
         return cloud._replace(state=state), best
 
-    def _grown(self, cloud: Cloud, stage: Stage, ess: Tensor) -> tuple[Cloud, StageStatistics]:
+    def grown(self, cloud: Cloud, stage: Stage, ess: Tensor) -> tuple[Cloud, StageStatistics]:
         """Let a chain grow from each particle.
 
         :param cloud: the first particles of the chains.
@@ -196,20 +206,34 @@ class TemperedRuns:
         :param ess: the effective sample size before they were resampled.
         :returns: the particles of all chains, and their statistics.
         """
-        state, states, acceptances = cloud.state, [cloud.state], []
-        while len(states) < self.chain_length:
-            # Where independent proposals do not go, the first transition does.
-            if stage.source is not None and len(states) > 1:
-                state, _ = self._proposed(state, stage, stage.source)
-            else:
-                for _ in range(stage.thinning):
-                    state, acceptance = self._moved(state, stage)
-                    acceptances.append(acceptance)
+        states, acceptances = [cloud.state], []
+        for number in range(1, self.chain_length):
+            state, of_transitions = self.moved(states[-1], stage, number)
             states.append(state)
+            acceptances += of_transitions
         cloud = cloud.joined(states)
         mean = torch.stack(acceptances).mean(0)
         by_run = mean.reshape(len(cloud.log_z), -1, *mean.shape[1:]).mean(1)
         return cloud, StageStatistics(ess, cloud.num_ancestors, by_run)
+
+    def moved(
+        self, state: ChainState, stage: Stage, number: int
+    ) -> tuple[ChainState, list[Tensor]]:
+        """Return the next state of a chain, and the acceptances of Hamiltonian transitions.
+
+        :param state: the state of the chains.
+        :param stage: the settings.
+        :param number: the number of the next particle, from 1. The transitions are reversible, so
+            they lead back to the particle before this one as well.
+        """
+        source = stage.source_of(number)
+        if source is not None:
+            return self._proposed(state, stage, source)[0], []
+        acceptances = []
+        for _ in range(stage.thinning):
+            state, acceptance = self._moved(state, stage)
+            acceptances.append(acceptance)
+        return state, acceptances
 
     def _moved(self, state: ChainState, stage: Stage) -> tuple[ChainState, Tensor]:
         """Return the state after a Hamiltonian transition, and the acceptance."""

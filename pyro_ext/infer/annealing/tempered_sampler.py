@@ -1,6 +1,7 @@
 """Sequential Monte Carlo from a guide and from the prior."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from pyro_ext.distributed.joint_call import JointCall
 from pyro_ext.infer.annealing.cloud import Cloud
 from pyro_ext.infer.annealing.compiled_slopes import chosen_slopes
+from pyro_ext.infer.annealing.conditional_runs import conditional_runs
 from pyro_ext.infer.annealing.flags import has_less
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.posterior_draws import DrawnGuide, PosteriorDraws
@@ -20,6 +22,7 @@ from pyro_ext.infer.annealing.tempered_runs import StageStatistics, TemperedRuns
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.block_state import BlockState
 from pyro_ext.infer.evidence.proposals import PriorProposal
+from pyro_ext.ops import log_mean_exp
 from pyro_ext.tracing import Programs
 
 #: The number of runs that find the settings.
@@ -58,18 +61,27 @@ class TemperedSampler:
     target_acceptance: float = 0.8
     check_prior: bool = True
 
-    def posterior(self, programs: Programs) -> PosteriorDraws:
-        """Return draws from the posterior, with the evidence."""
+    def posterior(
+        self, programs: Programs, exact_sample: dict[str, Tensor] | None
+    ) -> PosteriorDraws:
+        """Return draws from the posterior, with the evidence.
+
+        :param exact_sample: for an estimate from above, a dict from the name of a site to its value
+            in a sample from the posterior.
+        """
         runs = self._runs(programs)
+        if exact_sample is not None:
+            runs.target.draw(1, exact_sample)  # here, so that a bad sample costs no time
         pilot = runs.adapt(NUM_PILOT_RUNS)
         from_prior = self.adapted_from_prior(programs) if self.check_prior else None
         self.call.check_parameters(programs)
         self.call.use_own_random_numbers()
         if not self.bar.disable:
             both = [runs] if from_prior is None else [runs, from_prior]
-            self.bar.total = self.bar.n + sum(x.num_transitions for x in both)
+            num_conditional = 0 if exact_sample is None else 2 * runs.num_transitions
+            self.bar.total = self.bar.n + sum(x.num_transitions for x in both) + num_conditional
         try:
-            found = _to_draws(runs, self._all_runs(runs))
+            found = _to_draws(runs, self._all_runs(runs.run))
         except KeyboardInterrupt:
             if self.call.interrupts:  # a second interrupt
                 raise
@@ -80,12 +92,16 @@ class TemperedSampler:
             )
             return _to_draws(runs, [pilot])
         other = None if from_prior is None else self.finished(from_prior)
-        return found if other is None else _better(found, other)
+        found = found if other is None else _better(found, other)
+        if exact_sample is None:
+            return found
+        upper = self._upper(runs, exact_sample)
+        return replace(found, evidence=replace(found.evidence, upper=upper))
 
     def finished(self, from_prior: TemperedRuns) -> PosteriorDraws | None:
         """Return the draws of runs from the prior; None after an interrupt."""
         try:
-            return _to_draws(from_prior, self._all_runs(from_prior))
+            return _to_draws(from_prior, self._all_runs(from_prior.run))
         except KeyboardInterrupt:
             if self.call.interrupts:  # a second interrupt
                 raise
@@ -119,12 +135,25 @@ class TemperedSampler:
             return None
         return runs
 
-    def _all_runs(self, runs: TemperedRuns) -> list[Result]:
+    def _upper(self, runs: TemperedRuns, exact_sample: dict[str, Tensor]) -> Tensor | None:
+        """Return the estimate from above; None after an interrupt."""
+        try:
+            found = self._all_runs(lambda size: (conditional_runs(runs, size, exact_sample), []))
+        except KeyboardInterrupt:
+            if self.call.interrupts:  # a second interrupt
+                raise
+            message = f"{self.owner} was interrupted. The exact sample was not used."
+            warnings.warn(message, stacklevel=3)
+            return None
+        log_z = torch.cat([cloud.log_z for cloud, _ in found])
+        return _outer(runs) - log_mean_exp(-log_z)
+
+    def _all_runs(self, run: Callable[[int], Result]) -> list[Result]:
         results: list[Result] = []
         done = 0
         while done < self.num_runs:
             sizes = self.call.share(self.num_runs - done, self.num_runs)
-            for found in self.call.parts(runs.run(size) for size in sizes):
+            for found in self.call.parts(run(size) for size in sizes):
                 results.append(found)
                 done += len(found[0].log_z)
         return results
@@ -165,14 +194,21 @@ def _to_evidence(runs: TemperedRuns, results: list[Result]) -> TemperedEvidence:
     return TemperedEvidence(
         **vars(block.to_evidence(())),
         num_particles=runs.num_particles,
-        by_run=log_z + (0.0 if names else programs.outer),
+        by_run=log_z + _outer(runs),
         temperatures=torch.stack([stage.beta for stage in runs.stages]),
         run_ess=joined("ess"),
         acceptance=joined("acceptance"),
         num_ancestors=joined("num_ancestors"),
         start="prior" if _starts_at_prior(programs.programs) else "guide",
         other=None,
+        upper=None,
     )
+
+
+def _outer(runs: TemperedRuns) -> Tensor | float:
+    """Return the terms outside of the common plates that belong to the evidence of a run."""
+    programs = runs.target.programs
+    return 0.0 if programs.plates else programs.outer
 
 
 def _to_draws(runs: TemperedRuns, results: list[Result]) -> PosteriorDraws:

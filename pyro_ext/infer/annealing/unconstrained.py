@@ -97,8 +97,8 @@ class UnconstrainedPrograms:
 
         :param num_particles: the number of particles.
         :param sample: values of all latent sites, to use for all particles; None to draw them.
-        :raises ValueError: if the guide has no latent site, if ``sample`` has other sites, if the
-            guide has a scale of its own, or if a log weight is NaN.
+        :raises ValueError: if the guide has no latent site, if ``sample`` has other sites or
+            density zero, if the guide has a scale of its own, or if a log weight is NaN.
         """
         sites = UnconstrainedSites(self.owner, sample=sample)
         particles = self._trace(sites, num_particles)
@@ -122,6 +122,12 @@ class UnconstrainedPrograms:
         if log_w.isnan().any():
             where = data_points(log_w.isnan().any(0))
             raise_not_finite(f"{self.owner}: a log weight{where}", math.nan, particles)
+        if sample is not None and not log_w.isfinite().all():
+            where = data_points(~log_w.isfinite().all(0))
+            raise ValueError(
+                f"{self.owner}: exact_sample has density zero{where}. Pass a draw from the "
+                "posterior of these data."
+            )
         return sites.positions
 
     def _raise_for_scales(self, particles: Particles) -> None:
