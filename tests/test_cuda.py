@@ -141,8 +141,11 @@ def test_annealing(x, dtype):
 
 def test_sequential_monte_carlo(x):
     programs = NormalNormal(x)
-    found = sequential_monte_carlo(programs.model, programs.guide, check_prior=False)
+    found = sequential_monte_carlo(
+        programs.model, programs.guide, exact_sample={"z": programs.x / 2}, check_prior=False
+    )
     assert found.draws["z"].is_cuda
+    assert found.evidence.upper.is_cuda
     evidence = found.evidence
     error = evidence.log_evidence - programs.log_evidence()
     assert (error.abs() < 5 * evidence.std_error).all()

@@ -265,11 +265,12 @@ if __name__ == "__main__":
 # Findings
 # --------
 #
-# - Ten predictors whose prior learns its scale are six times as probable as two predictors. Heavy
+# - Ten predictors whose prior learns its scale are six to seven times as probable as two. Heavy
 #   tails of the noise do not matter: with and without them, the evidence is the same within the
 #   error bars.
-# - The prior matters. At the first scale, two predictors are twice as probable as ten. At twice the
-#   scale, they are about 300 times as probable, for ten weights pay more for a wide prior than two.
+# - The prior matters. At the first scale, two predictors are about twice as probable as ten. At
+#   twice the scale, they are hundreds of times as probable, for ten weights pay more for a wide
+#   prior than two.
 # - The evidence finds order 2, from which the data come. All estimates agree with the closed form
 #   within two standard errors.
 # - One component is out of the question, at a distance of 25 nats. Two, three and four components

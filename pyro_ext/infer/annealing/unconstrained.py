@@ -110,7 +110,8 @@ class UnconstrainedPrograms:
         if sample is not None and sample.keys() != sites.positions.keys():
             raise ValueError(
                 f"{self.owner}: exact_sample must have the latent sites of the guide, "
-                f"{abbreviate(sorted(sites.positions))}, but it has {abbreviate(sorted(sample))}."
+                f"{abbreviate(sorted(sites.positions))}, but it has {abbreviate(sorted(sample))}. "
+                "Without a guide, these are the latent sites of the model."
             )
         warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
         self.particle_dim = sites.particle_dim
