@@ -78,6 +78,16 @@ def check_real(owner: str, name: str, value: Any, low: float, high: float) -> No
         raise ValueError(f"{owner}: {name} must be {interval}, but it is {value}.")
 
 
+def check_nesting(owner: str, value: Any) -> None:
+    """Raise an error unless ``max_plate_nesting`` is an integer >= 0 or infinity.
+
+    :raises TypeError: if it is neither an integer nor infinity.
+    :raises ValueError: if it is negative.
+    """
+    if value != math.inf:
+        check_integer(owner, "max_plate_nesting", value, 0)
+
+
 def check_positive(owner: str, name: str, value: Any) -> None:
     """Raise an error unless an argument is a positive and finite number.
 

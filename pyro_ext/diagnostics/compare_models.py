@@ -1,3 +1,4 @@
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ import numpy as np
 import pyro
 from scipy.special import softmax
 
-from pyro_ext._arguments import check_real, check_type, describe
+from pyro_ext._arguments import check_integer, check_real, check_type, describe
 from pyro_ext.diagnostics.arviz_adapter import elpd_and_error
 from pyro_ext.diagnostics.loo import loo
 from pyro_ext.diagnostics.observed_data import ObservedData, check_same_data, observed_data
@@ -21,6 +22,12 @@ from pyro_ext.tracing.arguments import NOT_GIVEN, is_svi, read_programs
 
 NAME = "compare_models"
 NUM_SIMULATIONS = 20_000
+#: The settings of all estimates with a guide.
+SETTINGS = {
+    name
+    for name, parameter in inspect.signature(estimate_evidence).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+} - {"model_args", "model_kwargs", "data_loader", "state"}
 
 
 def compare_models(
@@ -115,9 +122,15 @@ def compare_models(
         raise ValueError(f"{NAME}: models is empty. Pass at least one model.")
     check_real(NAME, "interval", interval, 0.0, 1.0)
     log_prior = _log_prior(list(models), prior_probabilities)
+    check_integer(NAME, "num_samples", num_samples, 2)
     settings = _evidence_settings(evidence_kwargs, num_samples, chunk_size, progress_bar)
-    scopes = scopes or {}
-    if unknown := sorted(scopes.keys() - models.keys()):
+    scopes = {} if scopes is None else scopes
+    check_type(NAME, "scopes", scopes, Mapping, "a dict from the name of a model to its scope")
+    for name, scope in scopes.items():
+        check_type(
+            NAME, f"the scope of model '{name}'", scope, dict, "a scope of the parameter store"
+        )
+    if unknown := sorted(scopes.keys() - models.keys(), key=str):
         raise ValueError(f"{NAME}: scopes has {unknown}, which are no names of models.")
     evidences = {name: given for name, x in models.items() if (given := _given_evidence(x))}
     fits = {
@@ -129,7 +142,8 @@ def compare_models(
     for name, fit in fits.items():
         with _scope_of(name, scopes):
             owner = f"{NAME}: model '{name}'"
-            data[name] = observed_data(owner, fit.programs, "batch_size" in settings)
+            allows_subsamples = fit.guide is not None and "batch_size" in settings
+            data[name] = observed_data(owner, fit.programs, allows_subsamples)
     check_same_data(NAME, {name: data[name] for name in models})
     elpds = {}
     for name, fit in fits.items():
@@ -271,7 +285,7 @@ def _log_prior(names: list[str], prior_probabilities: Mapping[str, float] | None
         return np.zeros(len(names))
     expected = "a dict from the name of each model to its probability"
     check_type(NAME, "prior_probabilities", prior_probabilities, Mapping, expected)
-    if wrong := sorted(prior_probabilities.keys() ^ set(names)):
+    if wrong := sorted(prior_probabilities.keys() ^ set(names), key=str):
         raise ValueError(
             f"{NAME}: prior_probabilities must have the names of the models, but {wrong} are in "
             "one of them only."
@@ -302,5 +316,10 @@ def _evidence_settings(
                 f"{NAME}: evidence_kwargs has '{name}', which belongs to one model. Call "
                 "estimate_evidence for each model, and pass the results."
             )
+    if unknown := sorted(given.keys() - SETTINGS, key=str):
+        raise ValueError(
+            f"{NAME}: evidence_kwargs has {unknown}, which are no settings of estimate_evidence. "
+            f"It takes {sorted(SETTINGS)}."
+        )
     settings = {"num_samples": num_samples, "chunk_size": chunk_size, "progress_bar": progress_bar}
     return settings | dict(given)

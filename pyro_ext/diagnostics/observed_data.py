@@ -67,8 +67,8 @@ def observed_data(owner: str, programs: Programs, allows_subsamples: bool) -> Ob
             plate = subsampled[0]
             raise ValueError(
                 f"{owner} subsamples plate '{plate.name}' ({plate.size} of {plate.full_size} "
-                f"rows). Pass evidence_kwargs={{'data_plate': '{plate.name}', 'batch_size': "
-                f"{plate.size}}}, which visits all of its rows, or do not subsample."
+                f"rows). Do not subsample, or pass a guide and evidence_kwargs={{'data_plate': "
+                f"'{plate.name}', 'batch_size': {plate.size}}}, which visits all of its rows."
             )
         mask = is_unmasked(node)
         event = node["value"].shape[node["value"].dim() - node["fn"].event_dim :]

@@ -172,16 +172,25 @@ def run_at_once(
     with _leaf_draws(leaves, local_plate, programs) as found, subsamples or nullcontext():
         try:
             model_trace, guide_trace = recorded.importance_traces(-particle_dim)
+        except torch.linalg.LinAlgError as error:
+            error.add_note(f"The {_last_place(in_model, in_guide)}.")
+            raise
         except (SiteError, NeedsEnumerationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _runs_alone(programs, subsamples):
                 where = f"num_particles={num_particles} vectorised in a plate at dim {particle_dim}"
+                outside = (
+                    "Check that the guide draws inside the support of the model. "
+                    if "to be within the support" in str(error)
+                    else ""
+                )
                 raise ParticleDimError(
                     f"The {_last_place(in_model, in_guide)} with {where}, but it runs with one "
-                    "particle. Every sample has an extra dim on the left. Count dims from the "
-                    "right (x[..., 0] and .mT), wrap convolutions in pyro_ext.nn.LeadingDims, "
-                    f"correct max_plate_nesting, or {advice.one_at_a_time}.\n"
+                    f"particle. {outside}Every sample has an extra dim on the left. Count dims "
+                    "from the right (x[..., 0] and .mT), wrap convolutions in "
+                    "pyro_ext.nn.LeadingDims, correct max_plate_nesting, or "
+                    f"{advice.one_at_a_time}.\n"
                     f"{_described(error)}"
                 ) from error
             raise

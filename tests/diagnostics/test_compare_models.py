@@ -255,6 +255,8 @@ def test_rows_in_blocks():
     found = compare_evidences(pairs, evidence_kwargs=settings)
     exact = whole.log_evidence().sum().item()
     assert found.loc["subsampled", "log_evidence"] == pytest.approx(exact)
+    with pytest.raises(ValueError, match=r"model 'alone' subsamples plate 'data'.* pass a guide"):
+        compare_evidences({"alone": in_blocks.model}, evidence_kwargs=settings)
 
 
 def test_plot():

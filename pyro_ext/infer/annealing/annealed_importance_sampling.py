@@ -7,7 +7,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext._arguments import check_integer, check_real
+from pyro_ext._arguments import check_integer, check_real, check_type
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.annealed_evidence import AnnealedEvidence
 from pyro_ext.infer.annealing.annealer import NUM_WARMUP, Annealer
@@ -100,7 +100,8 @@ def annealed_importance_sampling(
     :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
-        site of the guide to its value.
+        site of the guide, or without a guide of the model, to its value. An automatic guide has
+        sites of its own, so leave it out.
     :param check_prior: whether to compare a guide's evidence with the evidence from the prior. This
         takes seconds for a small model. A prior that cannot be drawn from is not compared.
     :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
@@ -114,7 +115,7 @@ def annealed_importance_sampling(
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
-    :returns: an :class:`AnnealedEvidence`.
+    :returns: an :class:`AnnealedEvidence`. If a plate is subsampled, it belongs to one minibatch.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range, if the SVI has not been trained, if a latent
         site is discrete or has no map to unconstrained space, if weights are NaN, if all weights of
@@ -148,6 +149,7 @@ def annealed_importance_sampling(
         }
         for name, value in settings.items():
             check_integer(NAME, name, value, 1)
+        check_type(NAME, "check_prior", check_prior, bool, "True or False")
         orders = checked_orders(NAME, jackknife_orders, num_chains)
         check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
         betas = inverse_temperatures(ladder, num_temperatures)

@@ -54,6 +54,8 @@ class Annealer:
 
         The others are parameters of :meth:`evidence`.
         """
+        if exact_sample is not None:
+            self.target.draw(1, exact_sample)  # here, so that a bad sample costs no time
         self.adapt(chunk_size)
         programs = self.target.programs.programs
         from_prior = sampler.adapted_from_prior(programs) if check_prior else None

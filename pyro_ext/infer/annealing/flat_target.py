@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext.infer.annealing.compiled_slopes import Slopes
-from pyro_ext.infer.annealing.slopes import slopes_at
+from pyro_ext.infer.annealing.slopes import densities_at, slopes_at
 from pyro_ext.infer.annealing.unconstrained import Densities, UnconstrainedPrograms
 
 
@@ -43,7 +43,7 @@ class FlatTarget:
         for start in range(0, num_particles, size):
             drawn = self.programs.draw(min(size, num_particles - start), sample)
             self._sites = {name: self._moved(x[:1]) for name, x in drawn.items()}
-            found.append((self._flat(drawn), *self.programs(drawn)))
+            found.append((self._flat(drawn), *densities_at(self.programs, drawn)))
         flat, *rest = map(torch.cat, zip(*found, strict=True))
         return flat, Densities(*rest)
 
@@ -53,7 +53,7 @@ class FlatTarget:
             beta = positions.new_ones(positions.shape[1:-1])
             return self.slopes(positions, beta)[0]
         parts = positions.split(self._chunk_size or len(positions))
-        found = [self.programs(self.by_site(part)) for part in parts]
+        found = [densities_at(self.programs, self.by_site(part)) for part in parts]
         return Densities(*map(torch.cat, zip(*found, strict=True)))
 
     def slopes(self, positions: Tensor, beta: float | Tensor) -> tuple[Densities, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_ext.infer.annealing.flat_target import FlatTarget
 from pyro_ext.infer.annealing.metric import Metric
-from pyro_ext.infer.annealing.unconstrained import Densities
+from pyro_ext.infer.annealing.unconstrained import Densities, SingularDrawError
 
 
 class ChainState(NamedTuple):
@@ -86,7 +86,10 @@ def guide_transition(
 
     The parameters are those of :func:`transition`.
     """
-    proposal = ChainState(*target.draw(len(state.positions)))
+    try:
+        proposal = ChainState(*target.draw(len(state.positions)))
+    except SingularDrawError:  # does not depend on the chains, which stay where they are
+        return state._replace(slopes=None), torch.zeros_like(state.densities.log_p)
     ratio = proposal.densities.log_w - state.densities.log_w
     return accept(state._replace(slopes=None), proposal, beta * ratio)
 

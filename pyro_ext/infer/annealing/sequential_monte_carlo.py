@@ -7,7 +7,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ext._arguments import check_integer, check_real
+from pyro_ext._arguments import check_integer, check_real, check_type
 from pyro_ext.distributed.joint_call import joint_call
 from pyro_ext.infer.annealing.posterior_draws import PosteriorDraws
 from pyro_ext.infer.annealing.tempered_sampler import TemperedSampler
@@ -66,7 +66,7 @@ def sequential_monte_carlo(
 
     With a guide, as many runs start at the prior. If both differ by more than noise, the result is
     the one with more evidence. Otherwise it comes from the prior, unless the guide's standard error
-    is less than half as large, and the prior finds at most two standard errors more. If the guide's
+    is less than half as large, and the prior finds at most one standard error more. If the guide's
     runs find clearly less evidence, the guide misses a part of the posterior, and the evidence has
     the flag ``prior``.
 
@@ -76,8 +76,8 @@ def sequential_monte_carlo(
     the evidence has the flag ``gap``.
 
     An interrupt (Ctrl-C) ends the sampling after the current transition, with a warning. The result
-    then has the four runs of the first pass, if they were complete. Otherwise the function raises
-    ``KeyboardInterrupt``. A second interrupt ends the call at once.
+    then has the four runs of the first pass, if this pass was complete. Otherwise the function
+    raises ``KeyboardInterrupt``. A second interrupt ends the call at once.
 
     Under a process group of ``torch.distributed``, call the function with the same arguments on
     each rank. The processes divide the runs, and each returns the same evidence.
@@ -98,7 +98,8 @@ def sequential_monte_carlo(
     :param target_acceptance: the acceptance probability, in [0.05, 0.99], for which step sizes are
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
-        site of the guide, or without a guide of the model, to its value.
+        site of the guide, or without a guide of the model, to its value. An automatic guide has
+        sites of its own, so leave it out.
     :param check_prior: whether runs start at the prior, too, if there is a guide. This doubles the
         cost. A prior that cannot be drawn from is left out.
     :param chunk_size: the largest number of particles for which densities are computed at once,
@@ -110,7 +111,8 @@ def sequential_monte_carlo(
     :param max_plate_nesting: the number of nested plates, >= 0. With infinity, one run of model and
         guide finds it.
     :param kwargs: further keyword arguments of model and guide.
-    :returns: the draws with their evidence, a :class:`PosteriorDraws`.
+    :returns: the draws with their evidence, a :class:`PosteriorDraws`. If a plate is subsampled,
+        they belong to one minibatch.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if an argument is out of range, if the SVI has not been trained, if the
         model has no latent site, if a latent site is discrete or has no map to unconstrained space,
@@ -148,6 +150,7 @@ def sequential_monte_carlo(
                 f"{NAME}: num_particles must be a multiple of chain_length, {chain_length}, and at "
                 f"least twice as large, but it is {num_particles}."
             )
+        check_type(NAME, "check_prior", check_prior, bool, "True or False")
         check_real(NAME, "target_ess", target_ess, 0.1, 0.99)
         check_real(NAME, "target_acceptance", target_acceptance, 0.05, 0.99)
         programs = read_programs(

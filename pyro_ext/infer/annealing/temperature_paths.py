@@ -12,6 +12,7 @@ def inverse_temperatures(ladder: str | Sequence[float], num_temperatures: int) -
 
     :param ladder: ``"sigmoid"``, ``"geometric"``, or the inverse temperatures.
     :param num_temperatures: the number of steps of a named path.
+    :raises TypeError: if the inverse temperatures are no numbers.
     :raises ValueError: if there is no path of that name, or if the numbers do not increase from 0
         to 1.
     """
@@ -29,7 +30,12 @@ def inverse_temperatures(ladder: str | Sequence[float], num_temperatures: int) -
             "annealed_importance_sampling: ladder must be 'sigmoid', 'geometric' or a sequence of "
             f"inverse temperatures, but it is {describe(ladder)}."
         )
-    betas = tuple(map(float, ladder))
+    try:
+        betas = tuple(map(float, ladder))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"annealed_importance_sampling: ladder must hold numbers from 0 to 1 ({error})."
+        ) from None
     is_rising = all(a < b for a, b in pairwise(betas))
     if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or not is_rising:
         raise ValueError(

@@ -169,9 +169,9 @@ class TemperedRuns:
         is_zero = cloud.log_ratio.isneginf().all(1).all(0)
         if is_zero.any():
             raise ValueError(
-                f"{self.target.programs.owner}: all {len(state.positions)} draws of the guide have "
-                f"density zero{data_points(is_zero)}. The support of the guide misses the values "
-                "that the data allow. Use a guide that draws them, such as a wider one."
+                f"{self.target.programs.owner}: all {len(state.positions)} draws of the guide, or "
+                f"without a guide of the prior, have density zero{data_points(is_zero)}. They miss "
+                "the values that the data allow. Use a guide that draws them, such as a wider one."
             )
         return cloud
 

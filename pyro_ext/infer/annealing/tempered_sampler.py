@@ -32,7 +32,7 @@ NUM_PILOT_RUNS = 4
 MAX_RATIO = 0.5
 #: The number of standard errors by which the prior's runs may find more, if the result comes from
 #: the guide's.
-MAX_GAIN = 2.0
+MAX_GAIN = 1.0
 
 Result = tuple[Cloud, list[StageStatistics]]
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ext._arguments import abbreviate
-from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites
+from pyro_ext._arguments import abbreviate, check_nesting
+from pyro_ext.infer.annealing.unconstrained_sites import UnconstrainedSites, check_sample
 from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
 from pyro_ext.tracing import Particles, ParticleTracer, Programs
 from pyro_ext.tracing.advice import CHUNK_ADVICE
@@ -25,7 +26,13 @@ from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.site_values import with_plates
 from pyro_ext.tracing.sites import is_delta
 
+#: The share of draws at an edge of a support that is never a reason for a warning.
+MAX_ROUNDED = 0.01
 _ADVICE = replace(CHUNK_ADVICE, one_at_a_time="use estimate_evidence with chunk_size=1")
+
+
+class SingularDrawError(ValueError):
+    """An error about a draw of the guide at which a matrix of the programs is singular."""
 
 
 class Densities(NamedTuple):
@@ -67,9 +74,11 @@ class UnconstrainedPrograms:
     """
 
     def __init__(self, owner: str, programs: Programs, max_plate_nesting: float) -> None:
+        check_nesting(owner, max_plate_nesting)
         self.owner = owner
         self.programs = programs
         self._subsamples = SharedSubsamples()
+        self._warned: set[str] = set()
         self._tracer = ParticleTracer(
             max_plate_nesting=max_plate_nesting,
             has_dim_for_one=True,
@@ -97,11 +106,25 @@ class UnconstrainedPrograms:
 
         :param num_particles: the number of particles.
         :param sample: values of all latent sites, to use for all particles; None to draw them.
-        :raises ValueError: if the guide has no latent site, if ``sample`` has other sites or
-            density zero, if the guide has a scale of its own, or if a log weight is NaN.
+        :raises SingularDrawError: if a matrix of model or guide is singular at a draw.
+        :raises ValueError: if the guide has no latent site, if ``sample`` does not fit its sites or
+            has density zero, if the guide has a scale of its own, or if a log weight is NaN.
         """
+        if sample is not None:
+            check_sample(self.owner, sample)
         sites = UnconstrainedSites(self.owner, sample=sample)
-        particles = self._trace(sites, num_particles)
+        try:
+            particles = self._trace(sites, num_particles)
+        except Exception as error:
+            cause = error.__cause__ or error
+            is_singular = isinstance(cause, torch.linalg.LinAlgError)
+            if not is_singular and "PositiveDefinite" not in str(cause):
+                raise
+            raise SingularDrawError(
+                f"{self.owner}: a matrix is singular at one of {num_particles} draws of the guide, "
+                "or without a guide of the prior. Add a larger number to its diagonal, or use "
+                f"torch.float64.\n{type(cause).__name__}: {str(cause).splitlines()[0]}"
+            ) from error
         if not sites.positions:
             raise ValueError(
                 f"{self.owner}: the guide draws no latent site, or only points (Delta). Use a "
@@ -114,22 +137,44 @@ class UnconstrainedPrograms:
                 "Without a guide, these are the latent sites of the model."
             )
         warn_of_points(particles.guide_traces[0], self.programs, self._subsamples)
+        self._warn_of_rounding(sites.rounded)
         self.particle_dim = sites.particle_dim
         self.plates = particles.plates
         self.outer = particles.unscaled_outer
         self._raise_for_scales(particles)
         raise_for_dependent_prior(self.owner, self.programs, particles)
-        log_w = particles.log_w
-        if log_w.isnan().any():
-            where = data_points(log_w.isnan().any(0))
+        if sample is not None:
+            self._raise_for_zero(particles)
+        if particles.log_w.isnan().any():
+            where = data_points(particles.log_w.isnan().any(0))
             raise_not_finite(f"{self.owner}: a log weight{where}", math.nan, particles)
-        if sample is not None and not log_w.isfinite().all():
-            where = data_points(~log_w.isfinite().all(0))
-            raise ValueError(
-                f"{self.owner}: exact_sample has density zero{where}. Pass a draw from the "
-                "posterior of these data."
-            )
         return sites.positions
+
+    def _warn_of_rounding(self, rounded: dict[str, float]) -> None:
+        """Warn once of sites whose draws are too close to an edge for the dtype."""
+        for name, share in rounded.items():
+            if share > MAX_ROUNDED and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{self.owner}: {share:.0%} of the draws of site '{name}' are too close to the "
+                    "edge of its support for its dtype, so the evidence may be biased. Use "
+                    "torch.float64, or estimate_evidence, which does not move the draws.",
+                    stacklevel=9,
+                )
+
+    def _raise_for_zero(self, particles: Particles) -> None:
+        """Raise a ValueError if an exact sample has no density."""
+        for log_prob, program, advice in (
+            (particles.log_p, "model", "Pass a draw from the posterior of these data."),
+            (particles.log_q, "guide", "The guide misses a part of the posterior. Widen it."),
+        ):
+            is_zero = ~log_prob.isfinite()
+            if is_zero.any():
+                where = data_points(is_zero.any(0))
+                raise ValueError(
+                    f"{self.owner}: exact_sample has density zero under the {program}{where}. "
+                    f"{advice}"
+                )
 
     def _raise_for_scales(self, particles: Particles) -> None:
         """Raise a ValueError if the guide has a scale that is part of the weights."""

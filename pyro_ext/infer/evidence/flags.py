@@ -29,11 +29,11 @@ def weight_flags(evidence: Any) -> dict[str, str]:
     :param evidence: an :class:`~pyro_ext.infer.Evidence`.
     """
     few = evidence.ess < min(MIN_ESS, evidence.num_samples / 2)
-    wide = evidence.std_error > MAX_STD_ERROR
+    wide = ~(evidence.std_error <= MAX_STD_ERROR)  # NaN with one draw
     reasons = {
         "pareto_k": (is_heavy(evidence), "Pareto k is above 0.7"),
         "ess": (few, f"the effective sample size is below {MIN_ESS}"),
-        "std_error": (wide, f"the standard error is above {MAX_STD_ERROR} nats"),
+        "std_error": (wide, f"the standard error is above {MAX_STD_ERROR} nats or unknown"),
     }
     return {
         name: f"{reason}{data_points(where)}."

@@ -7,7 +7,7 @@ from functools import partial
 from pyro import poutine
 from pyro.poutine import Trace
 
-from pyro_ext._arguments import check_integer
+from pyro_ext._arguments import check_integer, check_nesting
 from pyro_ext.infer.evidence.compiled_weights import CompiledWeights
 from pyro_ext.infer.evidence.data_blocks import DataBlock
 from pyro_ext.infer.evidence.proposals import raise_for_dependent_prior
@@ -51,6 +51,7 @@ class ParticleStream:
         if chunk_size is None:
             chunk_size = min(num_samples, default_chunk_size)
         check_integer(owner, "chunk_size", chunk_size, 1)
+        check_nesting(owner, max_plate_nesting)
         self.owner = owner
         self.num_samples = num_samples
         self.chunk_size = chunk_size

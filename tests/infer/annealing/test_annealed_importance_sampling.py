@@ -138,6 +138,7 @@ def test_the_exact_guide_has_no_error(num_chains):
     torch.testing.assert_close(found.log_evidence, programs.log_evidence())
     assert found.upper is None
     assert found.num_samples == num_chains
+    assert ("std_error" in found.flags) == (num_chains == 1)  # it is unknown then
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         torch.testing.assert_close(twin.acceptance, found.acceptance)
 
@@ -275,6 +276,7 @@ def test_bad_arguments():
         ({"ladder": "linear"}, "'sigmoid', 'geometric' or a sequence .* but it is 'linear'"),
         ({"ladder": [0, 0.5, 0.5, 1]}, "ladder must increase from 0 to 1"),
         ({"ladder": [0.1, 1]}, "ladder must increase from 0 to 1"),
+        ({"max_plate_nesting": -1}, "max_plate_nesting must be at least 0"),
         ({"target_acceptance": 1.0}, "target_acceptance must be between 0.05 and 0.99"),
         ({"exact_sample": {"y": X}}, r"latent sites of the guide, \['z'\], but it has \['y'\]"),
         (
@@ -284,8 +286,13 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             annealed_importance_sampling(*pair, **FEW | options)
-    with pytest.raises(TypeError, match="num_leapfrog_steps must be an integer"):
-        annealed_importance_sampling(*pair, num_leapfrog_steps=1.5)
+    for options, message in (
+        ({"num_leapfrog_steps": 1.5}, "num_leapfrog_steps must be an integer"),
+        ({"ladder": [0, "a", 1]}, "ladder must hold numbers"),
+        ({"check_prior": "no"}, "check_prior must be True or False"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            annealed_importance_sampling(*pair, **options)
 
     def points():
         with pyro.plate("data", 4):

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_ext.infer import sequential_monte_carlo
+from pyro_ext.infer import annealed_importance_sampling, sequential_monte_carlo
 from tests.infer.annealing.test_cloud import cloud_of
 from tests.infer.annealing.test_sequential_monte_carlo import (
     FEW,
@@ -70,21 +70,50 @@ def test_an_exact_sample_shows_a_mode_that_the_guide_misses():
     assert abs(evidence.log_evidence - (TWO_MODES - math.log(2))) < 0.1
 
 
-def never_negative():
-    z = pyro.sample("z", dist.Exponential(torch.tensor(1.0).double()))
-    pyro.sample("x", dist.Uniform(0.0, z, validate_args=False), obs=torch.tensor(0.5).double())
+def near_zero(num_points=3):
+    with pyro.plate("data", num_points):
+        z = pyro.sample("z", dist.Exponential(torch.tensor(1.0).double()))
+        x = torch.full((num_points,), 0.5).double()
+        pyro.sample("x", dist.Uniform(0.0, z, validate_args=False), obs=x)
 
 
+def below_one(num_points=3):
+    with pyro.plate("data", num_points):
+        pyro.sample("z", dist.Uniform(torch.tensor(0.5).double(), 1.0))
+
+
+ONES = torch.ones(3).double()
+
+
+@pytest.mark.parametrize("function", [sequential_monte_carlo, annealed_importance_sampling])
 @pytest.mark.parametrize(
     ("sample", "words"),
     [
-        ({"y": torch.tensor(1.0)}, r"latent sites of the guide, \['z'\], but it has \['y'\]"),
-        ({"z": torch.tensor(0.1).double()}, "exact_sample has density zero. Pass a draw"),
+        ([ONES], "must be a dict from the name of each latent site"),
+        ({"z": 1.0}, r"exact_sample\['z'\] must be a tensor, but it is 1.0"),
+        ({"z": torch.ones(3, dtype=torch.long)}, "must have a floating-point dtype"),
+        ({"z": ONES.to("meta")}, "is on meta, but the site is on cpu"),
+        ({"z": ONES[0]}, r"has shape \(\), but the site has shape \(3,\)"),
+        ({"z": ONES[:, None]}, r"has shape \(3, 1\), but the site has shape \(3,\)"),
+        ({"z": -ONES}, "outside of the support"),
+        ({"z": ONES * math.nan}, "outside of the support"),
+        ({"y": ONES}, r"latent sites of the guide, \['z'\], but it has \['y'\]"),
+        ({"z": torch.tensor([0.1, 1.0, 1.0])}, r"zero under the model for data points \[0\]"),
     ],
 )
-def test_bad_samples(sample, words):
-    with pytest.raises(ValueError, match=words):
-        sequential_monte_carlo(never_negative, exact_sample=sample)
+def test_bad_samples(function, sample, words):
+    with pytest.raises((TypeError, ValueError), match=f"{function.__name__}: .*{words}"):
+        function(near_zero, exact_sample=sample)
+
+
+def test_a_sample_that_the_guide_misses():
+    with pytest.raises(ValueError, match="support of this site of the guide"):
+        sequential_monte_carlo(near_zero, below_one, exact_sample={"z": 2 * ONES})
+
+
+def test_a_sample_takes_the_dtype_of_its_site():
+    found = sequential_monte_carlo(near_zero, exact_sample={"z": ONES.float()}, **FEW)
+    assert found.evidence.upper.isfinite().all()
 
 
 @pytest.mark.long
