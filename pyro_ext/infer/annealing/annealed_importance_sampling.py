@@ -101,7 +101,7 @@ def annealed_importance_sampling(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide, or without a guide of the model, to its value. An automatic guide has
-        sites of its own, so leave it out.
+        sites of its own, so leave the guide out.
     :param check_prior: whether to compare a guide's evidence with the evidence from the prior. This
         takes seconds for a small model. A prior that cannot be drawn from is not compared.
     :param chunk_size: the largest number of chains at once in a process, >= 1; by default all
@@ -175,8 +175,7 @@ def annealed_importance_sampling(
         sampler = TemperedSampler(NAME, call, bar, chunk_size or 1024, max_plate_nesting, compile)
         with bar:
             evidence = annealer.run(num_chains, size, orders, exact_sample, sampler, check_prior)
-        # Here, because Python ignores an interrupt inside of a destructor.
-        del bar, annealer, sampler
+        del bar, annealer, sampler  # here, because Python ignores an interrupt in a destructor
     if num_chains >= 100:  # with fewer chains, Pareto k is unreliable
         warn_of_heavy_tails(NAME, evidence, "Use more temperatures, or more leapfrog steps.")
     warn_of_flags(NAME, evidence)

@@ -99,7 +99,7 @@ def sequential_monte_carlo(
         chosen.
     :param exact_sample: an exact sample from the posterior: a dict from the name of each latent
         site of the guide, or without a guide of the model, to its value. An automatic guide has
-        sites of its own, so leave it out.
+        sites of its own, so leave the guide out.
     :param check_prior: whether runs start at the prior, too, if there is a guide. This doubles the
         cost. A prior that cannot be drawn from is left out.
     :param chunk_size: the largest number of particles for which densities are computed at once,
