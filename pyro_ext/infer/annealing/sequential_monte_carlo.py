@@ -66,9 +66,9 @@ def sequential_monte_carlo(
 
     With a guide, as many runs start at the prior. If both differ by more than noise, the result is
     the one with more evidence. Otherwise it comes from the prior, unless the guide's standard error
-    is less than half as large, and the prior finds at most one standard error more. If the guide's
-    runs find clearly less evidence, the guide misses a part of the posterior, and the evidence has
-    the flag ``prior``.
+    is less than half as large, and the prior finds at most two standard errors more. In doubt, the
+    prior has as many runs again. If the guide's runs find clearly less evidence, the guide misses a
+    part of the posterior, and the evidence has the flag ``prior``.
 
     With an ``exact_sample`` from the posterior, as many runs pass through it, which gives a second
     estimate, from above. If the model has simulated the data, the simulated latent values are an

@@ -21,6 +21,7 @@ from pyro_ext.infer.annealing.tempered_evidence import TemperedEvidence
 from pyro_ext.infer.annealing.tempered_runs import StageStatistics, TemperedRuns
 from pyro_ext.infer.annealing.unconstrained import UnconstrainedPrograms
 from pyro_ext.infer.evidence.block_state import BlockState
+from pyro_ext.infer.evidence.evidence import Evidence
 from pyro_ext.infer.evidence.proposals import PriorProposal
 from pyro_ext.ops import log_mean_exp
 from pyro_ext.tracing import Programs
@@ -31,8 +32,8 @@ NUM_PILOT_RUNS = 4
 #: comes from the prior.
 MAX_RATIO = 0.5
 #: The number of standard errors by which the prior's runs may find more, if the result comes from
-#: the guide's.
-MAX_GAIN = 1.0
+#: the guide's, and the number above which the prior has as many runs again for this decision.
+MAX_GAIN, DOUBTFUL_GAIN = 2.0, 0.5
 
 Result = tuple[Cloud, list[StageStatistics]]
 
@@ -91,17 +92,28 @@ class TemperedSampler:
                 stacklevel=3,
             )
             return _to_draws(runs, [pilot])
-        other = None if from_prior is None else self.finished(from_prior)
+        other = None if from_prior is None else self.finished(from_prior, found)
         found = found if other is None else _better(found, other)
         if exact_sample is None:
             return found
         upper = self._upper(runs, exact_sample)
         return replace(found, evidence=replace(found.evidence, upper=upper))
 
-    def finished(self, from_prior: TemperedRuns) -> PosteriorDraws | None:
-        """Return the draws of runs from the prior; None after an interrupt."""
+    def finished(
+        self, from_prior: TemperedRuns, from_guide: PosteriorDraws | None = None
+    ) -> PosteriorDraws | None:
+        """Return the draws of runs from the prior; None after an interrupt.
+
+        :param from_prior: the sampler of the runs.
+        :param from_guide: the draws with which they are compared. In doubt, there are twice as many
+            runs.
+        """
         try:
-            return _to_draws(from_prior, self._all_runs(from_prior.run))
+            results = self._all_runs(from_prior.run)
+            found = _to_draws(from_prior, results)
+            if from_guide is not None and _is_doubtful(from_guide.evidence, found.evidence):
+                found = _to_draws(from_prior, results + self._all_runs(from_prior.run))
+            return found
         except KeyboardInterrupt:
             if self.call.interrupts:  # a second interrupt
                 raise
@@ -171,13 +183,25 @@ def _better(from_guide: PosteriorDraws, from_prior: PosteriorDraws) -> Posterior
     """
     guide, prior = from_guide.evidence, from_prior.evidence
     clearly = has_less(guide, prior).sum() - has_less(prior, guide).sum()
-    # Few of a guide's draws may reach a part of the posterior, and its error is then too small.
-    errors = guide.std_error.norm(), prior.std_error.norm()
-    gain = (prior.log_evidence - guide.log_evidence).sum()
-    is_worse = errors[0] > MAX_RATIO * errors[1] or gain > MAX_GAIN * torch.hypot(*errors)
+    is_worse = not _is_precise(guide, prior) or _gain(guide, prior) > MAX_GAIN
     if clearly > 0 or (clearly == 0 and is_worse):
         return replace(from_prior, evidence=replace(prior, other=guide))
     return replace(from_guide, evidence=replace(guide, other=prior))
+
+
+def _is_precise(guide: Evidence, prior: Evidence) -> bool:
+    # Few of a guide's draws may reach a part of the posterior, and its error is then too small.
+    return bool(guide.std_error.norm() <= MAX_RATIO * prior.std_error.norm())
+
+
+def _is_doubtful(guide: Evidence, prior: Evidence) -> bool:
+    return _is_precise(guide, prior) and DOUBTFUL_GAIN < _gain(guide, prior) <= MAX_GAIN
+
+
+def _gain(guide: Evidence, prior: Evidence) -> float:
+    """Return by how much the prior's runs find more, in standard errors."""
+    error = torch.hypot(guide.std_error.norm(), prior.std_error.norm())
+    return float((prior.log_evidence - guide.log_evidence).sum() / error)
 
 
 def _to_evidence(runs: TemperedRuns, results: list[Result]) -> TemperedEvidence:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TransformedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
@@ -123,9 +124,13 @@ def _fitted(owner: str, msg: Any, value: Tensor) -> Tensor:
 
 def _rounded(fn: Any, value: Tensor, of_position: Tensor) -> float:
     """Return the share of draws whose log-probability changes by more than 0.1 nats."""
+    if isinstance(base_of(fn), TransformedDistribution):
+        return 0.0  # a flow may have no inverse at another value
     with torch.no_grad():
-        change = fn.log_prob(of_position) - fn.log_prob(value)
-    return (~(change.abs() < 0.1)).double().mean().item()
+        is_inside = fn.support.check(of_position)
+        mask = is_inside.reshape(is_inside.shape + (1,) * fn.event_dim)
+        change = fn.log_prob(of_position.where(mask, value)) - fn.log_prob(value)
+    return 1 - (is_inside & (change.abs() < 0.1)).double().mean().item()
 
 
 def to_support(owner: str, msg: Any) -> Any:
