@@ -3,7 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from pyro_ext.tracing.failures import data_points, raise_not_finite, warn_of_poi
 from pyro_ext.tracing.layout import Layout
 from pyro_ext.tracing.shared_values import SharedSubsamples
 from pyro_ext.tracing.site_values import with_plates
-from pyro_ext.tracing.sites import is_delta
+from pyro_ext.tracing.sites import SiteError, is_delta
 
 #: The share of draws at an edge of a support that is never a reason for a warning.
 MAX_ROUNDED = 0.01
@@ -179,7 +180,8 @@ class UnconstrainedPrograms:
     def _raise_for_scales(self, particles: Particles) -> None:
         """Raise a ValueError if the guide has a scale that is part of the weights."""
         sites = density_sites("guide", particles.guide_traces[0])
-        terms = [_log_prob(site) for site in sites]
+        with _inverses(self.owner):
+            terms = [_log_prob(site) for site in sites]
         log_q = self.sum_out(terms, len(particles.log_q))
         if not torch.allclose(log_q, particles.log_q, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
@@ -193,7 +195,7 @@ class UnconstrainedPrograms:
         sites = UnconstrainedSites(self.owner, positions)
         num_particles = len(next(iter(positions.values())))
         # A value may overflow at a distant proposal, which is then rejected.
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), _inverses(self.owner):
             particles = self._trace(sites, num_particles)
         # Automatic guides transform a draw, and record the log determinant in a Delta.
         deltas = [
@@ -230,6 +232,21 @@ class UnconstrainedPrograms:
     def _trace(self, sites: UnconstrainedSites, num_particles: int) -> Particles:
         with sites:
             return self._tracer.trace(self.programs, num_particles, self._subsamples)
+
+
+@contextmanager
+def _inverses(owner: str) -> Iterator[None]:
+    """Raise a SiteError where a transform of the guide has no inverse."""
+    try:
+        yield
+    except KeyError as error:
+        if "intermediates cache" not in str(error):
+            raise
+        raise SiteError(
+            f"{owner}: the guide has a transform without an inverse, so its density at other "
+            "values than its draws is unknown. Leave the guide out, use a transform with an "
+            "inverse, or use estimate_evidence."
+        ) from error
 
 
 def _log_prob(site: DensitySite) -> Tensor:

@@ -7,7 +7,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.distributions.transforms import planar
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
 from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_ext.diagnostics import from_pyro_svi
@@ -320,6 +326,12 @@ def test_bad_input(model, guide, options, words):
 def test_an_improper_prior_is_no_start():
     with pytest.raises(ValueError, match=r"site 'z' is improper.* Pass a guide"):
         sequential_monte_carlo(improper)
+
+
+def test_a_flow_without_an_inverse_is_refused():
+    guide = AutoNormalizingFlow(regression, planar)
+    with pytest.raises(ValueError, match=r"a transform without an inverse.* Leave the guide out"):
+        sequential_monte_carlo(regression, guide, **FEW)
 
 
 def test_a_guide_is_not_compared_with_an_improper_prior():
