@@ -170,6 +170,7 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name, request, mon
     call = continued() if name == "continued" else CALLS[name]
     call()
     tracer = Tracer()
+    pyro.set_rng_seed(0)  # the number of lines may depend on the draws
     tracer.run(call)
     moments = range(1, tracer.num_lines + 1, 1 + tracer.num_lines // 5_000)
     if not request.config.getoption("--slow"):
@@ -177,7 +178,7 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name, request, mon
         moments = sorted({1, *random.Random(0).sample(moments, 59)})
     before, tally = settings(), Counter()
     for moment in moments:
-        pyro.set_rng_seed(moment)
+        pyro.set_rng_seed(0)
         numbers = torch.get_rng_state()
         tracer = Tracer(moment)
         kind = outcome(lambda tracer=tracer: tracer.run(call))
