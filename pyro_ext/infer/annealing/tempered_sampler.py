@@ -1,7 +1,8 @@
 """Sequential Monte Carlo from a guide and from the prior."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,16 +82,12 @@ class TemperedSampler:
             both = [runs] if from_prior is None else [runs, from_prior]
             num_conditional = 0 if exact_sample is None else 2 * runs.num_transitions
             self.bar.total = self.bar.n + sum(x.num_transitions for x in both) + num_conditional
-        try:
+        found = None
+        with self._ended_by_interrupt(
+            f"The result uses the {NUM_PILOT_RUNS} runs of the first pass."
+        ):
             found = _to_draws(runs, self._all_runs(runs.run))
-        except KeyboardInterrupt:
-            if self.call.interrupts:  # a second interrupt
-                raise
-            warnings.warn(
-                f"{self.owner} was interrupted. The result uses the {NUM_PILOT_RUNS} runs of the "
-                "first pass.",
-                stacklevel=3,
-            )
+        if found is None:
             return _to_draws(runs, [pilot])
         other = None if from_prior is None else self.finished(from_prior, found)
         found = found if other is None else _better(found, other)
@@ -108,18 +105,13 @@ class TemperedSampler:
         :param from_guide: the draws with which they are compared. In doubt, there are twice as many
             runs.
         """
-        try:
+        with self._ended_by_interrupt("The prior was not compared."):
             results = self._all_runs(from_prior.run)
             found = _to_draws(from_prior, results)
             if from_guide is not None and _is_doubtful(from_guide.evidence, found.evidence):
                 found = _to_draws(from_prior, results + self._all_runs(from_prior.run))
             return found
-        except KeyboardInterrupt:
-            if self.call.interrupts:  # a second interrupt
-                raise
-            message = f"{self.owner} was interrupted. The prior was not compared."
-            warnings.warn(message, stacklevel=3)
-            return None
+        return None
 
     def _runs(self, programs: Programs) -> TemperedRuns:
         densities = UnconstrainedPrograms(self.owner, programs, self.max_plate_nesting)
@@ -149,16 +141,21 @@ class TemperedSampler:
 
     def _upper(self, runs: TemperedRuns, exact_sample: dict[str, Tensor]) -> Tensor | None:
         """Return the estimate from above; None after an interrupt."""
-        try:
+        with self._ended_by_interrupt("The exact sample was not used."):
             found = self._all_runs(lambda size: (conditional_runs(runs, size, exact_sample), []))
+            log_z = torch.cat([cloud.log_z for cloud, _ in found])
+            return _outer(runs) - log_mean_exp(-log_z)
+        return None
+
+    @contextmanager
+    def _ended_by_interrupt(self, consequence: str) -> Iterator[None]:
+        """Warn of an interrupt, which ends the block, unless it is a second one."""
+        try:
+            yield
         except KeyboardInterrupt:
-            if self.call.interrupts:  # a second interrupt
+            if self.call.interrupts:
                 raise
-            message = f"{self.owner} was interrupted. The exact sample was not used."
-            warnings.warn(message, stacklevel=3)
-            return None
-        log_z = torch.cat([cloud.log_z for cloud, _ in found])
-        return _outer(runs) - log_mean_exp(-log_z)
+            warnings.warn(f"{self.owner} was interrupted. {consequence}", stacklevel=5)
 
     def _all_runs(self, run: Callable[[int], Result]) -> list[Result]:
         results: list[Result] = []
